@@ -1,0 +1,46 @@
+# `make demo` generates notes to hear; `make test` is the whole check. Both set up a virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+# What pip gets to install torch. On Linux that is the CUDA build, of several GB; for another one (CPU, ROCm, ...)
+# put here the arguments that PyTorch's own "Start locally" page gives after `pip install`, of a version that
+# pyproject.toml admits, or set VENV to an environment that has such a torch already and TORCH to torch.
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+
+.PHONY: demo test bench pretrained venv clean
+
+demo: $(VENV)/.mars
+	out=generated/$$(date +%Y%m%d-%H%M%S) && $(BIN)/mars-generate -n 64 --out $$out && echo "64 notes: $$out"
+
+test: $(VENV)/.mars-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -rs tests benchmarks --benchmark-disable
+
+bench: $(VENV)/.mars-dev
+	$(BIN)/pytest benchmarks --benchmark-only
+
+pretrained: $(VENV)/.mars-dev  # trains the weights in mars/assets anew
+	PATH="$(abspath $(BIN)):$$PATH" bash scripts/train_pretrained.sh
+
+venv: $(VENV)/.mars-dev
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# The stamps. Installs are editable, so only what pip itself reads makes them stale.
+$(VENV)/.mars-torch:
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(TORCH)
+	touch $@
+
+BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/*/native.cpp kernels/native/*.h)
+
+$(VENV)/.mars: $(VENV)/.mars-torch $(BUILT_FROM)
+	$(BIN)/pip install -e .
+	touch $@
+
+$(VENV)/.mars-dev: $(VENV)/.mars-torch $(BUILT_FROM)
+	$(BIN)/pip install -e '.[data,test,lint]'
+	touch $@ $(VENV)/.mars

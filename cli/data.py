@@ -1,0 +1,190 @@
+"""mars-data: packs notes into a dataset to train on, and says what a dataset holds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mars.data import Dataset
+
+FOLDER = click.Path(path_type=Path)
+_QUIET_EVERY = 30.0  # s between lines where there is no terminal
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a callback (notes done, notes expected): a bar on a terminal, else a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    start = last = time.monotonic()
+    if not console.is_terminal:
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _QUIET_EVERY:
+                last, rate = now, done / (now - start)
+                left = f", {(total - done) / rate:.0f} s left" if total else ""
+                click.echo(f"{label}: {done:,} of {total or '?':,} notes, {rate:.0f}/s{left}", err=True)
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=None, rate="")
+
+        def advance(done: int, total: int) -> None:
+            rate = f"{done / max(time.monotonic() - start, 1e-3):.0f} notes/s"
+            bar.update(task, completed=done, total=total or None, rate=rate)
+
+        yield advance
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns the errors of the readers into a line on stderr and the exit code 1, 3 or 6."""
+    from mars.data.notes import DataError, DiskError, TooManyBadError
+
+    try:
+        yield
+    except (DataError, OSError) as error:
+        click.echo(f"Error: {error}", err=True)
+        full = isinstance(error, DiskError) or getattr(error, "errno", None) in (28, 122)  # ENOSPC, EDQUOT
+        sys.exit(3 if isinstance(error, TooManyBadError) else 6 if full else 1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Pack notes into a dataset to train on."""
+
+
+def _pitches(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    low, dash, high = value.partition("-")
+    if not (dash and low.isdigit() and high.isdigit() and int(low) <= int(high) <= 127):
+        raise click.BadParameter(f"want LOW-HIGH with 0 <= LOW <= HIGH <= 127, got {value!r}")
+    return int(low), int(high)
+
+
+def _packing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every reader has."""
+    out = click.option("--out", type=FOLDER, required=True, help="The new dataset; must not exist.")
+    allow = click.option(
+        "--allow-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True,
+        help="Go on if at most this fraction of the files is bad; else exit with 3.",
+    )  # fmt: skip
+    return out(allow(command))
+
+
+@main.command()
+@click.argument("paths", type=click.Path(exists=True, path_type=Path), nargs=-1, required=True)
+@_packing
+@click.option(
+    "--split",
+    type=click.Choice(["auto", "instrument", "train", "valid", "test"]),
+    default="auto",
+    show_default=True,
+    help="auto: as the path says (nsynth-valid...), else by instrument.",
+)
+def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
+    """Pack NSynth: folders or .tar.gz archives with examples.json and audio/*.wav, several if you like."""
+    with _exit_codes(), _progress("Packing") as progress:
+        from mars.data.nsynth import pack_nsynth
+
+        _report(pack_nsynth(paths, out, progress=progress, **options), out)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_packing
+@click.option(
+    "--csv",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Labels: the column file and any of pitch, velocity, family, source, instrument.",
+)
+@click.option(
+    "--sample-rate", type=click.IntRange(1000, 384_000), default=16_000, show_default=True, help="Hz."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="Cut or pad to this."
+)
+@click.option(
+    "--shortest",
+    type=click.FloatRange(0),
+    default=0.1,
+    show_default=True,
+    help="Shorter files are bad (s).",
+)
+@click.option("--licence", default="unknown", show_default=True, help="Of the audio; is kept.")
+def folder(directory: Path, out: Path, **options: Any) -> None:
+    """Pack a folder of WAV, FLAC, OGG, MP3 or AIFF files."""
+    with _exit_codes(), _progress("Packing") as progress:
+        from mars.data.folder import pack_folder
+
+        _report(pack_folder(directory, out, progress=progress, **options), out)
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_packing
+@click.option("--notes", type=click.IntRange(1), help="How many, spread evenly.  [default: all there are]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of notes.")
+@click.option(
+    "--pitches", default="21-108", show_default=True, callback=_pitches, help="Lowest and highest MIDI note."
+)
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--licence", default="unknown", show_default=True, help="Of the soundfont; is kept.")
+def soundfont(file: Path, out: Path, **options: Any) -> None:
+    """Render notes from an SF2 or SF3 soundfont."""
+    with _exit_codes(), _progress("Rendering") as progress:
+        from mars.data.soundfont import pack_soundfont
+
+        _report(pack_soundfont(file, out, progress=progress, **options), out)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path), required=False)
+@click.option("--verify", is_flag=True, help="Also check every checksum.")
+def info(directory: Path | None, verify: bool) -> None:
+    """Say what a dataset holds; without DIRECTORY, the built-in notes."""
+    with _exit_codes():
+        from mars.config import FAMILIES
+        from mars.data import SPLITS, Dataset, open_dataset
+
+        dataset = Dataset.open(directory, verify=verify) if directory else open_dataset(None)
+        _report(dataset, directory or "built-in notes")
+        family, split, pitch = (dataset.column(name) for name in ("family", "split", "pitch"))
+        click.echo(f"{dataset.samples} samples each at {dataset.sample_rate} Hz")
+        click.echo("".join(f"{name:>12}" for name in ("family", *SPLITS)))
+        for i, name in [*enumerate(FAMILIES), (-1, "unknown")]:
+            counts = [int(((family == i) & (split == j)).sum()) for j in range(len(SPLITS))]
+            if sum(counts):
+                click.echo(f"{name:>12}" + "".join(f"{count:>12,}" for count in counts))
+        known = pitch[pitch >= 0]
+        click.echo(f"pitch: {f'MIDI {known.min()} to {known.max()}' if len(known) else 'unknown'}")
+        shown = {key: value for key, value in dataset.origin.items() if isinstance(value, str | int)}
+        click.echo("origin: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+        click.echo(f"fingerprint: {dataset.fingerprint}" + (" (every checksum is right)" if verify else ""))
+
+
+def _report(dataset: Dataset, name: object) -> None:
+    from mars.data import SPLITS
+
+    counts = (dataset.column("split") == i for i in range(len(SPLITS)))
+    splits = ", ".join(f"{is_in.sum():,} {split}" for split, is_in in zip(SPLITS, counts, strict=True))
+    click.echo(f"{name}: {len(dataset):,} notes of {len(dataset.instruments):,} instruments ({splits})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""mars-train: both stages of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mars.cli.errors import user_errors
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPTIONS = (
+    click.option("--data", type=click.Path(path_type=Path), help="Packed dataset (mars-data); default: the built-in notes."),
+    click.option("--preset", default=None, help="Settings to start from; default: notes, or the tokenizer's for var."),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, e.g. train.steps=500."),
+    click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one under runs/."),
+    click.option(
+        "--resume",
+        default="auto",
+        metavar="auto|never|RUN",
+        show_default=True,
+        help="auto: go on if --out is a run; never: refuse; or the run folder to go on with.",
+    ),
+    click.option("--max-steps", type=click.IntRange(min=1), help="Stop (and save) after this step."),
+    click.option("--max-time", metavar="TIME", help="Stop (and save) after this long, e.g. 90s, 40m or 2h."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
+)
+
+
+def training_options(function: F) -> F:
+    """The options that both stages share."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Train a model: first the tokenizer, then the VAR transformer on its tokens."""
+
+
+@main.command()
+@training_options
+def tokenizer(**options: Any) -> None:
+    """Train the tokenizer: spectrograms to tokens and back."""
+    with user_errors():
+        from mars.train.start import train_tokenizer
+
+        train_tokenizer(**options)
+
+
+@main.command()
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="Tokenizer run or model; default: the newest run under runs/."
+)
+@training_options
+def var(**options: Any) -> None:
+    """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
+    with user_errors():
+        from mars.train.start import train_var
+
+        train_var(**options)
+
+
+if __name__ == "__main__":
+    main()

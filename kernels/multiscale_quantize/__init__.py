@@ -1,0 +1,4 @@
+"""Multi-scale residual vector quantisation."""
+
+from mars.kernels.multiscale_quantize.op import dequantize_scale as dequantize_scale
+from mars.kernels.multiscale_quantize.op import multiscale_quantize as multiscale_quantize

@@ -1,0 +1,56 @@
+"""The definition, in plain PyTorch: Tian et al. 2024 (arXiv:2404.02905), Algorithms 1 and 2.
+
+Letters: B batch, D code dimension, (H, W) the latent grid, N scales, L tokens over all scales, Q convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mars.kernels.nearest_code import nearest_code
+from mars.kernels.nearest_code.op import Metric
+
+
+def dequantize_scale(
+    ids: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor, scale: tuple[int, int], grid: tuple[int, int], ratio: float
+) -> Tensor:
+    """What one scale adds to the latent: look up, up-sample bicubically, mix with its convolution.
+
+    ids: (B, h w); weight: (D, D, 3, 3); bias: (D,). Returns (B, D, H, W).
+    """
+    h = F.embedding(ids, codebook).transpose(1, 2).unflatten(2, scale)
+    if scale != grid:
+        h = F.interpolate(h, size=grid, mode="bicubic", align_corners=False)
+    return torch.lerp(h, F.conv2d(h, weight, bias, padding=1), ratio)
+
+
+def multiscale_quantize(
+    f: Tensor,
+    codebook: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    phi_index: Sequence[int],
+    scales: Sequence[tuple[int, int]],
+    metric: Metric,
+    ratio: float,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `op.multiscale_quantize`."""
+    grid = (f.shape[2], f.shape[3])
+    residual = f.detach().clone()
+    total = torch.zeros_like(residual)
+    ids, totals = [], []
+    for k, scale in enumerate(scales):
+        z = residual if scale == grid else F.interpolate(residual, size=scale, mode="area")
+        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        ids_k = nearest_code(rows, codebook.detach(), metric).view(len(f), -1)
+        h = dequantize_scale(ids_k, codebook, weight[phi_index[k]], bias[phi_index[k]], scale, grid, ratio)
+        residual = residual - h.detach()  # the whole chain, also of what `keep` leaves out
+        total = total + (h if keep is None else h * (keep > k).view(-1, 1, 1, 1))
+        ids.append(ids_k)
+        totals.append(total)
+    return torch.cat(ids, dim=1), torch.stack(totals)

@@ -1,0 +1,39 @@
+"""Contract of `nearest_code`: the vector quantiser's search (van den Oord et al. 2017, eq. 1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mars.kernels.nearest_code import reference
+
+Metric = Literal["l2", "cosine"]
+_SCORES = 1 << 24  # scores held at a time: 64 MiB of float32
+
+
+@torch.no_grad()
+def nearest_code(x: Tensor, codebook: Tensor, metric: Metric = "l2") -> Tensor:
+    """Index of the codebook row nearest to each row of x, the lowest index on ties.
+
+    Args:
+        x: (N, D), any float dtype; the search is in float32.
+        codebook: (V, D).
+        metric: "l2", the smallest squared distance, or "cosine", the largest cosine.
+
+    Returns:
+        int64 (N,).
+
+    Raises:
+        ValueError: the shapes do not fit or the metric is unknown.
+    """
+    if x.ndim != 2 or codebook.ndim != 2 or x.shape[1] != codebook.shape[1] or len(codebook) == 0:
+        raise ValueError(
+            f"nearest_code: want x (N, D) and codebook (V, D); got {tuple(x.shape)}, {tuple(codebook.shape)}"
+        )
+    if metric not in ("l2", "cosine"):
+        raise ValueError(f"nearest_code: metric must be l2 or cosine, got {metric!r}")
+    rows = max(1, _SCORES // len(codebook))
+    found = [reference.nearest_code(part, codebook, metric) for part in x.split(rows)]
+    return torch.cat(found) if len(found) != 1 else found[0]

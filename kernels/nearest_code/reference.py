@@ -1,0 +1,15 @@
+"""The definition, in plain PyTorch; holds the whole (N, V) score matrix."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """`torch.argmin` of the squared distance, or `torch.argmax` of the cosine. See `op.nearest_code`."""
+    x, codebook = x.float(), codebook.float()
+    if metric == "cosine":
+        return (F.normalize(x, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(dim=-1)
+    distance = x.square().sum(-1, keepdim=True) + codebook.square().sum(-1) - 2 * (x @ codebook.T)
+    return distance.argmin(dim=-1)

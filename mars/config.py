@@ -1,0 +1,380 @@
+"""Settings: frozen dataclasses, the presets of `presets.toml`, and reading and writing both.
+
+No other module reads settings. A wrong key or value raises `ConfigError` with a one-line message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Pair = tuple[int, int]
+T = TypeVar("T")
+
+FAMILIES = (
+    "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal",
+)  # fmt: skip  # NSynth's instrument families, in its own order
+SOURCES = ("acoustic", "electronic", "synthetic")
+VELOCITIES = (25, 50, 75, 100, 127)  # NSynth's five; any other velocity counts as the nearest of them
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says what was wanted, what was got and what to do."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AudioConfig:
+    """The front end: waveform (samples,) <-> normalised log magnitude (bins, frames) <-> CMX tensor."""
+
+    sample_rate: int = 16_000  # Hz
+    samples: int = 64_000  # per note; shorter audio is padded with zeros, longer is cut
+    n_fft: int = 1024  # samples; also the Hann window's length
+    hop: int = 256  # samples between frames
+    bins: int = 512  # kept from the low end; n_fft / 2 keeps all but one
+    frames: int = 256  # the waveform is zero-padded to (frames - 1) * hop so that this is exact
+    drop: Literal["dc", "nyquist"] = "dc"  # the bin left out to get from n_fft / 2 + 1 to n_fft / 2
+    min_db: float = -52.0  # 20 log10 of the magnitude that becomes -1
+    max_db: float = 48.0  # becomes +1; a full-scale sine reaches 20 log10(n_fft / 4)
+    cmx: Pair = (1, 1)  # factors (r_f, r_t) of channel multiplexing
+
+    def __post_init__(self) -> None:
+        _require(self.sample_rate > 0 and self.samples > 0, "audio: sample_rate and samples must be positive")
+        _require(
+            self.n_fft % 2 == 0 and 0 < self.hop <= self.n_fft // 2,
+            f"audio: want even n_fft and 0 < hop <= n_fft / 2; got n_fft {self.n_fft}, hop {self.hop}",
+        )
+        _require(0 < self.bins <= self.n_fft // 2, f"audio.bins must be 1..{self.n_fft // 2}, got {self.bins}")
+        _require(self.min_db < self.max_db, f"audio: min_db {self.min_db} is not below max_db {self.max_db}")
+        _require(self.drop in ("dc", "nyquist"), f"audio.drop must be dc or nyquist, got {self.drop!r}")
+        _require(
+            (self.frames - 1) * self.hop >= self.samples,
+            f"audio.frames {self.frames} is too few for {self.samples} samples at hop {self.hop}; "
+            f"want at least {math.ceil(self.samples / self.hop) + 1}",
+        )
+        r_f, r_t = self.cmx
+        _require(
+            r_f > 0 and r_t > 0 and self.bins % r_f == 0 and self.frames % r_t == 0,
+            f"audio.cmx {self.cmx} must divide (bins, frames) = ({self.bins}, {self.frames})",
+        )
+
+    @property
+    def channels(self) -> int:
+        """Channels of the CMX tensor."""
+        return self.cmx[0] * self.cmx[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, F, T) of the CMX tensor."""
+        return self.channels, self.bins // self.cmx[0], self.frames // self.cmx[1]
+
+
+def _scales(config: Any, name: str) -> None:
+    """Read `config.scales` as (h, w) pairs (a number n stands for (n, n)) and check them against the grid."""
+    scales = tuple((s, s) if isinstance(s, int) else tuple(s) for s in config.scales)
+    object.__setattr__(config, "scales", scales)
+    _require(bool(scales), f"{name}.scales must name at least one (h, w) grid")
+    ordered = all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(scales, scales[1:], strict=False))
+    _require(ordered, f"{name}.scales must not shrink, got {scales}")
+    _require(scales[0][0] > 0 and scales[0][1] > 0, f"{name}.scales must be positive, got {scales}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    """ViT encoder, multi-scale residual vector quantiser, ViT decoder (MARS §2.2)."""
+
+    patch: Pair = (16, 16)  # CMX cells of frequency and time in a patch
+    width: int = 768
+    depth: int = 12  # blocks in the encoder, and again in the decoder
+    heads: int = 12
+    layer_scale: float = 1e-5  # initial value; 0 leaves LayerScale out
+    drop_path: float = 0.1  # of the last block, rising linearly from 0
+    scales: tuple[Pair, ...] = tuple((s, s) for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))  # last: the latent grid
+    codebook_size: int = 16_384
+    code_dim: int = 32
+    metric: Literal["cosine", "l2"] = "cosine"  # how the nearest code is chosen
+    phi: int = 4  # convolutions after up-sampling, shared among the scales
+    phi_ratio: float = 0.5
+    beta: float = 0.25  # weight of the commitment term
+    quantizer_dropout: float = 0.1  # share of samples that keep only their first scales
+    dropout_start: int = 3  # they keep at least this many
+
+    def __post_init__(self) -> None:
+        _scales(self, "tokenizer")
+        _require(self.width % self.heads == 0, f"tokenizer.width {self.width} is not a multiple of heads {self.heads}")
+        _require(self.metric in ("cosine", "l2"), f"tokenizer.metric must be cosine or l2, got {self.metric!r}")
+        _require(self.codebook_size >= 2, f"tokenizer.codebook_size must be at least 2, got {self.codebook_size}")
+        _require(
+            1 <= self.phi <= len(self.scales),
+            f"tokenizer.phi must be 1..{len(self.scales)} (the number of scales), got {self.phi}",
+        )
+        _require(
+            0 <= self.quantizer_dropout <= 1 and 1 <= self.dropout_start <= len(self.scales),
+            f"tokenizer: want quantizer_dropout in 0..1 and dropout_start in 1..{len(self.scales)}; "
+            f"got {self.quantizer_dropout} and {self.dropout_start}",
+        )
+
+    @property
+    def latent(self) -> Pair:
+        """Grid (h, w) of the S = h w learnable tokens."""
+        return self.scales[-1]
+
+    @property
+    def tokens(self) -> int:
+        """Length L of the token sequence over all scales."""
+        return sum(h * w for h, w in self.scales)
+
+
+Attribute = Literal["family", "source", "pitch", "velocity"]
+CLASSES: dict[str, int] = {"family": len(FAMILIES), "source": len(SOURCES), "pitch": 128, "velocity": len(VELOCITIES)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VARConfig:
+    """Next-scale transformer (Tian et al. 2024, arXiv:2404.02905)."""
+
+    depth: int = 16
+    width: int = 1024
+    heads: int = 16
+    shared_adaln: bool = False  # one AdaLN projection for all blocks plus a learned offset per block
+    drop_path: float = 1 / 15  # of the last block; the published rule is 0.1 depth / 24
+    condition: tuple[Attribute, ...] = ()  # empty: no condition at all
+    condition_dropout: float = 0.1  # chance that a note's whole condition is hidden, for guidance
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "condition", tuple(self.condition))
+        _require(self.width % self.heads == 0, f"var.width {self.width} is not a multiple of heads {self.heads}")
+        unknown = [c for c in self.condition if c not in CLASSES]
+        _require(not unknown, f"var.condition: unknown {unknown}; choose among {', '.join(CLASSES)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training stage. Steps count optimiser updates."""
+
+    steps: int = 1000
+    batch_size: int = 16  # notes per micro-batch
+    accumulate: int = 1  # micro-batches per step
+    lr: float = 1e-4  # peak
+    warmup: float = 0.02  # share of the steps
+    final_lr: float = 0.02  # as a ratio to the peak
+    schedule: Literal["cosine", "lin0"] = "cosine"  # lin0: flat for 5 % after the warm-up, then linear
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0  # global norm; 0: off
+    ema: float = 0.999  # decay of the averaged weights, which are the ones exported
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device has it
+    adversarial: bool = False  # PatchGAN term (tokenizer only)
+    adversarial_weight: float = 0.5
+    adversarial_start: float = 0.28  # share of the steps before the discriminator joins
+    adversarial_ramp: float = 0.02  # share of the steps over which its weight rises
+    adaptive_weight: bool = True  # scale the term to the reconstruction gradient; False: Eq. 1 as written
+    discriminator_lr: float = 4e-4
+    log_every: int = 20
+    validate_every: int = 500
+    validate_notes: int = 256
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every"):
+            _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
+        _require(self.lr > 0, f"train.lr must be positive, got {self.lr}")
+        _require(0 <= self.ema < 1, f"train.ema must be in [0, 1), got {self.ema}")
+        _require(self.schedule in ("cosine", "lin0"), f"train.schedule must be cosine or lin0, got {self.schedule!r}")
+        _require(
+            self.precision in ("auto", "float32", "bfloat16"),
+            f"train.precision must be auto, float32 or bfloat16, got {self.precision!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainStages:
+    """Both stages of training."""
+
+    tokenizer: TrainConfig = field(default_factory=TrainConfig)
+    var: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything that defines a model and its training."""
+
+    preset: str
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    var: VARConfig = field(default_factory=VARConfig)
+    train: TrainStages = field(default_factory=TrainStages)
+
+    def __post_init__(self) -> None:
+        _, bins, frames = self.audio.shape
+        patch = self.tokenizer.patch
+        _require(
+            patch[0] > 0 and patch[1] > 0 and bins % patch[0] == 0 and frames % patch[1] == 0,
+            f"tokenizer.patch {patch} must divide the CMX grid ({bins}, {frames}) that audio.cmx {self.audio.cmx} gives",
+        )
+
+    @property
+    def patches(self) -> Pair:
+        """Grid (K_f, K_t) of patches."""
+        _, bins, frames = self.audio.shape
+        return bins // self.tokenizer.patch[0], frames // self.tokenizer.patch[1]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass `kind` from plain values, refusing unknown keys and wrong types.
+
+    Raises:
+        ConfigError: naming the key, with the nearest valid one.
+    """
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown setting {where}{key}; {hint}")
+        arguments[key] = _convert(hints[key], value, where + key)
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{where or kind.__name__}: {error}") from None
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`; ConfigError if it is not one."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is a group of settings, not a value; set {where}.<name>=…")
+        return from_dict(typing.cast(type, kind), value, where + ".")
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} must be one of {', '.join(map(str, arguments))}; got {value!r}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(arguments, value, where)
+    if origin in (types.UnionType, typing.Union):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be a {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{where} must be finite, got {value!r}")
+    return value
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if kind_is_list := arguments[-1] is Ellipsis:
+        arguments = arguments[:1]
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        if not (kind_is_list or isinstance(value, int)):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        value = [value] if kind_is_list else [value] * len(arguments)  # 8 stands for (8, 8)
+    if kind_is_list:
+        item = arguments[0]
+        if item == Pair:
+            return tuple(_convert_tuple((int, int), v, where) for v in value)
+        return tuple(_convert(item, v, where) for v in value)
+    if len(value) != len(arguments):
+        raise ConfigError(f"{where} must have {len(arguments)} values, got {list(value)}")
+    return tuple(_convert(item, v, where) for item, v in zip(arguments, value, strict=True))
+
+
+@cache
+def _presets() -> dict[str, Any]:
+    return tomllib.loads(resources.files("mars").joinpath("presets.toml").read_text(encoding="utf-8"))
+
+
+def preset_names() -> list[str]:
+    """Names of the presets."""
+    return list(_presets())
+
+
+def preset(name: str, overrides: Sequence[str] = (), stage: str | None = None) -> Config:
+    """The preset `name` with `key=value` overrides, e.g. `tokenizer.width=128` or `audio.cmx=8,4`.
+
+    With `stage` ("tokenizer" or "var"), `train.KEY` means `train.<stage>.KEY`.
+
+    Raises:
+        ConfigError: unknown preset, unknown key or unusable value.
+    """
+    presets = _presets()
+    if name not in presets:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(presets)}")
+    return override(from_dict(Config, {"preset": name, **presets[name]}), overrides, stage)
+
+
+def override(config: Config, overrides: Sequence[str], stage: str | None = None) -> Config:
+    """`config` with `key=value` overrides; see `preset`."""
+    if not overrides:
+        return config
+    values = to_dict(config)
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        path = key.strip().split(".")
+        if not equals or len(path) < 2 or not all(path):
+            raise ConfigError(f"want KEY=VALUE with a key such as tokenizer.width, got {item!r}")
+        if stage and path[0] == "train" and path[1] not in ("tokenizer", "var"):
+            path.insert(1, stage)
+        group: Any = values
+        for part in path[:-1]:
+            group = group.setdefault(part, {}) if isinstance(group, dict) else None
+        if not isinstance(group, dict):
+            raise ConfigError(f"unknown setting {key}")
+        group[path[-1]] = _parse(text.strip())
+    return from_dict(Config, values)
+
+
+def _parse(text: str) -> Any:
+    """A TOML value; `8,4` is a list and a bare word a string."""
+    for candidate in (text, f"[{text}]", json.dumps(text)):
+        try:
+            if candidate != f"[{text}]" or "," in text:
+                return tomllib.loads(f"v = {candidate}")["v"]
+        except tomllib.TOMLDecodeError:
+            continue
+    raise ConfigError(f"cannot read the value {text!r}")
+
+
+def save(config: Config, path: Path) -> None:
+    """Write `config` as JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> Config:
+    """Read a config written by `save`.
+
+    Raises:
+        ConfigError: the file is missing, not JSON, or holds an unknown setting.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return from_dict(Config, values)

@@ -1,0 +1,124 @@
+"""A folder of anyone's notes: WAV, FLAC, OGG, MP3 or AIFF at any rate, labelled by name or by a CSV."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mars.config import FAMILIES, SOURCES
+from mars.data.notes import SHORTEST, BadFileError, DataError, Labels, labels_of, read_audio
+from mars.data.packed import ALLOW_BAD, Dataset, Writer
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+CSV_COLUMNS = ("file", "pitch", "velocity", "family", "source", "instrument")
+
+
+def pack_folder(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    csv: str | Path | None = None,
+    sample_rate: int = 16_000,
+    seconds: float = 4.0,
+    shortest: float = SHORTEST,
+    licence: str = "unknown",
+    allow_bad: float = ALLOW_BAD,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Packs every audio file below `folder`, cut or padded to `seconds` at `sample_rate` Hz, at `out`.
+
+    Labels come from names like NSynth's (bass_electronic_018-060-075.wav), and from `csv` where it lists the
+    file. Without either, the instrument is the file's folder, or its name up to the first separator.
+
+    Raises `DataError` (also for a bad row of the CSV), `TooManyBadError` and `DiskError`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give the folder that holds the audio files")
+    rows = read_csv(Path(csv)) if csv else {}
+    files = sorted(_files(folder))
+    if not files:
+        raise DataError(f"{folder} holds no audio files; want {', '.join(SUFFIXES)}")
+    origin = {"kind": "folder", "folder": folder.absolute().name, "licence": licence}
+    samples = round(seconds * sample_rate)
+    with Writer(
+        out, sample_rate=sample_rate, samples=samples, origin=origin, expected=len(files), progress=progress
+    ) as writer:
+        for file in files:
+            name = file.relative_to(folder).as_posix()
+            try:
+                if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
+                    raise BadFileError("not a regular file inside the folder")
+                audio = read_audio(file, sample_rate=sample_rate, samples=samples, shortest=shortest)
+            except BadFileError as error:
+                writer.bad(name, str(error))
+                continue
+            writer.add(name, audio, _labels(file, folder, rows.get(name, {})))
+        for name in rows.keys() - {file.relative_to(folder).as_posix() for file in files}:
+            writer.bad(name, "listed in the CSV, but there is no such file")
+        return writer.commit(allow_bad)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):  # follows no links
+        yield from (Path(parent, name) for name in folders + files if name.lower().endswith(SUFFIXES))
+
+
+def _labels(file: Path, folder: Path, row: dict[str, str | int]) -> Labels:
+    inside = file.parent.relative_to(folder).as_posix()
+    prefix = re.split(r"[-_ .]", file.stem)[0] or file.stem
+    known = labels_of(file.stem) or Labels(prefix if inside == "." else inside)
+    return Labels(
+        str(row.get("instrument", known.instrument)),
+        *(int(row.get(key, getattr(known, key))) for key in ("family", "source", "pitch", "velocity")),
+    )
+
+
+def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
+    """The labels of each file that a CSV lists; empty cells are left out.
+
+    Columns: file, and any of pitch, velocity (0..127), family, source (names), instrument.
+    Raises `DataError` naming the line for whatever is wrong.
+    """
+    rows: dict[str, dict[str, str | int]] = {}
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns = reader.fieldnames or []
+            if "file" not in columns or len(set(columns)) < len(columns) or set(columns) - set(CSV_COLUMNS):
+                raise DataError(
+                    f"{file}: want the column file and any of {', '.join(CSV_COLUMNS[1:])}; "
+                    f"got {', '.join(columns)}"
+                )
+            for row in reader:
+                where = f"{file}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise DataError(f"{where}: want {len(columns)} cells; quote commas inside a cell")
+                name = Path(row["file"]).as_posix()
+                if not row["file"] or name in rows:
+                    raise DataError(
+                        f"{where}: file {row['file']!r} is empty or listed twice; remove the line"
+                    )
+                cells = {key: cell.strip() for key, cell in row.items() if key != "file" and cell.strip()}
+                rows[name] = {key: _cell(key, cell, where) for key, cell in cells.items()}
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise DataError(f"{file} cannot be read as CSV in UTF-8 ({error}); save it again") from None
+    return rows
+
+
+def _cell(key: str, cell: str, where: str) -> str | int:
+    if key == "instrument":
+        if not cell.isprintable():
+            raise DataError(f"{where}: instrument {cell!r} has characters that cannot be printed; rename it")
+        return cell
+    if key in ("family", "source"):
+        names = FAMILIES if key == "family" else SOURCES
+        if cell not in names:
+            raise DataError(f"{where}: want a {key} of {', '.join(names)}; got {cell!r}")
+        return names.index(cell)
+    if not (cell.isascii() and cell.isdigit() and len(cell) <= 3 and int(cell) <= 127):
+        raise DataError(f"{where}: want {key} 0..127, got {cell!r}")
+    return int(cell)

@@ -1,0 +1,1 @@
+"""Networks: tokenizer (with its quantizer), VAR, discriminator."""

@@ -1,0 +1,131 @@
+"""Multi-scale residual vector quantiser with one codebook for all scales (Tian et al. 2024, §3.1).
+
+Letters: B batch, D code dimension, (H, W) latent grid, N scales, L tokens over all scales, V codebook size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mars.config import TokenizerConfig
+from mars.kernels import dequantize_scale, multiscale_quantize
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What quantisation gives."""
+
+    ids: Tensor  # int64 (B, L)
+    latent: Tensor  # (B, D, H, W), the sum of all kept scales; its gradient goes straight to the encoder
+    loss: Tensor  # (), codebook plus beta commitment, mean over the scales
+
+
+def phi_index(scales: int, count: int) -> list[int]:
+    """Which of `count` convolutions each scale uses: the nearest of evenly spread ticks (ties go up)."""
+    offset = 1 / (3 * count) if count == 4 else 1 / (2 * count)
+    step = (1 - 2 * offset) / max(count - 1, 1)
+    place = [k / max(scales - 1, 1) for k in range(scales)]
+    return [min(max(math.floor((p - offset) / step + 0.5 + 1e-9) if count > 1 else 0, 0), count - 1) for p in place]
+
+
+class Quantizer(nn.Module):
+    """Codebook and convolutions; the rules are those of `mars.kernels.multiscale_quantize`."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scales = config.scales
+        self.phi_index = phi_index(len(config.scales), config.phi)
+        dim = config.code_dim
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, dim))
+        self.phi_weight = nn.Parameter(torch.empty(config.phi, dim, dim, 3, 3))
+        self.phi_bias = nn.Parameter(torch.empty(config.phi, dim))
+        nn.init.normal_(self.codebook)
+        with torch.no_grad():
+            self.codebook.copy_(F.normalize(self.codebook, dim=-1))
+        bound = 1 / math.sqrt(9 * dim)  # PyTorch's default for a convolution
+        nn.init.uniform_(self.phi_weight, -bound, bound)
+        nn.init.uniform_(self.phi_bias, -bound, bound)
+
+    def forward(self, f: Tensor, generator: torch.Generator | None = None) -> Quantized:
+        """Quantise the latent map f (B, D, H, W); in training mode some samples keep only their first scales.
+
+        generator: CPU stream that draws the quantiser dropout (training mode only).
+        """
+        c = self.config
+        with torch.autocast(f.device.type, enabled=False):
+            f = f.float()
+            keep = self._draw_keep(len(f), generator).to(f.device) if self.training else None
+            ids, totals = multiscale_quantize(
+                f,
+                self.codebook.float(),
+                self.phi_weight.float(),
+                self.phi_bias.float(),
+                self.phi_index,
+                self.scales,
+                metric=c.metric,
+                ratio=c.phi_ratio,
+                keep=keep,
+            )
+            dims = (2, 3, 4)
+            codebook = (totals - f.detach()).square().mean(dims)  # (N, B)
+            commitment = (totals.detach() - f).square().mean(dims)
+            each = codebook + c.beta * commitment
+            if keep is None:
+                loss = each.mean()
+            else:  # a scale's loss is the mean over the samples that keep it
+                kept = keep > torch.arange(len(self.scales), device=f.device)[:, None]
+                loss = ((each * kept).sum(1) / kept.sum(1).clamp_min(1)).mean()
+            return Quantized(ids, f + (totals[-1] - f).detach(), loss)
+
+    def _draw_keep(self, batch: int, generator: torch.Generator | None) -> Tensor:
+        """int64 (B,): scales kept. Drawn per sample, so that it also works at batch 1."""
+        c, n = self.config, len(self.scales)
+        drop = torch.rand(batch, generator=generator) < c.quantizer_dropout
+        return torch.where(drop, torch.randint(c.dropout_start, n + 1, (batch,), generator=generator), n)
+
+    @property
+    def starts(self) -> list[int]:
+        """Index of each scale's first token, and L at the end."""
+        ends = [0]
+        for h, w in self.scales:
+            ends.append(ends[-1] + h * w)
+        return ends
+
+    def add_scale(self, k: int, ids: Tensor, total: Tensor | None) -> Tensor:
+        """The running sum (B, D, H, W) after adding scale k's ids (B, h_k w_k); total None: start from zero."""
+        j = self.phi_index[k]
+        h = dequantize_scale(
+            ids, self.codebook, self.phi_weight[j], self.phi_bias[j], self.scales[k], self.scales[-1], self.config.phi_ratio
+        )
+        return h if total is None else total + h
+
+    def latent(self, ids: Tensor) -> Tensor:
+        """The latent map (B, D, H, W) of the tokens (B, L)."""
+        total = None
+        for k, (start, end) in enumerate(pairwise(self.starts)):
+            total = self.add_scale(k, ids[:, start:end], total)
+        assert total is not None
+        return total
+
+    def next_input(self, k: int, total: Tensor) -> Tensor:
+        """VAR's input (B, h w, D) for scale k >= 1: the running sum, area-down-sampled to that scale."""
+        if self.scales[k] != self.scales[-1]:
+            total = F.interpolate(total, size=self.scales[k], mode="area")
+        return total.flatten(2).transpose(1, 2)
+
+    def teacher_inputs(self, ids: Tensor) -> Tensor:
+        """VAR's inputs (B, L - n_1, D) for all scales but the first, from the true tokens (B, L)."""
+        starts, total, inputs = self.starts, None, []
+        for k in range(len(self.scales) - 1):
+            total = self.add_scale(k, ids[:, starts[k] : starts[k + 1]], total)
+            inputs.append(self.next_input(k + 1, total))
+        if not inputs:
+            return self.codebook.new_zeros(len(ids), 0, self.config.code_dim)
+        return torch.cat(inputs, dim=1)

@@ -1,0 +1,156 @@
+"""Tokenizer: ViT encoder with learnable tokens, multi-scale residual VQ, ViT decoder (MARS §2.2, Figure 2).
+
+The encoder reads the K_f x K_t patches of a CMX tensor followed by S learnable tokens and keeps those S; the decoder
+reads K_f x K_t copies of one mask token followed by the S quantised tokens and keeps the patches. All attend to all.
+We leave out the class token of DINOv2, which nothing reads.
+
+Letters: B batch, C CMX channels, (F, T) CMX grid, K patches, S latent tokens, W width, D code dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mars.config import Config, Pair, TokenizerConfig
+from mars.kernels import attention
+from mars.models.quantizer import Quantized, Quantizer
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a mask."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(attention(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block of DINOv2: exact GELU, optional LayerScale, stochastic depth."""
+
+    def __init__(self, width: int, heads: int, layer_scale: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.scale1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+        self.scale2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """x: (B, n, W); keep: (2, B, 1, 1), each branch's factor per sample (stochastic depth)."""
+        for i, (branch, scale) in enumerate(((self._attend, self.scale1), (self._transform, self.scale2))):
+            y = branch(x)
+            y = y if scale is None else y * scale
+            x = x + (y if keep is None else y * keep[i])
+        return x
+
+    def _attend(self, x: Tensor) -> Tensor:
+        return self.attn(self.norm1(x))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
+
+
+def drop_path(depth: int, batch: int, rate: float, generator: torch.Generator | None) -> Tensor | None:
+    """Stochastic-depth factors (depth, 2, B, 1, 1), drop chance rising linearly from 0 to `rate`; None if rate is 0."""
+    if rate == 0:
+        return None
+    keep = 1 - torch.linspace(0, rate, depth).view(depth, 1, 1)
+    mask = torch.rand(depth, 2, batch, generator=generator) < keep
+    return (mask / keep)[..., None, None]
+
+
+class ViT(nn.Module):
+    """Transformer over two groups of tokens: the patch grid and the latent grid, told apart by a level embedding."""
+
+    def __init__(self, config: TokenizerConfig, patches: Pair) -> None:
+        super().__init__()
+        self.rate = config.drop_path
+        self.patches, self.latent = patches, config.latent
+        width = config.width
+        self.position = nn.Parameter(torch.empty(1, patches[0] * patches[1], width))
+        self.level = nn.Parameter(torch.empty(2, 1, width))
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.layer_scale) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        for p in (self.position, self.level):
+            nn.init.trunc_normal_(p, std=(1 / (3 * width)) ** 0.5)
+
+    def forward(self, patch: Tensor, latent: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """patch: (B, K, W), latent: (B, S, W); returns both after the last norm."""
+        position = self.position
+        if self.latent != self.patches:  # the same positions, resampled to the other grid
+            grid = position.transpose(1, 2).unflatten(2, self.patches)
+            position = F.interpolate(grid.float(), size=self.latent, mode="bicubic", align_corners=False)
+            position = position.flatten(2).transpose(1, 2)
+        x = torch.cat((patch + self.position + self.level[0], latent + position + self.level[1]), dim=1)
+        keep = drop_path(len(self.blocks), len(x), self.rate, generator) if self.training else None
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if keep is None else keep[i].to(x))
+        x = self.norm(x)
+        return x[:, : patch.shape[1]], x[:, patch.shape[1] :]
+
+
+class Tokenizer(nn.Module):
+    """CMX tensor (B, C, F, T) <-> tokens (B, L)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        t = config.tokenizer
+        self.channels = config.audio.channels
+        self.patch, self.patches = t.patch, config.patches
+        values = self.channels * t.patch[0] * t.patch[1]
+        self.embed = nn.Linear(values, t.width)
+        self.queries = nn.Parameter(torch.randn(1, t.latent[0] * t.latent[1], t.width) * 1e-6)
+        self.encoder = ViT(t, self.patches)
+        self.to_code = nn.Linear(t.width, t.code_dim)
+        self.quantizer = Quantizer(t)
+        self.from_code = nn.Linear(t.code_dim, t.width)
+        self.mask = nn.Parameter(torch.randn(1, 1, t.width) * 1e-6)
+        self.decoder = ViT(t, self.patches)
+        self.head = nn.Linear(t.width, values)
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Quantized]:
+        """Reconstruct x (B, C, F, T) through the quantiser.
+
+        generator: CPU stream for stochastic depth and quantiser dropout (training mode only).
+        """
+        quantized = self.quantizer(self.latent(x, generator), generator)
+        return self.reconstruct(quantized.latent, generator), quantized
+
+    def latent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The encoder's map (B, D, H, W), float32, before quantisation."""
+        (p, q), (k, l) = self.patch, self.patches
+        patches = x.unflatten(3, (l, q)).unflatten(2, (k, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        _, z = self.encoder(self.embed(patches), self.queries.expand(len(x), -1, -1), generator)
+        return self.to_code(z).float().transpose(1, 2).unflatten(2, self.quantizer.scales[-1])
+
+    def reconstruct(self, latent: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The CMX tensor (B, C, F, T) of a quantised map (B, D, H, W); not clamped."""
+        tokens = self.from_code(latent.flatten(2).transpose(1, 2))
+        mask = self.mask.expand(len(latent), self.patches[0] * self.patches[1], -1)
+        y, _ = self.decoder(mask, tokens, generator)
+        y = self.head(y).float().unflatten(2, (self.channels, *self.patch)).unflatten(1, self.patches)
+        return y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Tokens int64 (B, L) of a CMX tensor (B, C, F, T)."""
+        return self.quantizer(self.latent(x)).ids
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """CMX tensor (B, C, F, T) in [-1, 1] of the tokens (B, L)."""
+        return self.reconstruct(self.quantizer.latent(ids)).clamp(-1, 1)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,208 @@
+"""VAR: a transformer that predicts one whole scale of tokens at a time (Tian et al. 2024, arXiv:2404.02905, §3.2).
+
+AdaLN blocks, l2-normalised attention with a learned scale per head, absolute and level embeddings. The condition is
+ours: instrument family, source, pitch and velocity, each an embedding with a null row, added up; or none at all.
+
+Letters: B batch, N scales, n_k tokens of scale k, L tokens in all, W width, V codebook size, D code dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mars.config import CLASSES, TokenizerConfig, VARConfig
+from mars.kernels import attention, scale_causal_attention
+from mars.models.tokenizer import drop_path
+
+Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values (B, H, L, d), filled from the front
+
+
+class Attention(nn.Module):
+    """Self-attention on l2-normalised queries and keys; no bias on the keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """x: (B, n, W); attend maps q, k, v (B, H, n, d) to (B, H, n, d)."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scale = self.log_scale.clamp_max(math.log(100)).exp()
+        q, k = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype), F.normalize(k.float(), dim=-1).to(v.dtype)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """AdaLN block; `ada` gives the six modulations, or with shared AdaLN an offset to the shared ones."""
+
+    def __init__(self, width: int, heads: int, shared: bool) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        if shared:
+            self.offset = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        else:
+            self.ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.shared = shared
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """(B, 1, 6, W): gains of both branches, scales and shifts of both norms."""
+        if self.shared:
+            return self.offset + condition
+        return self.ada(condition).view(len(condition), 1, 6, -1)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor], keep: Tensor | None
+    ) -> Tensor:
+        """x: (B, n, W); keep: (2, B, 1, 1) as in the tokenizer's block."""
+        gain1, gain2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        y = self.attn(_norm(x) * (scale1 + 1) + shift1, attend) * gain1
+        x = x + (y if keep is None else y * keep[0])
+        y = self.mlp(_norm(x) * (scale2 + 1) + shift2) * gain2
+        return x + (y if keep is None else y * keep[1])
+
+
+def _norm(x: Tensor) -> Tensor:
+    """LayerNorm without weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class VAR(nn.Module):
+    """Logits of every scale's tokens given all coarser scales and the condition."""
+
+    def __init__(self, config: VARConfig, tokenizer: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.lengths = [h * w for h, w in tokenizer.scales]
+        self.starts = [sum(self.lengths[:k]) for k in range(len(self.lengths) + 1)]
+        width, first, tokens = config.width, self.lengths[0], sum(self.lengths)
+        # The last row of each table is the null condition.
+        self.condition = nn.ModuleDict({name: nn.Embedding(CLASSES[name] + 1, width) for name in config.condition})
+        self.start = None if config.condition else nn.Parameter(torch.empty(1, width))  # stands for the condition
+        self.start_position = nn.Parameter(torch.empty(1, first, width))
+        self.position = nn.Parameter(torch.empty(1, tokens, width))
+        self.level = nn.Embedding(len(self.lengths), width)
+        self.embed = nn.Linear(tokenizer.code_dim, width)
+        self.shared_ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) if config.shared_adaln else None
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.shared_adaln) for _ in range(config.depth))
+        self.head_ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.head = nn.Linear(width, tokenizer.codebook_size)
+        self.register_buffer(
+            "scale_of", torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths)), persistent=False
+        )
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self, gain: float = 1e-3) -> None:
+        """VAR's: truncated normals of variance 1 / (3 W), near-zero branches and head."""
+        width, std = self.config.width, (1 / (3 * self.config.width)) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for p in (self.start, self.start_position, self.position):
+            if p is not None:
+                nn.init.trunc_normal_(p, std=std)
+        self.head.weight.mul_(0.02)
+        self.head_ada[1].weight.mul_(0.5)
+        for block in self.blocks:
+            block.attn.proj.weight.div_((2 * len(self.blocks)) ** 0.5)
+            block.mlp[2].weight.div_((2 * len(self.blocks)) ** 0.5)
+            if block.shared:
+                block.offset[:, :, :2].mul_(gain)
+                block.offset[:, :, 2:].mul_(0.5)
+        for ada in [self.shared_ada] if self.shared_ada else [block.ada for block in self.blocks]:
+            ada[1].weight[: 2 * width].mul_(gain)
+            ada[1].weight[2 * width :].mul_(0.5)
+
+    def null_condition(self, batch: int) -> Tensor:
+        """int64 (B, attributes): every attribute unknown."""
+        rows = [CLASSES[name] for name in self.config.condition]
+        return torch.tensor(rows, dtype=torch.int64, device=self.position.device).expand(batch, -1)
+
+    def embed_condition(self, condition: Tensor) -> Tensor:
+        """(B, W) of the class ids (B, attributes) in the order of `config.condition`; CLASSES[name] is unknown."""
+        if self.start is not None:
+            return self.start.expand(len(condition), -1)
+        tables = self.condition.values()  # in the order of config.condition
+        return torch.stack([table(ids) for table, ids in zip(tables, condition.unbind(1), strict=True)]).sum(0)
+
+    def modulations(self, embedded: Tensor) -> list[Tensor]:
+        """Each block's (B, 1, 6, W); they depend on the condition alone, so generation computes them once."""
+        shared = self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
+        return [block.modulation(shared) for block in self.blocks]
+
+    def logits(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """float32 logits (B, n, V) of the last block's output (B, n, W)."""
+        with torch.autocast(x.device.type, enabled=False):
+            scale, shift = self.head_ada(embedded.float())[:, None].chunk(2, dim=-1)
+            x = _norm(x.float()) * (scale + 1) + shift
+        return self.head(x).float()
+
+    def forward(
+        self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Teacher forcing.
+
+        Args:
+            inputs: (B, L - n_1, D), from `Quantizer.teacher_inputs`.
+            condition: int64 (B, attributes); see `embed_condition`.
+            generator: CPU stream for stochastic depth (training mode only).
+
+        Returns:
+            float32 logits (B, L, V) of the tokens of every scale.
+        """
+        embedded = self.embed_condition(condition)
+        x = torch.cat((embedded[:, None] + self.start_position, self.embed(inputs)), dim=1)
+        x = x + self.position + self.level(self.scale_of)
+        keep = None
+        if self.training:
+            keep = drop_path(len(self.blocks), len(x), self.config.drop_path, generator)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return scale_causal_attention(q, k, v, self.lengths)
+
+        for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(embedded), strict=True)):
+            x = block(x, modulation, attend, None if keep is None else keep[i].to(x))
+        return self.logits(x, embedded)
+
+    def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:
+        """Keys and values of all L tokens, allocated once."""
+        w, h = self.config.width, self.config.heads
+        shape = (batch, h, self.starts[-1], w // h)
+        device = self.position.device
+        return [(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)) for _ in self.blocks]
+
+    def step(self, k: int, inputs: Tensor | None, embedded: Tensor, modulations: Sequence[Tensor], cache: Cache) -> Tensor:
+        """Logits (B, n_k, V) of scale k, reading the coarser scales from the cache and adding its own.
+
+        Args:
+            k: scale, from 0; call with 0, 1, 2, … in turn.
+            inputs: (B, n_k, D), from `Quantizer.next_input`; None for scale 0.
+            embedded, modulations: of `embed_condition` and `modulations`.
+            cache: of `new_cache`.
+        """
+        start, end = self.starts[k], self.starts[k + 1]
+        x = embedded[:, None] + self.start_position if inputs is None else self.embed(inputs)
+        x = x + self.position[:, start:end] + self.level.weight[k]
+        for block, modulation, (keys, values) in zip(self.blocks, modulations, cache, strict=True):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
+                keys[:, :, start:end], values[:, :, start:end] = k, v
+                return attention(q, keys[:, :, :end], values[:, :, :end])
+
+            x = block(x, modulation, attend, None)
+        return self.logits(x, embedded)

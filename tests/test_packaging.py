@@ -1,0 +1,123 @@
+"""The layout, the wheel and the installed package keep what the documentation says of them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mars
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+FILES = [  # rglob does not follow links
+    path
+    for folder in ("mars", "mars/kernels", "mars/cli")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.is_file() and path.suffix != ".pyc"
+]
+OPS = sorted({path.parent.name for path in (ROOT / "kernels").glob("*/*.py")})
+
+
+def run(*command: str | Path, **options: object) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["kernels", "cli"])
+def test_links_lead_to_the_folders(name):
+    link = ROOT / "mars" / name
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_its_files(op):
+    wanted = [f"kernels/{op}/{name}.py" for name in ("__init__", "op", "reference")]
+    missing = [name for name in [*wanted, f"tests/kernels/test_{op}.py"] if not (ROOT / name).is_file()]
+    assert missing == []
+
+
+def test_the_docs_index_names_every_page():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/README.md").read_text())) == pages
+
+
+def test_versions_agree():
+    assert PROJECT["version"] == mars.__version__ == importlib.metadata.version("mars-audio")
+
+
+@pytest.mark.parametrize("script", PROJECT["scripts"])
+def test_scripts_are_installed_and_explain_themselves(script, tmp_path):
+    assert "Usage:" in run(Path(sysconfig.get_path("scripts")) / script, "--help", cwd=tmp_path)
+
+
+def test_import_is_light(tmp_path):
+    code = "import sys, torch; had = set(sys.modules); import mars.models; print(*set(sys.modules) - had)"
+    heavy = {"triton", "matplotlib", "flash_attn", "xformers", "librosa", "soxr", "fluidsynth"}
+    assert heavy.intersection(run(sys.executable, "-c", code, cwd=tmp_path).split()) == set()
+
+
+def test_no_code_runs_data_or_a_shell():
+    """No unpickling, no evaluation of strings, no unchecked archive members, no shell."""
+    banned = {"pickle", "marshal", "shelve", "eval", "exec", "torch.load", "yaml.load", "os.system", "shell"}
+    found = []
+    for path in FILES:
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Name() | ast.Attribute():
+                    names = [ast.unparse(node)]
+                case ast.Import(names=aliases):
+                    names = [alias.name for alias in aliases]
+                case ast.ImportFrom(module=module, names=aliases):
+                    names = [str(module), *(f"{module}.{alias.name}" for alias in aliases)]
+                case ast.keyword(arg=str(name)):
+                    names = [name]
+                case _:
+                    continue
+            found += [f"{path}:{name}" for name in names if name in banned or name.endswith(".extractall")]
+    assert found == []
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT)
+    (file,) = folder.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(folder / "content")
+    return folder / "content"
+
+
+def test_wheel_holds_all_of_mars_and_nothing_else(wheel):
+    assert [path.name for path in wheel.iterdir() if path.suffix != ".dist-info"] == ["mars"]
+    assert [path for path in FILES if not (wheel / path.relative_to(ROOT)).is_file()] == []
+
+
+@pytest.mark.parametrize("pattern", ["py.typed", "presets.toml", "**/*.safetensors", "**/*.flac"])
+def test_wheel_holds_the_data(wheel, pattern):
+    assert list((wheel / "mars").glob(pattern))
+
+
+def test_wheel_runs_without_the_checkout(wheel, tmp_path):
+    # -S: no .pth files, among them the one by which an editable install leads back to the checkout
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(wheel), *sys.path])}
+    code = "import mars; print(mars.__file__, flush=True); from mars.cli.generate import main; main()"
+    out = run(sys.executable, "-S", "-c", code, "--help", cwd=tmp_path, env=environment)
+    assert out.startswith(str(wheel / "mars/__init__.py"))
+    assert "Usage:" in out
