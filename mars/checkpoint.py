@@ -72,7 +72,12 @@ def replace_directory(
     write_directory(new, tensors, documents, texts)
     if path.exists():
         path.rename(old)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -81,7 +86,7 @@ def verify(path: Path) -> None:
     """Check every file of the directory against its manifest.
 
     Raises:
-        CheckpointError: a file is missing, changed, or the manifest cannot be read.
+        CheckpointError: a file is missing, changed or not listed, or the manifest cannot be read.
     """
     manifest = read_json(path / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -93,6 +98,9 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{file} is missing; the directory is damaged")
         if not isinstance(entry, dict) or sha256(file) != entry.get("sha256"):
             raise CheckpointError(f"{file} does not match its checksum; the file is damaged")
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".safetensors", ".json") and file.name not in (*files, MANIFEST):
+            raise CheckpointError(f"{file} is not listed in the manifest; move it elsewhere")
 
 
 def read_json(path: Path) -> Any:
@@ -130,7 +138,7 @@ def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
         CheckpointError: naming the first tensor that does not fit.
     """
     own = module.state_dict()
-    for name in own.keys() ^ tensors.keys():
+    for name in sorted(own.keys() ^ tensors.keys()):
         side = "lacks" if name in own else "has an unknown"
         raise CheckpointError(f"{source} {side} tensor {name}; it belongs to another configuration")
     for name, tensor in tensors.items():

@@ -38,6 +38,16 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _positive(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, f"{where}.{name} must be positive, got {getattr(config, name)}")
+
+
+def _within(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        _require(0 <= getattr(config, name) <= 1, f"{where}.{name} must be in 0..1, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioConfig:
     """The front end: waveform (samples,) <-> normalised log magnitude (bins, frames) <-> CMX tensor."""
@@ -116,6 +126,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _scales(self, "tokenizer")
+        _positive(self, "tokenizer", "width", "depth", "heads", "code_dim")
+        _within(self, "tokenizer", "phi_ratio", "quantizer_dropout")
+        _require(0 <= self.drop_path < 1, f"tokenizer.drop_path must be in [0, 1), got {self.drop_path}")
         _require(self.width % self.heads == 0, f"tokenizer.width {self.width} is not a multiple of heads {self.heads}")
         _require(self.metric in ("cosine", "l2"), f"tokenizer.metric must be cosine or l2, got {self.metric!r}")
         _require(self.codebook_size >= 2, f"tokenizer.codebook_size must be at least 2, got {self.codebook_size}")
@@ -124,9 +137,8 @@ class TokenizerConfig:
             f"tokenizer.phi must be 1..{len(self.scales)} (the number of scales), got {self.phi}",
         )
         _require(
-            0 <= self.quantizer_dropout <= 1 and 1 <= self.dropout_start <= len(self.scales),
-            f"tokenizer: want quantizer_dropout in 0..1 and dropout_start in 1..{len(self.scales)}; "
-            f"got {self.quantizer_dropout} and {self.dropout_start}",
+            1 <= self.dropout_start <= len(self.scales),
+            f"tokenizer.dropout_start must be 1..{len(self.scales)} (the number of scales), got {self.dropout_start}",
         )
 
     @property
@@ -158,9 +170,14 @@ class VARConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "condition", tuple(self.condition))
+        _positive(self, "var", "width", "depth", "heads")
+        _within(self, "var", "condition_dropout")
+        _require(0 <= self.drop_path < 1, f"var.drop_path must be in [0, 1), got {self.drop_path}")
         _require(self.width % self.heads == 0, f"var.width {self.width} is not a multiple of heads {self.heads}")
         unknown = [c for c in self.condition if c not in CLASSES]
         _require(not unknown, f"var.condition: unknown {unknown}; choose among {', '.join(CLASSES)}")
+        twice = len(set(self.condition)) < len(self.condition)
+        _require(not twice, f"var.condition names an attribute twice: {', '.join(self.condition)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,9 +208,14 @@ class TrainConfig:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every"):
-            _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
-        _require(self.lr > 0, f"train.lr must be positive, got {self.lr}")
+        counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every")
+        _positive(self, "train", *counts, "lr", "discriminator_lr")
+        _within(self, "train", "warmup", "final_lr", "adversarial_start", "adversarial_ramp")
+        _require(all(0 <= b < 1 for b in self.betas), f"train.betas must be in [0, 1), got {self.betas}")
+        _require(
+            self.weight_decay >= 0 and self.grad_clip >= 0,
+            f"train: weight_decay and grad_clip must not be negative, got {self.weight_decay} and {self.grad_clip}",
+        )
         _require(0 <= self.ema < 1, f"train.ema must be in [0, 1), got {self.ema}")
         _require(self.schedule in ("cosine", "lin0"), f"train.schedule must be cosine or lin0, got {self.schedule!r}")
         _require(
@@ -277,7 +299,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be a {kind.__name__}, got {value!r}")
     if kind is float and not math.isfinite(value):
@@ -348,8 +370,9 @@ def override(config: Config, overrides: Sequence[str], stage: str | None = None)
 
 
 def _parse(text: str) -> Any:
-    """A TOML value; `8,4` is a list and a bare word a string."""
-    for candidate in (text, f"[{text}]", json.dumps(text)):
+    """A TOML value; `8,4` is a list, a bare word a string and `family,pitch` a list of them."""
+    words = json.dumps([word.strip() for word in text.split(",")] if "," in text else text)
+    for candidate in (text, f"[{text}]", words):
         try:
             if candidate != f"[{text}]" or "," in text:
                 return tomllib.loads(f"v = {candidate}")["v"]

@@ -3,8 +3,8 @@
 
 The folder is one that mars-generate wrote (<index>-<family>-<pitch>.wav) or NSynth's
 (<family>_<source>_<number>-<pitch>-<velocity>.wav). Where notes.json lists the notes, its pitches are used.
-The pitch heard is the median over the voiced frames of the sustained part, by pYIN (Mauch and Dixon 2014, as in
-librosa, which this needs). Exits with 1 where fewer than --at-least of the notes are in tune.
+The pitch heard is the median over the voiced frames of the sustained part, by pYIN (Mauch and Dixon 2014)
+from librosa, which this needs. Exits with 1 where fewer than --at-least of the notes are in tune.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def main() -> int:
         remark = "" if good else "octave" if octave else "off"
         print(f"{name:<44} {asked:>5} {numbers} {voiced:>6.0%}  {remark}".rstrip())
     fraction = in_tune / len(pitches)
-    print(
-        f"{in_tune} of {len(pitches)} notes ({fraction:.0%}) within {options.cents:g} cents of the asked pitch"
-    )
+    print(f"{in_tune} of {len(pitches)} notes ({fraction:.0%}) within {options.cents:g} cents of their pitch")
     if octaves_off:
         print(f"{octaves_off} of the others would be, were they moved by whole octaves")
     return 0 if fraction >= options.at_least else 1

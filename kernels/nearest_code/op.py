@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -35,5 +37,20 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: Metric = "l2") -> Tensor:
     if metric not in ("l2", "cosine"):
         raise ValueError(f"nearest_code: metric must be l2 or cosine, got {metric!r}")
     rows = max(1, _SCORES // len(codebook))
-    found = [reference.nearest_code(part, codebook, metric) for part in x.split(rows)]
+    with _float32(x.device.type):
+        found = [reference.nearest_code(part, codebook, metric) for part in x.split(rows)]
     return torch.cat(found) if len(found) != 1 else found[0]
+
+
+@contextmanager
+def _float32(device: str) -> Iterator[None]:
+    """Products in full float32: neither autocast, nor the TF32 or bfloat16 that a lower matmul precision allows."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)

@@ -5,13 +5,13 @@ Engel et al. 2017, arXiv:1704.01279. Archives are read as a stream, never unpack
 
 from __future__ import annotations
 
+import gzip
 import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from mars.config import FAMILIES, SOURCES
 from mars.data.notes import BadFileError, DataError, Labels, labels_of, parse_json, read_audio
@@ -21,6 +21,7 @@ SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
 LICENCE = "CC BY 4.0, Google Inc. (the NSynth dataset, magenta.tensorflow.org/datasets/nsynth)"
 _LARGEST_WAV = 1 << 20  # bytes; NSynth's have 128,044
 _LARGEST_LISTING = 1 << 30  # bytes; that of nsynth-train has 200 MB
+_LARGEST_OTHER = 1 << 26  # bytes
 _MOST_MEMBERS = 1_000_000  # of an archive; nsynth-train has 289,207
 _PER_NOTE = {True: 80_000, False: 128_000}  # bytes in an archive, compressed or not: a guess for the bar
 
@@ -78,6 +79,8 @@ def _pack_one(path: Path, writer: Writer, split: int) -> None:
     added = set()
     for file, content in _folder(path) if path.is_dir() else _archive(path):
         if file == "examples.json" and isinstance(content, bytes):
+            if listing is not None:
+                raise DataError(f"{path} has two examples.json; remove one")
             listing = parse_json(content, f"{path}: examples.json")
             if not isinstance(listing, dict):
                 raise DataError(
@@ -155,26 +158,62 @@ def _folder(path: Path) -> Iterator[Entry]:
             yield file.name, f"unreadable ({error.strerror})"
 
 
+class _Stream:
+    """Reads a file, through gzip where it is compressed, and knows how far anything but zeros has come.
+
+    tarfile takes a damaged or missing header for the end of the archive; `end` tells the difference.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        self._file = gzip.GzipFile(fileobj=file) if compressed else file
+        self.count = self.end = 0  # bytes; all read, and up to the last that is not zero
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        if some := content.rstrip(b"\0"):
+            self.end = self.count + len(some)
+        self.count += len(content)
+        return content
+
+    def drain(self) -> None:
+        """Reads to the end, where gzip checks its sum; gives up on what cannot be padding."""
+        for _ in range(256):
+            if not self.read(1 << 20):
+                return
+        raise EOFError("too much after its end")
+
+
 def _archive(path: Path) -> Iterator[Entry]:
     try:
-        with tarfile.open(path, "r|*") as archive:
-            for count, member in enumerate(archive):
-                if count >= _MOST_MEMBERS or member.size > _LARGEST_LISTING:
-                    raise DataError(f"{path} is no archive of NSynth: {member.name:.80} breaks its limits")
-                place = PurePosixPath(member.name)
-                file = place.name
-                if member.isdir() or not (file == "examples.json" or place.suffix == ".wav"):
-                    continue
-                if not member.isreg():
-                    yield file, "not a regular file"
-                elif place.is_absolute() or ".." in place.parts:
-                    yield file, "its path leads out of the archive"
-                elif place.suffix == ".wav" and member.size > _LARGEST_WAV:
-                    yield file, f"larger than {_LARGEST_WAV:,} bytes"
-                else:
-                    content = archive.extractfile(member)
-                    yield file, content.read() if content else "not a regular file"
-                # They would pile up: 300 MB for nsynth-train.
-                archive.members.clear()  # type: ignore[attr-defined]
-    except (tarfile.TarError, EOFError, zlib.error, LZMAError, UnicodeError, OSError) as error:
+        with path.open("rb") as file:
+            stream = _Stream(file)
+            with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|") as archive:
+                for count, member in enumerate(archive):
+                    name = PurePosixPath(member.name).name
+                    limit = _LARGEST_LISTING if name == "examples.json" else _LARGEST_OTHER
+                    if count >= _MOST_MEMBERS or member.size > limit:
+                        raise DataError(f"{path} is no archive of NSynth: {name!r:.80} breaks its limits")
+                    if not member.isdir() and (name == "examples.json" or name.endswith(".wav")):
+                        yield name, _content(archive, member)
+                    # They would pile up: 300 MB for nsynth-train.
+                    archive.members.clear()  # type: ignore[attr-defined]
+                end = archive.offset
+                stream.drain()
+            if stream.end > end or stream.count < end + tarfile.BLOCKSIZE:
+                raise EOFError("its end is missing or damaged")
+    except (tarfile.TarError, EOFError, zlib.error, UnicodeError, OSError) as error:
         raise DataError(f"{path} is not a whole tar archive ({error}); fetch it again") from None
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
+    path = PurePosixPath(member.name)
+    if not member.isreg():
+        return "not a regular file"
+    if path.is_absolute() or ".." in path.parts:
+        return "its path leads out of the archive"
+    if path.suffix == ".wav" and member.size > _LARGEST_WAV:
+        return f"larger than {_LARGEST_WAV:,} bytes"
+    content = archive.extractfile(member)
+    return content.read() if content else "not a regular file"

@@ -221,7 +221,8 @@ class Writer:
             raise ValueError(
                 f"{name}: want audio of shape ({self.samples},), got {audio.shape}; use notes.fit"
             )
-        reason = "a note of this name came before" if name in self._rows else fault(audio)
+        twice = name in self._rows or name in self._bad
+        reason = "a note of this name came before" if twice else fault(audio)
         if reason is None and not name.isprintable():
             reason = "its name has characters that cannot be written on a line"
         if reason is not None:

@@ -246,16 +246,11 @@ def _share(total: int | None, limits: list[int], rng: np.random.Generator) -> li
     """`total` shared evenly among those with these limits; chance decides who gets the odd ones."""
     if total is None or total >= sum(limits):
         return limits
-    shares = [0] * len(limits)
-    open_ = list(range(len(limits)))
-    while total:
-        each, odd = divmod(total, len(open_))
-        lucky = set(rng.permutation(open_)[:odd].tolist())
-        for i in open_:
-            got = min(each + (i in lucky), limits[i] - shares[i])
-            shares[i] += got
-            total -= got
-        open_ = [i for i in open_ if shares[i] < limits[i]]
+    level = next(level for level in itertools.count() if sum(min(n, level + 1) for n in limits) > total)
+    shares = [min(limit, level) for limit in limits]
+    able = [i for i, limit in enumerate(limits) if limit > level]
+    for i in rng.permutation(able)[: total - sum(shares)]:
+        shares[i] += 1
     return shares
 
 

@@ -17,7 +17,7 @@ class Discriminator(nn.Sequential):
             stride = 2 if i < layers else 1
             modules += [
                 nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[i]),
+                nn.BatchNorm2d(widths[i], track_running_stats=False),  # only ever trained
                 nn.LeakyReLU(0.2),
             ]
         super().__init__(*modules, nn.Conv2d(widths[-1], 1, 4, padding=1))

@@ -101,9 +101,16 @@ class Quantizer(nn.Module):
     def add_scale(self, k: int, ids: Tensor, total: Tensor | None) -> Tensor:
         """The running sum (B, D, H, W) after adding scale k's ids (B, h_k w_k); total None: start from zero."""
         j = self.phi_index[k]
-        h = dequantize_scale(
-            ids, self.codebook, self.phi_weight[j], self.phi_bias[j], self.scales[k], self.scales[-1], self.config.phi_ratio
-        )
+        with torch.autocast(ids.device.type, enabled=False):
+            h = dequantize_scale(
+                ids,
+                self.codebook,
+                self.phi_weight[j],
+                self.phi_bias[j],
+                self.scales[k],
+                self.scales[-1],
+                self.config.phi_ratio,
+            )
         return h if total is None else total + h
 
     def latent(self, ids: Tensor) -> Tensor:

@@ -100,8 +100,11 @@ class Optimizer:
         self.config = config
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        decay = [p for p in self.parameters if p.ndim > 1]
-        plain = [p for p in self.parameters if p.ndim <= 1]
+        # As published: only weights of layers decay, not positions, levels, tokens, the codebook or attention scales.
+        decay, plain = [], []
+        for name, p in zip(self.names, self.parameters, strict=True):
+            matrix = p.ndim > 1 and name.endswith("weight") and name != "level.weight"
+            (decay if matrix else plain).append(p)
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
         self.averaged = [p for p in averaged.parameters()] if averaged is not None else None
@@ -132,14 +135,16 @@ class Optimizer:
         return state
 
     def load_state(self, state: Mapping[str, Tensor], source: Path) -> None:
-        """Restore `state()`."""
+        """Restore `state()`, which is empty before the first update."""
+        if not state:
+            return
         for name, p in zip(self.names, self.parameters, strict=True):
             moments = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = state.get(f"{name}/{key}")
                 if value is None or (key != "step" and value.shape != p.shape):
                     raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
-                moments[key] = value.clone().to(p.device if key != "step" else "cpu")
+                moments[key] = value.clone().to(p.device)  # the fused kernel wants the step there too
             self.adamw.state[p] = moments
 
 
@@ -173,8 +178,7 @@ class Run:
     def save(self, step: int, stage: Stage) -> None:
         """Write the checkpoint of `step` and drop all but the newest `KEEP`."""
         target = self.path / "checkpoints" / f"step-{step:08d}"
-        if not target.exists():
-            checkpoint.write_directory(target, stage.state(), {"state": {"step": step}})
+        checkpoint.replace_directory(target, stage.state(), {"state": {"step": step}})  # there may be a damaged one
         for old in self.checkpoints()[KEEP:]:
             doomed = old.with_name(f".del-{old.name}")
             old.rename(doomed)

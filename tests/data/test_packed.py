@@ -36,7 +36,10 @@ def test_what_is_written_is_read(tmp_path):
     assert dataset.metadata.dtype == np.int32
     assert dataset.metadata.shape == (20, len(COLUMNS))
     assert dataset.column("pitch").tolist() == list(range(21, 41))
-    assert [dataset.instruments[i] for i in dataset.column("instrument")[:2]] == ["instrument 0", "instrument 1"]
+    assert [dataset.instruments[i] for i in dataset.column("instrument")[:2]] == [
+        "instrument 0",
+        "instrument 1",
+    ]
     waveforms = dataset.waveforms(torch.tensor([0, 3]))
     assert waveforms.shape == (2, SAMPLES)
     assert waveforms.dtype == torch.float32
@@ -119,7 +122,9 @@ def test_labels_out_of_range_and_pickles_are_refused(tmp_path):
 
 
 def test_raw_audio_and_nothing_are_explained(tmp_path):
-    with pytest.raises(DataError, match=r"is not a packed dataset \(no dataset.json\); pack it first: mars-data"):
+    with pytest.raises(
+        DataError, match=r"is not a packed dataset \(no dataset.json\); pack it first: mars-data"
+    ):
         Dataset.open(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         Dataset.open(tmp_path / "none")
@@ -189,7 +194,7 @@ def test_existing_paths_are_never_overwritten(tmp_path):
 
 def test_a_full_disk_is_seen_before_writing(tmp_path):
     writer = Writer(tmp_path / "a", sample_rate=16_000, samples=64_000, origin={}, expected=10**9)
-    with pytest.raises(DiskError, match="are free"), writer:
+    with pytest.raises(DiskError, match="free; make room"), writer:
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -275,7 +280,9 @@ def test_one_instrument_is_all_train(tmp_path, caplog):
     assert len(dataset.split("test")) == 0
 
 
-@pytest.mark.parametrize("text", [b"{", b'{"a":1,"a":2}', b"[NaN]", b"\xff\xfe{\x00}", b"[" * 100_000, b'"\xff"'])
+@pytest.mark.parametrize(
+    "text", [b"{", b'{"a":1,"a":2}', b"[NaN]", b"\xff\xfe{\x00}", b"[" * 100_000, b'"\xff"']
+)
 def test_json_from_strangers_is_strict(text):
-    with pytest.raises(DataError, match="x.json is not valid JSON"):
+    with pytest.raises(DataError, match=r"x\.json is not valid JSON"):
         parse_json(text, "x.json")

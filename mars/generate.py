@@ -1,0 +1,332 @@
+"""New notes from a trained model: condition, tokens scale by scale, spectrogram, waveform.
+
+Sampling is VAR's (Tian et al. 2024, arXiv:2404.02905): guidance that grows with the scale, top-k, then top-p.
+
+A note depends on its seed and index alone: it has its own random stream, and the network always runs on whole
+tiles of notes, index i in slot i % tile of tile i // tile, because matrix products may round differently with
+the number of their rows. So on one machine a note has the same bytes whatever n, start and batch_size are.
+Another device, number of threads or version of PyTorch may round differently, which can change a token.
+
+Letters: B notes, L tokens over all scales, n tokens of one scale, V codebook size, D code dimension.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mars import audio
+from mars.checkpoint import CheckpointError
+from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, ConfigError
+from mars.model import Model
+from mars.models.var import VAR
+from mars.train.loop import autocast, stream
+
+TILE = 8  # notes the network runs on at once on a CPU; changing it changes the bytes of all notes
+TILE_ACCELERATOR = 32
+STREAM = 4  # tells these random streams from those of training with the same seed
+
+Condition = dict[str, Any]  # family, source: name; pitch, velocity: int; None where unknown
+
+
+@dataclass(frozen=True, eq=False)
+class Note:
+    """One generated note, on the CPU."""
+
+    index: int
+    waveform: Tensor  # (samples,) float32, at most full scale
+    spectrogram: Tensor  # (bins, frames) in [-1, 1], before its phase was made up
+    ids: Tensor  # int64 (L,)
+    condition: Condition
+
+
+@dataclass
+class Timing:
+    """Seconds spent so far, over all notes."""
+
+    transformer: float = 0.0
+    decoding: float = 0.0  # tokens to spectrogram
+    griffin_lim: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A note without its waveform."""
+
+    index: int
+    stream: torch.Generator
+    condition: Condition
+    ids: Tensor
+    spectrogram: Tensor  # on the model's device
+
+
+def generate(
+    model: Model,
+    n: int,
+    *,
+    seed: int = 0,
+    start: int = 0,
+    pitch: int | tuple[int, int] | None = None,
+    family: str | None = None,
+    source: str | None = None,
+    velocity: int | None = None,
+    cfg: float = 2.0,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    batch_size: int = 16,
+    iterations: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+    timing: Timing | None = None,
+) -> Iterator[Note]:
+    """Notes `start` to `start + n - 1` of `seed`, in order.
+
+    What is not given of pitch, family, source and velocity is drawn for each note from what the model was
+    trained on (`model.notes`): any of its families, the source most common in it, one of its usual pitches,
+    any velocity. It is left open if that is not known or the model has no such condition.
+
+    Args:
+        pitch: MIDI number, or (lowest, highest); the usual pitches within that range if there are any.
+        velocity: counts as the nearest of VELOCITIES.
+        cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
+            none, at half the cost. Without effect if the model has no condition.
+        top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
+        batch_size: notes finished together, rounded up to whole tiles; of no effect on the notes.
+        iterations: of Griffin-Lim.
+        progress: called with the notes done and n.
+        timing: to which the seconds of each part are added.
+
+    Raises:
+        CheckpointError: the model is a tokenizer only or, later, gives numbers that are not finite.
+        ConfigError: a setting is out of range or asks for what the model was not trained on.
+    """
+    var, device = model.var, model.device
+    if var is None:
+        raise CheckpointError(
+            "the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL"
+        )
+    for name, value, least in (
+        ("n", n, 1), ("seed", seed, 0), ("start", start, 0), ("top_k", top_k, 1),
+        ("batch_size", batch_size, 1), ("iterations", iterations, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+    if not 0 <= cfg < math.inf:
+        raise ConfigError(f"cfg must be at least 0 (no guidance), got {cfg}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be above 0 and at most 1 (no limit), got {top_p}")
+    asked = _asked(model, var, pitch, family, source, velocity)
+    timing = timing or Timing()
+    size = TILE if device.type == "cpu" else TILE_ACCELERATOR
+    wanted = range(start, start + n)
+
+    def drafts(first: int) -> list[_Draft]:
+        """The tile of notes from `first`, whole even where fewer are wanted."""
+        streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
+        conditions = [choose(model.notes, var.config.condition, asked, s) for s in streams]
+        uniforms = torch.stack([torch.rand(var.starts[-1], generator=s) for s in streams])
+        began = time.perf_counter()
+        classes = condition_ids(conditions, var.config.condition).to(device)
+        ids, latent = sample(model, classes, uniforms.to(device), cfg, top_k, top_p)
+        ids = ids.cpu()
+        sampled = time.perf_counter()
+        with autocast(device, model.config.train.tokenizer.precision):
+            x = model.tokenizer.reconstruct(latent).clamp(-1, 1)
+        spectrograms = audio.demultiplexed(x, model.config.audio)
+        _synchronise(device)
+        timing.transformer += sampled - began
+        timing.decoding += time.perf_counter() - sampled
+        return [_Draft(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+
+    def notes() -> Iterator[Note]:
+        step = -(-batch_size // size) * size
+        for first in range(start - start % size, start + n, step):
+            with torch.no_grad():
+                tiles = [drafts(t) for t in range(first, min(first + step, start + n), size)]
+                if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
+                    tiles = [[d for tile in tiles for d in tile if d.index in wanted]]
+                began = time.perf_counter()
+                finished = [note for tile in tiles for note in finish(tile) if note.index in wanted]
+                timing.griffin_lim += time.perf_counter() - began
+            if progress is not None:
+                progress(finished[-1].index + 1 - start, n)
+            yield from finished
+
+    def finish(drafts: list[_Draft]) -> list[Note]:
+        """The same with waveforms."""
+        spectrograms = torch.stack([d.spectrogram for d in drafts])
+        magnitudes = audio.magnitudes(spectrograms, model.config.audio)
+        streams = [d.stream for d in drafts]
+        waveforms = audio.griffin_lim(magnitudes, model.config.audio, iterations, generators=streams).cpu()
+        peaks = waveforms.abs().amax(dim=1)
+        for d, peak in zip(drafts, peaks.tolist(), strict=True):
+            if not math.isfinite(peak):
+                raise CheckpointError(
+                    f"note {d.index} of seed {seed} is not finite; the model's weights are unusable"
+                )
+        # Griffin-Lim overshoots at times. A note is made quieter rather than clipped, and never louder.
+        waveforms = waveforms / peaks.clamp_min(1)[:, None]
+        return [
+            Note(d.index, w, s, d.ids, d.condition)
+            for d, w, s in zip(drafts, waveforms, spectrograms.cpu(), strict=True)
+        ]
+
+    return notes()
+
+
+def sample(
+    model: Model, condition: Tensor, uniforms: Tensor, cfg: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Draw all tokens, scale after scale.
+
+    Args:
+        condition: int64 (B, attributes), see `VAR.embed_condition`.
+        uniforms: (B, L) in [0, 1), one for each token to draw.
+        cfg, top_k, top_p: see `generate`.
+
+    Returns:
+        ids: int64 (B, L).
+        latent: (B, D, H, W), the tokens' latent map.
+    """
+    var, quantizer = model.var, model.tokenizer.quantizer
+    assert var is not None
+    cast = autocast(model.device, model.config.train.var.precision)
+    last = len(var.lengths) - 1
+    guided = cfg > 0 and bool(var.config.condition) and last > 0
+    if guided:  # the second half of the rows has the condition hidden
+        condition = torch.cat((condition, var.null_condition(len(condition))))
+    with cast:
+        embedded = var.embed_condition(condition)
+        modulations = var.modulations(embedded)
+        half = torch.is_autocast_enabled(model.device.type)
+    dtype = torch.get_autocast_dtype(model.device.type) if half else torch.float32
+    cache = var.new_cache(len(condition), dtype)
+    ids: list[Tensor] = []
+    total = inputs = None
+    for k, uniform in enumerate(uniforms.split(var.lengths, dim=1)):
+        with cast:
+            logits = var.step(k, inputs, embedded, modulations, cache)
+        if guided:
+            logits, free = logits.chunk(2)
+            if k > 0:  # no guidance on the first scale, but the rest needs both halves of its cache
+                t = cfg * k / last
+                logits = (1 + t) * logits - t * free
+        ids.append(draw(logits, uniform, top_k, top_p))
+        total = quantizer.add_scale(k, ids[-1], total)  # not autocast, as in training
+        if k < last:
+            inputs = quantizer.next_input(k + 1, total)
+            inputs = torch.cat((inputs, inputs)) if guided else inputs
+    assert total is not None
+    return torch.cat(ids, dim=1), total
+
+
+def draw(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Tokens int64 (B, n) from logits (B, n, V), inverting the distribution at uniforms (B, n) in [0, 1).
+
+    Kept are the top_k likeliest tokens and, with these adding up to 1, the fewest of them that reach top_p.
+
+    Raises:
+        CheckpointError: logits are not finite.
+    """
+    values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # likeliest first
+    mass = values.softmax(dim=-1).cumsum(dim=-1)
+    if not bool(mass[..., -1].isfinite().all()):
+        raise CheckpointError("the transformer's output is not finite; the model's weights are unusable")
+    last = (mass[..., :-1] < top_p).sum(dim=-1, keepdim=True)  # the last token kept, at least the first
+    level = uniforms[..., None] * mass.gather(-1, last)
+    choice = torch.searchsorted(mass, level, right=True).minimum(last)  # level may round up to the whole mass
+    return tokens.gather(-1, choice).squeeze(-1)
+
+
+def choose(
+    notes: Sequence[Condition], attributes: Sequence[str], asked: Condition, generator: torch.Generator
+) -> Condition:
+    """The condition of one note; see `generate`. Draws three numbers, whatever is asked.
+
+    notes: of `mars.train.var.ranges`. asked: as `Condition`, but with pitch None or (lowest, highest).
+    """
+    draws = torch.rand(3, generator=generator).tolist()
+    family, source, pitch, velocity = (asked[name] for name in ("family", "source", "pitch", "velocity"))
+    if notes:
+        alike = [e for e in notes if family in (None, e["family"]) and source in (None, e["source"])]
+        alike = alike or [e for e in notes if e["family"] == family]  # a source that this family lacks
+        known = sorted({e["family"] for e in alike if e["family"]}, key=FAMILIES.index) or [None]
+        family = family or _pick(known, draws[0])
+        entry = max((e for e in alike if e["family"] == family), key=lambda e: e["count"], default=None)
+        source = source or (entry and entry["source"])
+        low, high = entry["pitch"] if entry else (-1, -1)
+        if low >= 0:
+            wanted = pitch or (low, high)
+            within = max(low, wanted[0]), min(high, wanted[1])
+            pitch = within if within[0] <= within[1] else wanted
+        velocity = velocity or _pick(VELOCITIES, draws[2])
+    if pitch is not None:
+        pitch = _pick(range(pitch[0], pitch[1] + 1), draws[1])
+    chosen = {"family": family, "source": source, "pitch": pitch, "velocity": velocity}
+    return {name: value if name in attributes else None for name, value in chosen.items()}
+
+
+def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str]) -> Tensor:
+    """int64 (B, attributes): class of each attribute, CLASSES[name] where it is None."""
+    classes: dict[str, Sequence[Any]] = {
+        "family": FAMILIES, "source": SOURCES, "pitch": range(128), "velocity": VELOCITIES,
+    }  # fmt: skip
+    rows = [
+        [CLASSES[name] if c[name] is None else classes[name].index(c[name]) for name in attributes]
+        for c in conditions
+    ]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(conditions), len(attributes))
+
+
+def _asked(
+    model: Model,
+    var: VAR,
+    pitch: int | tuple[int, int] | None,
+    family: str | None,
+    source: str | None,
+    velocity: int | None,
+) -> Condition:
+    """What the caller wants, checked, as `choose` takes it."""
+    given = {"pitch": pitch, "family": family, "source": source, "velocity": velocity}
+    for name, value in given.items():
+        if value is not None and name not in var.config.condition:
+            raise ConfigError(
+                f"{name} {value}: the model was not trained with {name} as a condition "
+                f"(it has {', '.join(var.config.condition) or 'none'}); leave it out"
+            )
+    for name, value, known in (("family", family, FAMILIES), ("source", source, SOURCES)):
+        trained = [k for k in known if any(e[name] == k for e in model.notes)]
+        if value is not None and value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown {name} {value!r}; {hint}")
+        if value is not None and model.notes and value not in trained:
+            raise ConfigError(
+                f"{name} {value}: the model was trained on none; it knows {', '.join(trained) or 'no other'}"
+            )
+    limits = None if pitch is None else (pitch, pitch) if isinstance(pitch, int) else (pitch[0], pitch[1])
+    if limits is not None and not 0 <= limits[0] <= limits[1] <= 127:
+        raise ConfigError(
+            f"pitch must be a MIDI number 0..127 or a rising range of them (60 is middle C), got {pitch}"
+        )
+    if velocity is not None and not 0 <= velocity <= 127:
+        raise ConfigError(f"velocity must be 0..127, got {velocity}")
+    nearest = None if velocity is None else min(VELOCITIES, key=lambda v: abs(v - velocity))
+    return {"family": family, "source": source, "pitch": limits, "velocity": nearest}
+
+
+def _pick(items: Sequence[Any], uniform: float) -> Any:
+    """The item at `uniform` in [0, 1)."""
+    return items[min(int(uniform * len(items)), len(items) - 1)]
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait until the device has finished, for the sake of `Timing`."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

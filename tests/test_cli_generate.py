@@ -1,0 +1,193 @@
+"""mars-generate: its files, its exit codes, its help."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import subprocess
+import sys
+import wave
+from types import SimpleNamespace
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+import mars
+from mars import config
+from mars.cli.generate import main
+from mars.generate import generate
+from mars.model import Model
+from mars.models.tokenizer import Tokenizer
+from mars.models.var import VAR
+
+NOTES = [{"family": "brass", "source": "acoustic", "count": 8, "pitch": [42, 70]}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model, untrained."""
+    torch.manual_seed(1)
+    settings = config.preset("smoke")
+    tokenizer, var = Tokenizer(settings).eval(), VAR(settings.var, settings.tokenizer).eval()
+    path = tmp_path_factory.mktemp("models") / "model"
+    Model(config=settings, tokenizer=tokenizer, var=var, notes=NOTES).save(path)
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "notes"
+    done = invoke("-n", 3, "--model", folder, "--out", out, "--iterations", 1, "--seed", 7, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    return out, done
+
+
+def test_files(made, folder):
+    out, done = made
+    document = json.loads((out / "notes.json").read_text())
+    files = [note["file"] for note in document["notes"]]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*files, "notes.json", "spectrograms.png"])
+    assert (out / "spectrograms.png").read_bytes()[:4] == b"\x89PNG"
+    assert document["mars"] == mars.__version__
+    assert document["model"] == str(folder)
+    assert document["model_hash"] == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    assert {k: document[k] for k in ("n", "seed", "cfg", "pitch", "iterations")} == {
+        "n": 3, "seed": 7, "cfg": 2.0, "pitch": None, "iterations": 1,
+    }  # fmt: skip
+    for index, note in enumerate(document["notes"]):
+        assert note["index"] == index
+        assert note["condition"]["family"] == "brass"
+        assert note["file"] == f"{index:04d}-brass-{note['condition']['pitch']:03d}.wav"
+        assert note["sha256"] == hashlib.sha256((out / note["file"]).read_bytes()).hexdigest()
+        with wave.open(str(out / note["file"])) as file:
+            assert file.getparams()[:4] == (1, 2, 16_000, 64_000)
+    assert str(out) in done.output
+    assert "griffin-lim" in done.output
+
+
+def test_the_same_seed_gives_the_same_bytes(made, folder, tmp_path):
+    arguments = (
+        "-n",
+        1,
+        "--model",
+        folder,
+        "--iterations",
+        1,
+        "--seed",
+        7,
+        "--batch-size",
+        1,
+        "--device",
+        "cpu",
+    )
+    assert invoke(*arguments, "--out", tmp_path / "again").exit_code == 0
+    (again,) = (tmp_path / "again").glob("*.wav")
+    assert again.read_bytes() == (made[0] / again.name).read_bytes()
+
+
+def test_a_folder_with_files_is_refused(made, folder):
+    before = {p: p.stat().st_mtime_ns for p in made[0].iterdir()}
+    done = invoke("-n", 1, "--model", folder, "--out", made[0])
+    assert done.exit_code == 2
+    assert "--out" in done.output
+    assert {p: p.stat().st_mtime_ns for p in made[0].iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pitch", "128"], "--pitch"),
+        (["--pitch", "60-48"], "--pitch"),
+        (["--pitch", "c4"], "--pitch"),
+        (["-n", "0"], "-n"),
+        (["--top-p", "0"], "--top-p"),
+        (["--family", "brss"], "did you mean brass"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_exit_with_2_and_write_nothing(folder, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    done = invoke("--model", folder, "--out", out, *arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not out.exists()
+
+
+def test_a_tokenizer_alone_is_refused(folder, tmp_path):
+    settings = config.preset("smoke")
+    Model(config=settings, tokenizer=Tokenizer(settings)).save(tmp_path / "model")
+    done = invoke("--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "train the second stage" in done.output
+
+
+def test_a_full_disk_exits_with_6(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    done = invoke("--model", folder, "--out", tmp_path / "out")
+    assert done.exit_code == 6
+    assert "free" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_leaves_whole_files_only(folder, tmp_path, monkeypatch):
+    from mars.audio import write_wav
+
+    def fail(path, waveform, rate):
+        if path.name.startswith("0002"):
+            monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        write_wav(path, waveform, rate)
+
+    monkeypatch.setattr("mars.audio.write_wav", fail)
+    done = invoke("-n", 4, "--model", folder, "--out", tmp_path / "out", "--iterations", 1)
+    assert done.exit_code == 6
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert [name[:4] for name in names] == ["0000", "0001"]
+    assert all((tmp_path / "out" / name).stat().st_size == 128_044 for name in names)
+
+
+def test_silence_is_reported(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "mars.audio.griffin_lim", lambda m, config, *_, **__: torch.zeros(len(m), config.samples)
+    )
+    done = invoke("-n", 2, "--model", folder, "--out", tmp_path / "out")
+    assert done.exit_code == 0
+    assert "2 of 2 notes are silent" in done.output
+
+
+def test_defaults_are_those_of_the_library():
+    context = click.Context(main)
+    library = {p.name: p.default for p in inspect.signature(generate).parameters.values()}
+    for option in main.params:
+        if option.name in library and option.name != "n":
+            assert option.get_default(context) == library[option.name], option.name
+
+
+def test_help_is_quick():
+    """It imports nothing heavy: no PyTorch, unless the package itself does."""
+    code = (
+        "import sys, mars; has = 'torch' in sys.modules; from mars.cli.generate import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "assert has or 'torch' not in sys.modules\n"
+        "assert not {'mars.generate', 'mars.picture', 'mars.train.start', 'rich.progress'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for option in (
+        "-n",
+        "--model",
+        "--out",
+        "--seed",
+        "--pitch",
+        "--family",
+        "--source",
+        "--velocity",
+        "--cfg",
+    ):
+        assert option in done.stdout

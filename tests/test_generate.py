@@ -1,0 +1,283 @@
+"""Generation: bytes that depend on seed and index alone, guidance, filtering, conditions, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mars import config, generate
+from mars.checkpoint import CheckpointError
+from mars.config import FAMILIES, VELOCITIES, ConfigError
+from mars.generate import TILE, Timing, choose, condition_ids, draw
+from mars.model import Model
+from mars.models.tokenizer import Tokenizer
+from mars.models.var import VAR
+
+NOTES = [
+    {"family": "brass", "source": "acoustic", "count": 8, "pitch": [42, 70]},
+    {"family": "brass", "source": "synthetic", "count": 9, "pitch": [40, 78]},
+    {"family": "flute", "source": "acoustic", "count": 16, "pitch": [58, 83]},
+]
+
+
+def tiny(*overrides: str) -> Model:
+    """An untrained model whose tokens vary, and depend on its condition."""
+    torch.manual_seed(1)
+    settings = config.preset("smoke", overrides)
+    var = VAR(settings.var, settings.tokenizer)
+    with torch.no_grad():
+        for p in var.parameters():
+            p.mul_(3) if p.ndim == 1 else p.normal_(std=0.15)
+    tokenizer = Tokenizer(settings).eval().requires_grad_(False)
+    return Model(config=settings, tokenizer=tokenizer, var=var.eval().requires_grad_(False), notes=NOTES)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny()
+
+
+def listed(model, n, **settings):
+    return list(generate.generate(model, n, **{"iterations": 1, **settings}))
+
+
+def identical(a, b):
+    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.spectrogram, b.spectrogram)
+    return same and torch.equal(a.ids, b.ids) and (a.index, a.condition) == (b.index, b.condition)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_note_depends_on_seed_and_index_alone(precision):
+    model = tiny(f"train.var.precision={precision}", f"train.tokenizer.precision={precision}")
+    notes = listed(model, 20)
+    assert [note.index for note in notes] == list(range(20))
+    assert len({tuple(note.ids.tolist()) for note in notes}) == 20
+    for batch_size in (1, 3, 16, 2 * TILE + 1):
+        assert all(map(identical, notes, listed(model, 20, batch_size=batch_size)))
+    assert identical(listed(model, 1)[0], notes[0])
+    assert all(map(identical, listed(model, 3, start=TILE - 1), notes[TILE - 1 :]))
+    assert not identical(listed(model, 1, seed=1)[0], notes[0])
+
+
+def test_notes_are_audible_and_at_most_full_scale(model):
+    settings = model.config.audio
+    for note in listed(model, 4, iterations=4):
+        assert note.waveform.shape == (settings.samples,)
+        assert note.spectrogram.shape == (settings.bins, settings.frames)
+        assert note.ids.shape == (model.config.tokenizer.tokens,)
+        assert 1e-3 < note.waveform.abs().max() <= 1
+
+
+def test_a_loud_note_is_made_quieter_not_clipped(model, monkeypatch):
+    loud = 3 * torch.rand(TILE, model.config.audio.samples)
+    monkeypatch.setattr(generate.audio, "griffin_lim", lambda m, *_, **__: loud[: len(m)])
+    for note, wave in zip(listed(model, 2), loud, strict=False):
+        torch.testing.assert_close(note.waveform, wave / wave.max())
+
+
+def test_progress_and_timing(model):
+    seen, timing = [], Timing()
+    listed(model, 11, start=3, batch_size=1, progress=lambda *p: seen.append(p), timing=timing)
+    assert seen == [(5, 11), (11, 11)]
+    assert min(timing.transformer, timing.decoding, timing.griffin_lim) > 0
+
+
+def rows(model, monkeypatch):
+    """The number of rows of every step from here on."""
+    counts, step = [], model.var.step
+
+    def spied(k, inputs, embedded, *rest):
+        counts.append(len(embedded))
+        return step(k, inputs, embedded, *rest)
+
+    monkeypatch.setattr(model.var, "step", spied)
+    return counts
+
+
+def test_without_guidance_the_unconditional_half_is_not_run(model, monkeypatch):
+    counts = rows(model, monkeypatch)
+    listed(model, 1, cfg=0.0)
+    assert set(counts) == {TILE}
+    counts.clear()
+    listed(model, 1, cfg=1.0)
+    assert set(counts) == {2 * TILE}
+
+
+def test_without_guidance_only_the_condition_counts(model, monkeypatch):
+    def fail(*_):
+        raise AssertionError
+
+    plain = listed(model, 2, cfg=0.0)
+    monkeypatch.setattr(model.var, "null_condition", fail)
+    assert all(map(identical, plain, listed(model, 2, cfg=0.0)))
+
+
+def test_guidance_grows_with_the_scale(model, monkeypatch):
+    """The logits that are drawn from, against those of both halves by themselves."""
+    halves, seen, step = [], [], model.var.step
+    monkeypatch.setattr(
+        model.var, "step", lambda *arguments: halves.append(step(*arguments).double()) or halves[-1].float()
+    )
+    monkeypatch.setattr(generate, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
+    listed(model, 1, cfg=3.0)
+    assert len(seen) == 3
+    for k, (both, used) in enumerate(zip(halves, seen, strict=True)):
+        conditional, free = both.chunk(2)
+        t = 3.0 * k / 2
+        torch.testing.assert_close(used.double(), (1 + t) * conditional - t * free, rtol=1e-4, atol=1e-4)
+        assert (conditional - free).abs().max() > 0.1
+
+
+def test_a_model_without_condition_is_never_doubled(monkeypatch):
+    model = tiny("var.condition=[]")
+    counts = rows(model, monkeypatch)
+    (note,) = listed(model, 1)
+    assert set(counts) == {TILE}
+    assert set(note.condition.values()) == {None}
+
+
+@pytest.mark.parametrize("shared", ["true", "false"])
+@pytest.mark.parametrize("condition", ['["pitch"]', "[]"])
+def test_cached_logits_are_the_teacher_forced_ones(condition, shared, monkeypatch):
+    model = tiny(f"var.condition={condition}", f"var.shared_adaln={shared}", "train.var.precision=float32")
+    logits, step = [], model.var.step
+    monkeypatch.setattr(model.var, "step", lambda *arguments: logits.append(step(*arguments)) or logits[-1])
+    notes = listed(model, TILE, cfg=0.0)
+    ids = torch.stack([note.ids for note in notes])
+    classes = condition_ids([note.condition for note in notes], model.config.var.condition)
+    forced = model.var(model.tokenizer.quantizer.teacher_inputs(ids), classes)
+    torch.testing.assert_close(torch.cat(logits, dim=1), forced, rtol=1e-4, atol=1e-4)
+
+
+def naive_kept(logits, top_k, top_p):
+    """Tokens that may be drawn, likeliest first, and their chances."""
+    order = logits.argsort(descending=True)[:top_k].tolist()
+    chances, kept = logits[order].double().softmax(0).tolist(), []
+    while order and sum(chances[: len(kept)]) < top_p:
+        kept.append(order.pop(0))
+    total = sum(chances[: len(kept)])
+    return kept, [chance / total for chance in chances[: len(kept)]]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (99, 1.0), (99, 0.5), (6, 0.7), (6, 1e-6)])
+def test_filtering_against_a_naive_reference(top_k, top_p):
+    logits = 2 * torch.randn(1, 1, 12)
+    kept, chances = naive_kept(logits[0, 0], top_k, top_p)
+    uniforms = (torch.arange(20_000) + 0.5) / 20_000
+    tokens = draw(logits.expand(1, len(uniforms), -1), uniforms[None], top_k, top_p)
+    share = tokens.flatten().bincount(minlength=12) / len(uniforms)
+    wanted = torch.zeros(12)
+    wanted[kept] = torch.tensor(chances)
+    torch.testing.assert_close(share, wanted, rtol=0, atol=2e-4)
+
+
+def test_the_largest_uniform_draws_a_kept_token():
+    logits = torch.randn(1, 64, 300)
+    tokens = draw(logits, torch.full((1, 64), 1 - 2**-24), 50, 0.9)
+    for token, row in zip(tokens[0].tolist(), logits[0], strict=True):
+        assert token in naive_kept(row, 50, 0.9)[0]
+
+
+def drawn(asked, attributes=("family", "source", "pitch", "velocity"), notes=NOTES, count=200):
+    asked = {"family": None, "source": None, "pitch": None, "velocity": None, **asked}
+    return [choose(notes, attributes, asked, torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def test_conditions_are_drawn_from_what_was_trained_on():
+    found = drawn({})
+    assert {(c["family"], c["source"]) for c in found} == {("brass", "synthetic"), ("flute", "acoustic")}
+    assert {c["velocity"] for c in found} == set(VELOCITIES)
+    brass = [c["pitch"] for c in found if c["family"] == "brass"]
+    assert 60 < len(brass) < 140
+    assert min(brass) in (40, 41, 42)
+    assert max(brass) in (76, 77, 78)
+
+
+def test_what_is_asked_for_is_kept():
+    found = drawn({"source": "acoustic", "pitch": (50, 64), "velocity": 75})
+    assert {c["family"] for c in found} == {"brass", "flute"}
+    assert {(c["source"], c["velocity"]) for c in found} == {("acoustic", 75)}
+    assert {c["pitch"] for c in found if c["family"] == "flute"} == set(range(58, 65))
+    assert {c["pitch"] for c in found if c["family"] == "brass"} == set(range(50, 65))
+
+
+def test_a_range_outside_the_trained_one_is_taken_as_it_is():
+    assert {c["pitch"] for c in drawn({"pitch": (100, 102)})} == {100, 101, 102}
+
+
+def test_a_source_that_the_family_lacks_is_taken_as_it_is():
+    found = drawn({"family": "flute", "source": "synthetic"})
+    assert {(c["family"], c["source"]) for c in found} == {("flute", "synthetic")}
+    assert all(58 <= c["pitch"] <= 83 for c in found)
+
+
+def test_what_is_not_known_is_left_open():
+    nothing = {"family": None, "source": None, "pitch": None, "velocity": None}
+    assert drawn({}, notes=[], count=1) == [nothing]
+    assert drawn({"pitch": (60, 60)}, notes=[], count=1) == [{**nothing, "pitch": 60}]
+    (c,) = drawn({}, attributes=("pitch",), count=1)
+    assert c == {**nothing, "pitch": c["pitch"]}
+    unlabelled = [{"family": None, "source": None, "count": 3, "pitch": [-1, -1]}]
+    (c,) = drawn({}, notes=unlabelled, count=1)
+    assert c == {**nothing, "velocity": c["velocity"]}
+
+
+def test_condition_ids():
+    c = {"family": "flute", "source": None, "pitch": 60, "velocity": 127}
+    assert condition_ids([c], ("velocity", "source", "family", "pitch")).tolist() == [
+        [4, 3, FAMILIES.index("flute"), 60]
+    ]
+    assert condition_ids([c, c], ()).shape == (2, 0)
+
+
+def test_velocity_counts_as_the_nearest_trained_one(model):
+    assert listed(model, 1, velocity=110)[0].condition["velocity"] == 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, "n must be at least 1"),
+        ({"seed": -1}, "seed must be"),
+        ({"start": -1}, "start must be"),
+        ({"cfg": -0.1}, "cfg must be"),
+        ({"cfg": float("nan")}, "cfg must be"),
+        ({"top_k": 0}, "top_k must be"),
+        ({"top_p": 0.0}, "top_p must be"),
+        ({"top_p": 1.1}, "top_p must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"iterations": -1}, "iterations must be"),
+        ({"pitch": 128}, "MIDI"),
+        ({"pitch": (60, 48)}, "rising range"),
+        ({"velocity": 128}, "velocity must be"),
+        ({"family": "flut"}, "did you mean flute"),
+        ({"family": "zzz"}, "known: bass"),
+        ({"family": "vocal"}, "trained on none; it knows brass, flute"),
+        ({"source": "acoustc"}, "did you mean acoustic"),
+    ],
+)
+def test_mistakes_are_explained_at_once(model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        generate.generate(model, **{"n": 1, **settings})
+
+
+def test_an_attribute_that_the_model_lacks():
+    with pytest.raises(ConfigError, match="not trained with pitch"):
+        generate.generate(tiny('var.condition=["family"]'), 1, pitch=60)
+
+
+def test_a_tokenizer_alone_cannot_generate(model):
+    with pytest.raises(CheckpointError, match="mars-train var --tokenizer"):
+        generate.generate(Model(config=model.config, tokenizer=model.tokenizer), 1)
+
+
+@pytest.mark.parametrize("part", ["var", "tokenizer"])
+def test_numbers_that_are_not_finite_are_refused(part):
+    model = tiny()
+    getattr(model, part).head.bias.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="not finite"):
+        listed(model, 1)
+
+
+def test_the_models_own_method(model):
+    assert identical(model.generate(1, iterations=1)[0], listed(model, 1)[0])
