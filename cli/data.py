@@ -113,12 +113,8 @@ def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Labels: the column file and any of pitch, velocity, family, source, instrument.",
 )
-@click.option(
-    "--sample-rate", type=click.IntRange(1000, 384_000), default=16_000, show_default=True, help="Hz."
-)
-@click.option(
-    "--seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="Cut or pad to this."
-)
+@click.option("--sample-rate", type=click.IntRange(1000, 384_000), default=16_000, show_default=True, help="Hz.")
+@click.option("--seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="Cut or pad to this.")
 @click.option(
     "--shortest",
     type=click.FloatRange(0),
@@ -140,9 +136,7 @@ def folder(directory: Path, out: Path, **options: Any) -> None:
 @_packing
 @click.option("--notes", type=click.IntRange(1), help="How many, spread evenly.  [default: all there are]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of notes.")
-@click.option(
-    "--pitches", default="21-108", show_default=True, callback=_pitches, help="Lowest and highest MIDI note."
-)
+@click.option("--pitches", default="21-108", show_default=True, callback=_pitches, help="Lowest and highest MIDI note.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--licence", default="unknown", show_default=True, help="Of the soundfont; is kept.")
 def soundfont(file: Path, out: Path, **options: Any) -> None:

@@ -21,20 +21,14 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
         return None
     low, dash, high = value.partition("-")
     if not low.isdecimal() or (dash and not high.isdecimal()) or not int(low) <= int(high or low) <= 127:
-        raise click.BadParameter(
-            f"want a MIDI number 0..127 or a range such as 48-72 (60 is middle C), got {value!r}"
-        )
+        raise click.BadParameter(f"want a MIDI number 0..127 or a range such as 48-72 (60 is middle C), got {value!r}")
     return (int(low), int(high)) if dash else int(low)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-n", "n", type=click.IntRange(min=1), default=64, show_default=True, help="How many notes.")
-@click.option(
-    "--model", metavar="PATH|NAME", help="Run folder, model or packaged model; default: the packaged one."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the files; default: a new one in generated/."
-)
+@click.option("--model", metavar="PATH|NAME", help="Run folder, model or packaged model; default: the packaged one.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the files; default: a new one in generated/.")
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
@@ -42,9 +36,7 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
     show_default=True,
     help="The same seed gives the same notes.",
 )
-@click.option(
-    "--pitch", callback=_pitch, metavar="60|48-72", help="MIDI number or range; default: as trained on."
-)
+@click.option("--pitch", callback=_pitch, metavar="60|48-72", help="MIDI number or range; default: as trained on.")
 @click.option("--family", help="Instrument family, e.g. brass; default: a random one for each note.")
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")
@@ -84,12 +76,8 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
     help="Notes finished together; same notes.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True
-)
-def main(
-    n: int, model: str | None, out: Path | None, threads: int | None, device: str, **settings: Any
-) -> None:
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+def main(n: int, model: str | None, out: Path | None, threads: int | None, device: str, **settings: Any) -> None:
     """Generate notes: WAV files, a picture of their spectrograms, and notes.json.
 
     Seed, settings, device and number of threads decide every byte of the WAV files. --pitch, --family,
@@ -97,16 +85,12 @@ def main(
     """
     out = out or Path("generated") / time.strftime("%Y%m%d-%H%M%S")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise click.BadParameter(
-            f"{out} exists and is not an empty folder; name a new one", param_hint="--out"
-        )
+        raise click.BadParameter(f"{out} exists and is not an empty folder; name a new one", param_hint="--out")
     with user_errors():
         _generate(n, model, out, threads, device, settings)
 
 
-def _generate(
-    n: int, name: str | None, out: Path, threads: int | None, device: str, settings: dict[str, Any]
-) -> None:
+def _generate(n: int, name: str | None, out: Path, threads: int | None, device: str, settings: dict[str, Any]) -> None:
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

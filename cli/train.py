@@ -13,9 +13,13 @@ from mars.cli.errors import user_errors
 F = TypeVar("F", bound=Callable[..., Any])
 
 OPTIONS = (
-    click.option("--data", type=click.Path(path_type=Path), help="Packed dataset (mars-data); default: the built-in notes."),
+    click.option(
+        "--data", type=click.Path(path_type=Path), help="Packed dataset (mars-data); default: the built-in notes."
+    ),
     click.option("--preset", default=None, help="Settings to start from; default: notes, or the tokenizer's for var."),
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, e.g. train.steps=500."),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, e.g. train.steps=500."
+    ),
     click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one under runs/."),
     click.option(
         "--resume",

@@ -39,9 +39,7 @@ def stft(waveform: Tensor, config: AudioConfig) -> Tensor:
     padded = F.pad(waveform, (before, _padded_length(config) - before - waveform.shape[-1]))
     if not len(padded):  # MKL refuses an empty batch
         bins = config.n_fft // 2 + 1
-        return torch.zeros(
-            *padded.shape[:-1], bins, config.frames, dtype=torch.complex64, device=padded.device
-        )
+        return torch.zeros(*padded.shape[:-1], bins, config.frames, dtype=torch.complex64, device=padded.device)
     frames = padded.unfold(-1, config.n_fft, config.hop) * _window(config, waveform.device)
     return torch.fft.rfft(frames).mT
 
@@ -119,9 +117,7 @@ def griffin_lim(
     bins = config.n_fft // 2 + 1
     _check_shape("audio.griffin_lim", magnitudes, bins, config.frames)
     if iterations < 0 or not 0 <= momentum < 1:
-        raise ValueError(
-            f"griffin_lim: want iterations >= 0, 0 <= momentum < 1; got {iterations}, {momentum}"
-        )
+        raise ValueError(f"griffin_lim: want iterations >= 0, 0 <= momentum < 1; got {iterations}, {momentum}")
     notes = _as_float32("audio.griffin_lim", magnitudes).reshape(-1, bins, config.frames)
     if isinstance(generators, Sequence) and len(generators) != len(notes):
         raise ValueError(f"griffin_lim: want one generator a note, {len(notes)}; got {len(generators)}")
@@ -213,9 +209,7 @@ def _fast_griffin_lim(
     return _synthesise(spectrum, window, gain, hop, out=blocks)
 
 
-def _synthesise(
-    spectrum: Tensor, window: Tensor, gain: Tensor, hop: int, out: Tensor | None = None
-) -> Tensor:
+def _synthesise(spectrum: Tensor, window: Tensor, gain: Tensor, hop: int, out: Tensor | None = None) -> Tensor:
     """Least-squares padded signal (notes, length) of a spectrum (notes, frames, bins), in `out` if given.
 
     Overlap-add in slices of hop samples: slice k of all frames lands on one run of whole blocks, so that any

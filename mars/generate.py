@@ -108,9 +108,7 @@ def generate(
     """
     var, device = model.var, model.device
     if var is None:
-        raise CheckpointError(
-            "the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL"
-        )
+        raise CheckpointError("the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL")
     for name, value, least in (
         ("n", n, 1), ("seed", seed, 0), ("start", start, 0), ("top_k", top_k, 1),
         ("batch_size", batch_size, 1), ("iterations", iterations, 0),
@@ -167,9 +165,7 @@ def generate(
         peaks = waveforms.abs().amax(dim=1)
         for d, peak in zip(drafts, peaks.tolist(), strict=True):
             if not math.isfinite(peak):
-                raise CheckpointError(
-                    f"note {d.index} of seed {seed} is not finite; the model's weights are unusable"
-                )
+                raise CheckpointError(f"note {d.index} of seed {seed} is not finite; the model's weights are unusable")
         # Griffin-Lim overshoots at times. A note is made quieter rather than clipped, and never louder.
         waveforms = waveforms / peaks.clamp_min(1)[:, None]
         return [
@@ -278,8 +274,7 @@ def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str]) ->
         "family": FAMILIES, "source": SOURCES, "pitch": range(128), "velocity": VELOCITIES,
     }  # fmt: skip
     rows = [
-        [CLASSES[name] if c[name] is None else classes[name].index(c[name]) for name in attributes]
-        for c in conditions
+        [CLASSES[name] if c[name] is None else classes[name].index(c[name]) for name in attributes] for c in conditions
     ]
     return torch.tensor(rows, dtype=torch.int64).reshape(len(conditions), len(attributes))
 
@@ -312,9 +307,7 @@ def _asked(
             )
     limits = None if pitch is None else (pitch, pitch) if isinstance(pitch, int) else (pitch[0], pitch[1])
     if limits is not None and not 0 <= limits[0] <= limits[1] <= 127:
-        raise ConfigError(
-            f"pitch must be a MIDI number 0..127 or a rising range of them (60 is middle C), got {pitch}"
-        )
+        raise ConfigError(f"pitch must be a MIDI number 0..127 or a rising range of them (60 is middle C), got {pitch}")
     if velocity is not None and not 0 <= velocity <= 127:
         raise ConfigError(f"velocity must be 0..127, got {velocity}")
     nearest = None if velocity is None else min(VELOCITIES, key=lambda v: abs(v - velocity))

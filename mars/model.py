@@ -107,7 +107,9 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
     checkpoint.verify(path)
     settings = config.load(path / "config.json")
     tokenizer = Tokenizer(settings)
-    checkpoint.load_weights(tokenizer, checkpoint.read_tensors(path / "tokenizer.safetensors"), path / "tokenizer.safetensors")
+    checkpoint.load_weights(
+        tokenizer, checkpoint.read_tensors(path / "tokenizer.safetensors"), path / "tokenizer.safetensors"
+    )
     var = None
     if (path / "var.safetensors").is_file():
         var = VAR(settings.var, settings.tokenizer)

@@ -74,7 +74,9 @@ def main() -> None:
     for part in np.array_split(notes, -(-len(notes) // 16)):
         with autocast(model.device, "auto"):
             ids.append(model.encode(dataset.waveforms(part)))
-    used, perplexity = codebook_use(torch.cat(ids), model.tokenizer.quantizer.starts, model.config.tokenizer.codebook_size)
+    used, perplexity = codebook_use(
+        torch.cat(ids), model.tokenizer.quantizer.starts, model.config.tokenizer.codebook_size
+    )
     print(f"codes used per scale on {len(notes)} held-out notes: {used}; perplexity {perplexity}")
     if model.var is not None:
         tokens = torch.zeros(len(dataset), model.config.tokenizer.tokens, dtype=torch.int32)

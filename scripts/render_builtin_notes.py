@@ -35,18 +35,14 @@ PITCHES = (36, 84)
 def encode(audio: np.ndarray) -> bytes:
     """FLAC, 16 bits, packed as tightly as it goes."""
     buffer = io.BytesIO()
-    soundfile.write(
-        buffer, audio * (LEVEL / PEAK), SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0
-    )
+    soundfile.write(buffer, audio * (LEVEL / PEAK), SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=1.0)
     return buffer.getvalue()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("soundfont", type=Path)
-    parser.add_argument(
-        "--licence", type=Path, required=True, help="Debian's copyright file of the soundfont"
-    )
+    parser.add_argument("--licence", type=Path, required=True, help="Debian's copyright file of the soundfont")
     options = parser.parse_args()
 
     # Bank 0 only: the variations in other banks are too like it to be in another split.

@@ -106,9 +106,7 @@ def quantize(
         terms = []
         for b in active:
             sums[b] = sums[b] + h[b]
-            terms.append(
-                ((sums[b] - f[b].detach()) ** 2).mean() + beta * ((sums[b].detach() - f[b]) ** 2).mean()
-            )
+            terms.append(((sums[b] - f[b].detach()) ** 2).mean() + beta * ((sums[b].detach() - f[b]) ** 2).mean())
         loss = loss + (sum(terms) / len(terms) if terms else 0)
         tokens.append(ids)
         running.append(torch.stack(sums))

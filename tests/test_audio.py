@@ -22,9 +22,7 @@ CONFIGS = [
     AudioConfig(samples=128_000, frames=512),
     SMALL,
     dataclasses.replace(SMALL, hop=60, frames=70),
-    dataclasses.replace(
-        SMALL, n_fft=250, hop=125, bins=125, frames=33
-    ),  # n_fft not a power of two, least overlap
+    dataclasses.replace(SMALL, n_fft=250, hop=125, bins=125, frames=33),  # n_fft not a power of two, least overlap
     dataclasses.replace(SMALL, n_fft=254, hop=100, bins=64, frames=41, drop="nyquist"),
 ]
 REAL_NOTES = Path(__file__).resolve().parents[2] / "shared/data/nsynth-sample/audio"
@@ -174,9 +172,7 @@ def test_griffin_lim_is_the_textbook_iteration(config, momentum):
 
     for _ in range(3):
         wave = project(magnitude * direction)
-        new = torch.stft(
-            wave, config.n_fft, config.hop, window=window, pad_mode="constant", return_complex=True
-        )
+        new = torch.stft(wave, config.n_fft, config.hop, window=window, pad_mode="constant", return_complex=True)
         direction = torch.sgn(new - momentum / (1 + momentum) * last)
         last = new
     expected = project(magnitude * direction)[: config.samples]

@@ -58,9 +58,7 @@ def _checked(name: str, factors: tuple[int, int]) -> tuple[int, int]:
 def _check_divides(factor_name: str, factor: int, size_name: str, size: int) -> None:
     if size % factor:
         smaller, larger = size // factor * factor, -(-size // factor) * factor
-        resized = (
-            f"pad/crop {size_name} to {smaller} or {larger}" if smaller else f"pad {size_name} to {larger}"
-        )
+        resized = f"pad/crop {size_name} to {smaller} or {larger}" if smaller else f"pad {size_name} to {larger}"
         raise ValueError(
             f"cmx: factor {factor_name}={factor} does not divide {size_name}={size}; "
             f"use one of {', '.join(map(str, _divisors(size)))}, or {resized}"

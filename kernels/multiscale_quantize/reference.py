@@ -16,7 +16,13 @@ from mars.kernels.nearest_code.op import Metric
 
 
 def dequantize_scale(
-    ids: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor, scale: tuple[int, int], grid: tuple[int, int], ratio: float
+    ids: Tensor,
+    codebook: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: tuple[int, int],
+    grid: tuple[int, int],
+    ratio: float,
 ) -> Tensor:
     """What one scale adds to the latent: look up, up-sample bicubically, mix with its convolution.
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from mars.kernels.nearest_code import reference
 
 Metric = Literal["l2", "cosine"]
 _SCORES = 1 << 24  # scores held at a time: 64 MiB of float32
+_GROUP = 64  # codes per group in the two-level argmax
 
 
 @torch.no_grad()
@@ -38,8 +38,27 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: Metric = "l2") -> Tensor:
         raise ValueError(f"nearest_code: metric must be l2 or cosine, got {metric!r}")
     rows = max(1, _SCORES // len(codebook))
     with _float32(x.device.type):
-        found = [reference.nearest_code(part, codebook, metric) for part in x.split(rows)]
+        codebook = codebook.float()
+    if metric == "cosine":
+        codebook, bias = F.normalize(codebook, dim=-1), None  # the length of x does not change the choice
+    else:
+        bias = -0.5 * codebook.square().sum(-1)  # neither does |x|^2
+    found = []
+    for part in x.float().split(rows):
+        scores = part @ codebook.T if bias is None else torch.addmm(bias, part, codebook.T)
+        found.append(_argmax(scores))
     return torch.cat(found) if len(found) != 1 else found[0]
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """`scores.argmax(1)`, lowest index on ties: PyTorch's argmax reads at a fifth of the speed of its amax."""
+    rows, columns = scores.shape
+    if columns % _GROUP or columns == _GROUP:
+        return scores.argmax(dim=1)
+    groups = scores.view(rows, columns // _GROUP, _GROUP)
+    best = groups.amax(dim=2).argmax(dim=1)
+    inside = groups[torch.arange(rows, device=scores.device), best].argmax(dim=1)
+    return best * _GROUP + inside
 
 
 @contextmanager

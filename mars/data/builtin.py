@@ -41,6 +41,4 @@ def load() -> Dataset:
     loud = quiet * (listing["peak"] * 32768 / np.abs(quiet).max(1, keepdims=True))
     audio = np.rint(loud).astype("<i2")
     fingerprint = hashlib.sha256(metadata.tobytes() + audio.tobytes()).hexdigest()
-    return Dataset(
-        audio, metadata, list(notes), instruments, listing["sample_rate"], fingerprint, listing["origin"]
-    )
+    return Dataset(audio, metadata, list(notes), instruments, listing["sample_rate"], fingerprint, listing["origin"])

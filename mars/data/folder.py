@@ -90,8 +90,7 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
             columns = reader.fieldnames or []
             if "file" not in columns or len(set(columns)) < len(columns) or set(columns) - set(CSV_COLUMNS):
                 raise DataError(
-                    f"{file}: want the column file and any of {', '.join(CSV_COLUMNS[1:])}; "
-                    f"got {', '.join(columns)}"
+                    f"{file}: want the column file and any of {', '.join(CSV_COLUMNS[1:])}; got {', '.join(columns)}"
                 )
             for row in reader:
                 where = f"{file}, line {reader.line_num}"
@@ -99,9 +98,7 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
                     raise DataError(f"{where}: want {len(columns)} cells; quote commas inside a cell")
                 name = Path(row["file"]).as_posix()
                 if not row["file"] or name in rows:
-                    raise DataError(
-                        f"{where}: file {row['file']!r} is empty or listed twice; remove the line"
-                    )
+                    raise DataError(f"{where}: file {row['file']!r} is empty or listed twice; remove the line")
                 cells = {key: cell.strip() for key, cell in row.items() if key != "file" and cell.strip()}
                 rows[name] = {key: _cell(key, cell, where) for key, cell in cells.items()}
     except (OSError, UnicodeError, csv.Error) as error:

@@ -110,9 +110,7 @@ def read_audio(
                         f"got {frames} frames, {channels} channels, {rate} Hz"
                     )
                 if not (1000 <= rate <= 384_000 and channels <= 16):
-                    raise BadFileError(
-                        f"want 1 to 384 kHz and at most 16 channels; got {rate} Hz, {channels}"
-                    )
+                    raise BadFileError(f"want 1 to 384 kHz and at most 16 channels; got {rate} Hz, {channels}")
                 want = min(frames, math.ceil(samples * rate / sample_rate))
                 audio = file.read(want, np.float32, always_2d=True).mean(1)
     except BadFileError:

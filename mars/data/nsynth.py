@@ -83,9 +83,7 @@ def _pack_one(path: Path, writer: Writer, split: int) -> None:
                 raise DataError(f"{path} has two examples.json; remove one")
             listing = parse_json(content, f"{path}: examples.json")
             if not isinstance(listing, dict):
-                raise DataError(
-                    f"{path}: examples.json: want an object of notes, got {type(listing).__name__}"
-                )
+                raise DataError(f"{path}: examples.json: want an object of notes, got {type(listing).__name__}")
             continue
         name = file.removesuffix(".wav")
         labels = labels_of(name)

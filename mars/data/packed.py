@@ -67,12 +67,9 @@ class Dataset:
         path = Path(path)
         if not (path / "dataset.json").is_file():
             if not path.exists():
-                raise DataError(
-                    f"{path} does not exist; pack notes first: mars-data folder PATH --out {path}"
-                )
+                raise DataError(f"{path} does not exist; pack notes first: mars-data folder PATH --out {path}")
             raise DataError(
-                f"{path} is not a packed dataset (no dataset.json); "
-                f"pack it first: mars-data folder {path} --out DIR"
+                f"{path} is not a packed dataset (no dataset.json); pack it first: mars-data folder {path} --out DIR"
             )
         again = "pack it again"
         info = _read_json(path / "dataset.json")
@@ -218,9 +215,7 @@ class Writer:
     def add(self, name: str, audio: Audio, labels: Labels, split: int = -1) -> bool:
         """One note, (samples,) float; split -1 lets the instrument decide. False if it was bad."""
         if audio.shape != (self.samples,):
-            raise ValueError(
-                f"{name}: want audio of shape ({self.samples},), got {audio.shape}; use notes.fit"
-            )
+            raise ValueError(f"{name}: want audio of shape ({self.samples},), got {audio.shape}; use notes.fit")
         twice = name in self._rows or name in self._bad
         reason = "a note of this name came before" if twice else fault(audio)
         if reason is None and not name.isprintable():
@@ -259,9 +254,7 @@ class Writer:
         Raises `TooManyBadError` where more than `allow_bad` of the files are bad (their list is then kept
         beside `out`), `DataError` where no note is left.
         """
-        bad = "".join(
-            json.dumps({"file": file, "reason": reason}) + "\n" for file, reason in self._bad.items()
-        )
+        bad = "".join(json.dumps({"file": file, "reason": reason}) + "\n" for file, reason in self._bad.items())
         seen = len(self._rows) + len(self._bad)
         if len(self._bad) > allow_bad * seen:
             listing = self.out.with_name(self.out.name + ".bad_files.jsonl")

@@ -198,9 +198,7 @@ def _tables(file: Path) -> dict[str, bytes]:
     raise DataError(f"{file} has no preset tables (LIST pdta); fetch the soundfont again")
 
 
-def choose(
-    presets: list[Preset], notes: int | None, seed: int, pitches: tuple[int, int] = PITCHES
-) -> list[Job]:
+def choose(presets: list[Preset], notes: int | None, seed: int, pitches: tuple[int, int] = PITCHES) -> list[Job]:
     """The notes to render: all that there are, or `notes` of them spread evenly.
 
     Every instrument gets the same number, as far as it has them; its pitches are spread over its range and
@@ -225,9 +223,7 @@ def choose(
         if keys:
             playable.append((preset, Labels(name, family, source), keys))
     if not playable:
-        raise DataError(
-            f"no melodic preset plays between MIDI {pitches[0]} and {pitches[1]}; widen --pitches"
-        )
+        raise DataError(f"no melodic preset plays between MIDI {pitches[0]} and {pitches[1]}; widen --pitches")
     jobs = []
     quotas = _share(notes, [len(keys) * len(VELOCITIES) for *_, keys in playable], rng)
     for (preset, labels, keys), quota in zip(playable, quotas, strict=True):

@@ -100,7 +100,9 @@ class VAR(nn.Module):
         self.head_ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.head = nn.Linear(width, tokenizer.codebook_size)
         self.register_buffer(
-            "scale_of", torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths)), persistent=False
+            "scale_of",
+            torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths), output_size=tokens),
+            persistent=False,
         )
         self._initialise()
 
@@ -152,9 +154,7 @@ class VAR(nn.Module):
             x = _norm(x.float()) * (scale + 1) + shift
         return self.head(x).float()
 
-    def forward(
-        self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Teacher forcing.
 
         Args:
@@ -184,9 +184,14 @@ class VAR(nn.Module):
         w, h = self.config.width, self.config.heads
         shape = (batch, h, self.starts[-1], w // h)
         device = self.position.device
-        return [(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)) for _ in self.blocks]
+        return [
+            (torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
+            for _ in self.blocks
+        ]
 
-    def step(self, k: int, inputs: Tensor | None, embedded: Tensor, modulations: Sequence[Tensor], cache: Cache) -> Tensor:
+    def step(
+        self, k: int, inputs: Tensor | None, embedded: Tensor, modulations: Sequence[Tensor], cache: Cache
+    ) -> Tensor:
         """Logits (B, n_k, V) of scale k, reading the coarser scales from the cache and adding its own.
 
         Args:

@@ -239,7 +239,11 @@ def run(
         indices = batch_indices(seed, step, batch, notes)
         return [stage.batch(part) for part in np.split(indices, train.accumulate)]
 
-    with _stop_signals() as stop, _progress(console) as progress, ThreadPoolExecutor(1) as loader:
+    with (
+        _stop_signals() as stop,
+        _progress(console) as progress,
+        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as loader,
+    ):
         task = progress.add_task("", total=end, completed=done, info="")
         upcoming = loader.submit(load, done) if done < end else None
         while done < end and not stop() and not (max_time and time.monotonic() - began > max_time):
@@ -263,7 +267,9 @@ def run(
                 progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s")
                 if not progress.live.is_started or not console.is_terminal:
                     left = (end - done) * batch / rate
-                    console.print(f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left")
+                    console.print(
+                        f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left"
+                    )
             progress.update(task, completed=done)
             if done % train.validate_every == 0 or done == end:
                 values = stage.validate()

@@ -47,9 +47,7 @@ def train_tokenizer(
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, where, seed)
     folder = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console)
-    loop.run(
-        stage, folder, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console
-    )
+    loop.run(stage, folder, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
     console.print(f"next: mars-train var --tokenizer {folder.path}")
     return folder.path
 
@@ -89,9 +87,7 @@ def train_var(
     stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     folder = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
-    loop.run(
-        stage, folder, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console
-    )
+    loop.run(stage, folder, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
     console.print(f"next: mars-generate -n 64 --model {folder.path}")
     return folder.path
 
@@ -110,7 +106,9 @@ def newest_tokenizer(preset: str | None = None) -> Path:
             found.append((record.get("created", 0), path.parent))
     if not found:
         kind = f"tokenizer run of preset {preset}" if preset else "tokenizer run"
-        raise ConfigError(f"there is no {kind} under {RUNS}/; train one first (mars-train tokenizer) or name it: --tokenizer PATH")
+        raise ConfigError(
+            f"there is no {kind} under {RUNS}/; train one first (mars-train tokenizer) or name it: --tokenizer PATH"
+        )
     return max(found)[1]
 
 
@@ -178,7 +176,11 @@ def _var_settings(
     if preset is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
     name = preset or trained.preset
-    asked = config.preset(name, overrides, "var") if name in config.preset_names() else config.override(trained, overrides, "var")
+    asked = (
+        config.preset(name, overrides, "var")
+        if name in config.preset_names()
+        else config.override(trained, overrides, "var")
+    )
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(f"--set {fixed[0]}.…: the trained tokenizer {source} fixes these; set them when training it")
@@ -188,7 +190,11 @@ def _var_settings(
             f"--preset {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave --preset out"
         )
-    values = {**config.to_dict(asked), "audio": config.to_dict(trained.audio), "tokenizer": config.to_dict(trained.tokenizer)}
+    values = {
+        **config.to_dict(asked),
+        "audio": config.to_dict(trained.audio),
+        "tokenizer": config.to_dict(trained.tokenizer),
+    }
     return config.from_dict(Config, values)
 
 
@@ -233,7 +239,9 @@ def _open_run(
                     f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder with --out"
                 )
         if config.load(path / "config.json") != settings:
-            raise ConfigError(f"--out {path} is a run with other settings; repeat its --set or name a new folder with --out")
+            raise ConfigError(
+                f"--out {path} is a run with other settings; repeat its --set or name a new folder with --out"
+            )
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
     size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
@@ -255,6 +263,4 @@ def _tokens(
 ) -> torch.Tensor:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokens", total=len(dataset))
-        return tokenize(
-            trained.tokenizer, settings, dataset, device, lambda n: progress.update(task, advance=n)
-        )
+        return tokenize(trained.tokenizer, settings, dataset, device, lambda n: progress.update(task, advance=n))

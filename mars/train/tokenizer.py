@@ -112,7 +112,9 @@ class TokenizerStage:
             squared += difference.square().mean().item() * len(part) / len(notes)
             absolute += difference.abs().mean().item() * len(part) / len(notes)
             ids.append(quantized.ids.cpu())
-        use, perplexity = codebook_use(torch.cat(ids), self.averaged.quantizer.starts, self.config.tokenizer.codebook_size)
+        use, perplexity = codebook_use(
+            torch.cat(ids), self.averaged.quantizer.starts, self.config.tokenizer.codebook_size
+        )
         return {"val_mse": squared, "val_mae": absolute, "codes_used": use, "perplexity": perplexity}
 
     def state(self) -> dict[str, dict[str, Tensor]]:

@@ -122,9 +122,7 @@ def test_labels_out_of_range_and_pickles_are_refused(tmp_path):
 
 
 def test_raw_audio_and_nothing_are_explained(tmp_path):
-    with pytest.raises(
-        DataError, match=r"is not a packed dataset \(no dataset.json\); pack it first: mars-data"
-    ):
+    with pytest.raises(DataError, match=r"is not a packed dataset \(no dataset.json\); pack it first: mars-data"):
         Dataset.open(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         Dataset.open(tmp_path / "none")
@@ -280,9 +278,7 @@ def test_one_instrument_is_all_train(tmp_path, caplog):
     assert len(dataset.split("test")) == 0
 
 
-@pytest.mark.parametrize(
-    "text", [b"{", b'{"a":1,"a":2}', b"[NaN]", b"\xff\xfe{\x00}", b"[" * 100_000, b'"\xff"']
-)
+@pytest.mark.parametrize("text", [b"{", b'{"a":1,"a":2}', b"[NaN]", b"\xff\xfe{\x00}", b"[" * 100_000, b'"\xff"'])
 def test_json_from_strangers_is_strict(text):
     with pytest.raises(DataError, match=r"x\.json is not valid JSON"):
         parse_json(text, "x.json")

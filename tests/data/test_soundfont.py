@@ -63,9 +63,7 @@ def tiny_font(pitches: tuple[int, int] = (40, 90)) -> bytes:
             (b"ibag", ibag), (b"imod", bytes(10)), (b"igen", igen), (b"shdr", samples),
         ]
     )  # fmt: skip
-    info = (
-        chunk(b"ifil", struct.pack("<HH", 2, 1)) + chunk(b"isng", b"EMU8000\0") + chunk(b"INAM", b"Tiny\0\0")
-    )
+    info = chunk(b"ifil", struct.pack("<HH", 2, 1)) + chunk(b"isng", b"EMU8000\0") + chunk(b"INAM", b"Tiny\0\0")
     audio = chunk(b"smpl", wave.tobytes() + bytes(92))
     lists = [(b"INFO", info), (b"sdta", audio), (b"pdta", pdta)]
     return chunk(b"RIFF", b"sfbk" + b"".join(chunk(b"LIST", name + content) for name, content in lists))
@@ -168,9 +166,7 @@ def test_missing_libraries_are_named(monkeypatch, missing, says):
 
     def fail(name, *args, **kwargs):
         if name == "fluidsynth":
-            raise (
-                ModuleNotFoundError(name) if missing else ImportError("Couldn't find the FluidSynth library.")
-            )
+            raise (ModuleNotFoundError(name) if missing else ImportError("Couldn't find the FluidSynth library."))
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", fail)

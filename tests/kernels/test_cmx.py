@@ -99,9 +99,7 @@ def test_gradient_is_the_inverse_permutation():
 
 
 def test_compiles_as_one_graph():
-    compiled = torch.compile(
-        lambda x: inverse_cmx(cmx(x, (2, 3)) + 1, (2, 3)), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda x: inverse_cmx(cmx(x, (2, 3)) + 1, (2, 3)), fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 6)
     assert torch.equal(compiled(x), x + 1)
 
@@ -128,9 +126,7 @@ def test_impossible_factors_are_refused_with_what_would_fit(shape, factors, mess
 
 
 def test_inverse_refuses_channels_that_do_not_fit():
-    with pytest.raises(
-        ValueError, match=r"want 6 channels, got 4; factors that fit 4: \(1, 4\), \(2, 2\), \(4, 1\)"
-    ):
+    with pytest.raises(ValueError, match=r"want 6 channels, got 4; factors that fit 4: \(1, 4\), \(2, 2\), \(4, 1\)"):
         inverse_cmx(torch.zeros(4, 2, 2), (2, 3))
     with pytest.raises(ValueError, match=r"want x \(..., channels, F, T\)"):
         inverse_cmx(torch.zeros(2, 2), (1, 1))

@@ -144,9 +144,7 @@ def test_commitment_leaves_codebook_and_convolutions_alone():
     low, high = quantizer(beta=0.0), quantizer(beta=1.0)
     high.load_state_dict(low.state_dict())
     f = latent(low, 2)
-    for a, b in zip(
-        *(grads(q(f).loss, q.codebook, q.phi_weight, q.phi_bias) for q in (low, high)), strict=True
-    ):
+    for a, b in zip(*(grads(q(f).loss, q.codebook, q.phi_weight, q.phi_bias) for q in (low, high)), strict=True):
         assert torch.equal(a, b)
 
 
