@@ -144,7 +144,8 @@ def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, the configuration wants {tuple(own[name].shape)}"
+                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, "
+                f"the configuration wants {tuple(own[name].shape)}"
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: tensor {name} holds values that are not finite")

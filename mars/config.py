@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -99,7 +100,7 @@ def _scales(config: Any, name: str) -> None:
     scales = tuple((s, s) if isinstance(s, int) else tuple(s) for s in config.scales)
     object.__setattr__(config, "scales", scales)
     _require(bool(scales), f"{name}.scales must name at least one (h, w) grid")
-    ordered = all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(scales, scales[1:], strict=False))
+    ordered = all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(scales))
     _require(ordered, f"{name}.scales must not shrink, got {scales}")
     _require(scales[0][0] > 0 and scales[0][1] > 0, f"{name}.scales must be positive, got {scales}")
 
@@ -247,7 +248,7 @@ class Config:
         patch = self.tokenizer.patch
         _require(
             patch[0] > 0 and patch[1] > 0 and bins % patch[0] == 0 and frames % patch[1] == 0,
-            f"tokenizer.patch {patch} must divide the CMX grid ({bins}, {frames}) that audio.cmx {self.audio.cmx} gives",
+            f"tokenizer.patch {patch} must divide the grid ({bins}, {frames}) that audio.cmx {self.audio.cmx} gives",
         )
 
     @property

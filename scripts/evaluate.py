@@ -83,7 +83,7 @@ def main() -> None:
         tokens[notes] = torch.cat(ids).int()
         stage = VARStage(model.config, dataset, model.tokenizer, tokens, model.device, seed=0)
         stage.averaged = model.var
-        print({k: v for k, v in stage.validate().items()})
+        print(stage.validate())
 
 
 if __name__ == "__main__":

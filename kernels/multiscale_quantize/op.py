@@ -46,7 +46,8 @@ def multiscale_quantize(
     """
     if f.ndim != 4 or codebook.ndim != 2 or f.shape[1] != codebook.shape[1]:
         raise ValueError(
-            f"multiscale_quantize: want f (B, D, H, W) and codebook (V, D); got {tuple(f.shape)}, {tuple(codebook.shape)}"
+            f"multiscale_quantize: want f (B, D, H, W) and codebook (V, D); "
+            f"got {tuple(f.shape)}, {tuple(codebook.shape)}"
         )
     if tuple(scales[-1]) != tuple(f.shape[2:]) or len(phi_index) != len(scales):
         raise ValueError(

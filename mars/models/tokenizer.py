@@ -85,7 +85,7 @@ class ViT(nn.Module):
 
     def forward(self, patch: Tensor, latent: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """patch: (B, K, W), latent: (B, S, W); returns both after the last norm."""
-        position = self.position
+        position: Tensor = self.position
         if self.latent != self.patches:  # the same positions, resampled to the other grid
             grid = position.transpose(1, 2).unflatten(2, self.patches)
             position = F.interpolate(grid.float(), size=self.latent, mode="bicubic", align_corners=False)

@@ -9,6 +9,7 @@ Letters: B batch, N scales, n_k tokens of scale k, L tokens in all, W width, V c
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable, Sequence
 
 import torch
@@ -118,17 +119,19 @@ class VAR(nn.Module):
         for p in (self.start, self.start_position, self.position):
             if p is not None:
                 nn.init.trunc_normal_(p, std=std)
-        self.head.weight.mul_(0.02)
-        self.head_ada[1].weight.mul_(0.5)
-        for block in self.blocks:
-            block.attn.proj.weight.div_((2 * len(self.blocks)) ** 0.5)
-            block.mlp[2].weight.div_((2 * len(self.blocks)) ** 0.5)
-            if block.shared:
-                block.offset[:, :, :2].mul_(gain)
-                block.offset[:, :, 2:].mul_(0.5)
-        for ada in [self.shared_ada] if self.shared_ada else [block.ada for block in self.blocks]:
-            ada[1].weight[: 2 * width].mul_(gain)
-            ada[1].weight[2 * width :].mul_(0.5)
+        for name, p in self.named_parameters():
+            if name == "head.weight":
+                p.mul_(0.02)
+            elif name.endswith(("attn.proj.weight", "mlp.2.weight")):
+                p.div_((2 * len(self.blocks)) ** 0.5)
+            elif name.endswith("offset"):  # (1, 1, 6, W): two gains, two scales, two shifts
+                p[:, :, :2].mul_(gain)
+                p[:, :, 2:].mul_(0.5)
+            elif name == "head_ada.1.weight":
+                p.mul_(0.5)
+            elif name.endswith("ada.1.weight"):
+                p[: 2 * width].mul_(gain)
+                p[2 * width :].mul_(0.5)
 
     def null_condition(self, batch: int) -> Tensor:
         """int64 (B, attributes): every attribute unknown."""
@@ -145,7 +148,7 @@ class VAR(nn.Module):
     def modulations(self, embedded: Tensor) -> list[Tensor]:
         """Each block's (B, 1, 6, W); they depend on the condition alone, so generation computes them once."""
         shared = self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
-        return [block.modulation(shared) for block in self.blocks]
+        return [typing.cast(Block, block).modulation(shared) for block in self.blocks]
 
     def logits(self, x: Tensor, embedded: Tensor) -> Tensor:
         """float32 logits (B, n, V) of the last block's output (B, n, W)."""

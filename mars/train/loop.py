@@ -86,10 +86,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     progress = min((step - warmup) / max(config.steps - warmup, 1), 1.0)
-    if config.schedule == "lin0":
-        fall = max(progress - 0.05, 0) / 0.95
-    else:
-        fall = 0.5 - 0.5 * math.cos(math.pi * progress)
+    fall = max(progress - 0.05, 0) / 0.95 if config.schedule == "lin0" else 0.5 - 0.5 * math.cos(math.pi * progress)
     return config.lr * (1 - (1 - config.final_lr) * fall)
 
 
@@ -101,13 +98,14 @@ class Optimizer:
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         # As published: only weights of layers decay, not positions, levels, tokens, the codebook or attention scales.
-        decay, plain = [], []
+        decay: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, p in zip(self.names, self.parameters, strict=True):
             matrix = p.ndim > 1 and name.endswith("weight") and name != "level.weight"
             (decay if matrix else plain).append(p)
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
-        self.averaged = [p for p in averaged.parameters()] if averaged is not None else None
+        self.averaged = list[Tensor](averaged.parameters()) if averaged is not None else None
 
     def clip(self) -> Tensor:
         """Clip the gradients; their global norm before that."""
@@ -123,7 +121,7 @@ class Optimizer:
         self.adamw.zero_grad()
         if self.averaged is not None:
             decay = min(self.config.ema, (1 + step) / (10 + step))  # follows quickly at first
-            torch._foreach_lerp_(self.averaged, self.parameters, 1 - decay)
+            torch._foreach_lerp_(self.averaged, list[Tensor](self.parameters), 1 - decay)
         return rate
 
     def state(self) -> dict[str, Tensor]:
@@ -150,11 +148,13 @@ class Optimizer:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to bfloat16 where asked for or, with "auto", where the device computes in it natively."""
-    native = {
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": lambda: any(torch.cpu.get_capabilities().get(c) for c in ("avx512_bf16", "amx_bf16", "bf16")),
-    }
-    on = precision == "bfloat16" or (precision == "auto" and native.get(device.type, lambda: False)())
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    on = precision == "bfloat16" or (precision == "auto" and native)
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
@@ -302,11 +302,11 @@ def _progress(console: Console) -> Progress:
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """SIGINT and SIGTERM set a flag, the second one acts as usual; gives the function that reads the flag."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -236,7 +236,7 @@ def _open_run(
         for key in ("stage", "preset", "seed", "data", "tokenizer_hash"):
             if known.get(key) != record.get(key):
                 raise ConfigError(
-                    f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder with --out"
+                    f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
                 )
         if config.load(path / "config.json") != settings:
             raise ConfigError(
@@ -251,9 +251,9 @@ def _open_run(
         config.save(settings, path / "config.json")
         (path / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     count = sum(p.numel() for p in stage.model.parameters()) / 1e6  # type: ignore[attr-defined]
+    notes = len(dataset.split("train"))
     console.print(
-        f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {len(dataset.split('train')):,} training notes, "
-        f"run {path}"
+        f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
     )
     return loop.Run(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def held_out(dataset: Dataset, count: int) -> np.ndarray:
 def codebook_use(ids: Tensor, starts: list[int], size: int) -> tuple[list[int], list[float]]:
     """Per scale: how many different codes the tokens (B, L) use, and the perplexity of their distribution."""
     used, perplexity = [], []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in pairwise(starts):
         counts = torch.bincount(ids[:, start:end].flatten(), minlength=size).double()
         p = counts[counts > 0] / counts.sum()
         used.append(int((counts > 0).sum()))

@@ -1,0 +1,226 @@
+"""Settings: presets, round trips, overrides, and what each wrong value is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mars import config
+from mars.config import AudioConfig, Config, ConfigError, TokenizerConfig, TrainConfig, VARConfig, preset
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_presets_survive_writing_and_reading(name, tmp_path):
+    c = preset(name)
+    assert c.preset == name
+    values = config.to_dict(c)
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert config.from_dict(Config, values) == c
+    config.save(c, tmp_path / "config.json")
+    assert config.load(tmp_path / "config.json") == c
+
+
+def test_presets_are_what_they_are_named_for():
+    assert config.preset_names() == ["paper", "notes", "smoke", "truncated", "cmx"]
+    paper = preset("paper")
+    assert paper.audio.shape == (2, 256, 256)
+    assert (paper.tokenizer.tokens, paper.tokenizer.latent, paper.patches) == (680, (16, 16), (16, 16))
+    assert (paper.tokenizer.width, paper.tokenizer.depth, paper.tokenizer.heads) == (768, 12, 12)
+    assert (paper.tokenizer.codebook_size, paper.tokenizer.code_dim, paper.tokenizer.beta) == (16_384, 32, 0.25)
+    assert (paper.var.depth, paper.var.width, paper.var.heads, paper.var.condition) == (16, 1024, 16, ())
+    assert paper.var.drop_path == pytest.approx(0.1 * 16 / 24)
+    assert paper.train.tokenizer.batch_size * paper.train.tokenizer.accumulate == 256
+    assert paper.train.var.batch_size * paper.train.var.accumulate == 768
+    assert preset("truncated").audio.shape == (1, 256, 256)
+    assert preset("cmx").audio.shape == (4, 128, 128)
+    assert preset("notes").audio.shape == (32, 64, 64)
+
+
+def test_settings_cannot_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset("smoke").audio.hop = 1
+
+
+OVERRIDES = {
+    "tokenizer.width=128": ("tokenizer", "width", 128),
+    " tokenizer.width = 128 ": ("tokenizer", "width", 128),
+    "tokenizer.layer_scale=1": ("tokenizer", "layer_scale", 1.0),
+    "tokenizer.layer_scale=1e-3": ("tokenizer", "layer_scale", 1e-3),
+    "tokenizer.metric=l2": ("tokenizer", "metric", "l2"),
+    'tokenizer.metric="l2"': ("tokenizer", "metric", "l2"),
+    "audio.cmx=4,2": ("audio", "cmx", (4, 2)),
+    "audio.cmx=[4, 2]": ("audio", "cmx", (4, 2)),
+    "audio.cmx=4": ("audio", "cmx", (4, 4)),
+    "tokenizer.scales=1,2,4": ("tokenizer", "scales", ((1, 1), (2, 2), (4, 4))),
+    "tokenizer.scales=[[1,1],[2,4],[4,8]]": ("tokenizer", "scales", ((1, 1), (2, 4), (4, 8))),
+    "tokenizer.scales=1,[2,4],[4,8]": ("tokenizer", "scales", ((1, 1), (2, 4), (4, 8))),
+    "tokenizer.scales=8": ("tokenizer", "scales", ((8, 8),)),
+    "var.shared_adaln=false": ("var", "shared_adaln", False),
+    "var.condition=pitch": ("var", "condition", ("pitch",)),
+    "var.condition=pitch, family": ("var", "condition", ("pitch", "family")),
+    "var.condition=['pitch', 'family']": ("var", "condition", ("pitch", "family")),
+    "var.condition=[]": ("var", "condition", ()),
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), OVERRIDES.items(), ids=OVERRIDES)
+def test_overrides(text, wanted):
+    group, name, value = wanted
+    extra = ("tokenizer.phi=1",) if "scales" in text else ()
+    found = getattr(getattr(preset("smoke", (*extra, text)), group), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_apply_in_turn_and_leave_the_preset_alone():
+    assert preset("smoke", ("tokenizer.width=32", "tokenizer.width=96")).tokenizer.width == 96
+    assert preset("smoke").tokenizer.width == 64
+
+
+def test_train_means_the_stage_at_hand():
+    c = preset("smoke", ("train.steps=7",), "var")
+    assert (c.train.var.steps, c.train.tokenizer.steps) == (7, 60)
+    c = preset("smoke", ("train.steps=7", "train.var.steps=8"), "tokenizer")
+    assert (c.train.var.steps, c.train.tokenizer.steps) == (8, 7)
+    with pytest.raises(ConfigError, match=r"unknown setting train\.steps"):
+        preset("smoke", ("train.steps=7",))
+
+
+WRONG = {
+    "tokenizer.widht=1": r"unknown setting tokenizer\.widht; did you mean tokenizer\.width\?",
+    "tokenizr.width=1": r"unknown setting tokenizr; did you mean tokenizer\?",
+    "tokenizer.zzz=1": r"unknown setting tokenizer\.zzz; known: patch, width",
+    "train.var.stepz=1": r"did you mean train\.var\.steps\?",
+    "tokenizer.width.x=1": r"unknown setting tokenizer\.width\.x",
+    "tokenizer=1": "want KEY=VALUE with a key such as tokenizer.width, got 'tokenizer=1'",
+    "tokenizer.width": "want KEY=VALUE",
+    ".width=1": "want KEY=VALUE",
+    "tokenizer.=1": "want KEY=VALUE",
+    "tokenizer.width=64.0": r"tokenizer\.width must be a int, got 64\.0",
+    "tokenizer.width=true": r"tokenizer\.width must be a int, got True",
+    "tokenizer.width=wide": r"tokenizer\.width must be a int, got 'wide'",
+    "tokenizer.width=0": r"tokenizer\.width must be positive, got 0",
+    "tokenizer.heads=0": r"tokenizer\.heads must be positive, got 0",
+    "tokenizer.heads=3": r"tokenizer\.width 64 is not a multiple of heads 3",
+    "tokenizer.depth=0": r"tokenizer\.depth must be positive, got 0",
+    "tokenizer.metric=l1": r"tokenizer\.metric must be one of cosine, l2; got 'l1'",
+    "tokenizer.metric=1": r"tokenizer\.metric must be one of cosine, l2; got 1",
+    "tokenizer.beta=nan": r"tokenizer\.beta must be finite, got nan",
+    "tokenizer.beta=inf": r"tokenizer\.beta must be finite, got inf",
+    "tokenizer.beta=1" + 400 * "0": r"tokenizer\.beta must be finite, got inf",
+    "tokenizer.beta=x": r"tokenizer\.beta must be a float, got 'x'",
+    "tokenizer.beta=false": r"tokenizer\.beta must be a float, got False",
+    "tokenizer.codebook_size=1": r"codebook_size must be at least 2, got 1",
+    "tokenizer.phi=4": r"tokenizer\.phi must be 1\.\.3 \(the number of scales\), got 4",
+    "tokenizer.phi=0": r"tokenizer\.phi must be 1\.\.3",
+    "tokenizer.dropout_start=4": r"dropout_start must be 1\.\.3 \(the number of scales\), got 4",
+    "tokenizer.quantizer_dropout=1.5": r"quantizer_dropout must be in 0\.\.1, got 1\.5",
+    "tokenizer.drop_path=1": r"drop_path must be in \[0, 1\), got 1\.0",
+    "tokenizer.scales=[]": r"tokenizer\.scales must name at least one",
+    "tokenizer.scales=2,1,4": r"tokenizer\.scales must not shrink",
+    "tokenizer.scales=0,1,4": r"tokenizer\.scales must be positive",
+    "tokenizer.scales=[[1,1],[2,2,2],[4,4]]": r"tokenizer\.scales must have 2 values, got \[2, 2, 2\]",
+    "tokenizer.scales=a,b": r"tokenizer\.scales must be a list, got 'a'",
+    "tokenizer.patch=7": r"tokenizer\.patch \(7, 7\) must divide the CMX grid \(64, 64\) that audio\.cmx \(8, 4\) gives",
+    "tokenizer.patch=0": r"tokenizer\.patch \(0, 0\) must divide",
+    "audio.cmx=5,4": r"audio\.cmx \(5, 4\) must divide \(bins, frames\) = \(512, 256\)",
+    "audio.cmx=1,2,3": r"audio\.cmx must have 2 values, got \[1, 2, 3\]",
+    "audio.cmx=a": r"audio\.cmx must be a list, got 'a'",
+    "audio.cmx=1.5,2": r"audio\.cmx must be a int, got 1\.5",
+    "audio.frames=10": r"audio\.frames 10 is too few for 64000 samples at hop 256; want at least 251",
+    "audio.bins=513": r"audio\.bins must be 1\.\.512, got 513",
+    "audio.hop=0": "audio: want even n_fft and 0 < hop",
+    "audio.min_db=48": r"min_db 48\.0 is not below max_db 48\.0",
+    "audio.drop=ac": r"audio\.drop must be one of dc, nyquist",
+    "var.condition=mood": r"var\.condition must be one of family, source, pitch, velocity; got 'mood'",
+    "var.condition=pitch,pitch": r"var\.condition names an attribute twice: pitch, pitch",
+    "var.condition=3": r"var\.condition must be one of",
+    "var.condition_dropout=-1": r"condition_dropout must be in 0\.\.1",
+    "var.heads=5": r"var\.width 64 is not a multiple of heads 5",
+    "train.var=3": r"train\.var is a group of settings, not a value; set train\.var\.<name>=",
+    "train.var.steps=0": r"train\.steps must be positive, got 0",
+    "train.var.ema=1": r"train\.ema must be in \[0, 1\), got 1\.0",
+    "train.var.betas=0.9": r"train\.var\.betas must be a list, got 0\.9",
+    "train.var.betas=0.9,1.0": r"train\.betas must be in \[0, 1\)",
+    "train.var.lr=-1": r"train\.lr must be positive",
+    "train.var.warmup=2": r"train\.warmup must be in 0\.\.1",
+    "train.var.grad_clip=-1": "grad_clip must not be negative",
+    "train.var.schedule=step": r"train\.var\.schedule must be one of cosine, lin0",
+    "train.var.precision=fp8": r"precision must be one of auto, float32, bfloat16",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=[t[:40] for t in WRONG])
+def test_wrong_overrides_say_what_is_wanted(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        preset("smoke", (text,))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown preset 'note'; known: paper, notes, smoke"):
+        preset("note")
+
+
+@given(st.text(max_size=20))
+def test_no_override_text_raises_anything_else(text):
+    for item in (
+        text,
+        f"tokenizer.width={text}",
+        f"tokenizer.scales={text}",
+        f"var.condition={text}",
+        f"audio.{text}=1",
+    ):
+        try:
+            preset("smoke", (item,))
+        except ConfigError as error:
+            assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (TrainConfig, {"precision": "half"}, "precision must be auto"),
+        (TrainConfig, {"schedule": "flat"}, "schedule must be cosine or lin0"),
+        (TokenizerConfig, {"metric": "dot"}, "metric must be cosine or l2"),
+        (VARConfig, {"condition": ("mood",)}, r"unknown \['mood'\]; choose among family"),
+        (AudioConfig, {"drop": "both"}, "drop must be dc or nyquist"),
+        (AudioConfig, {"sample_rate": 0}, "must be positive"),
+    ],
+)
+def test_constructors_check_as_well(kind, values, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("\xff", "cannot be read as JSON"),
+        ("{}", "Config: .*preset"),
+        ('{"preset": 3}', "preset must be a str, got 3"),
+        ('{"preset": "a", "audio": 3}', "audio is a group of settings"),
+        ('{"preset": "a", "audio": {"hop": NaN}}', r"audio\.hop must be a int, got nan"),
+        ('{"preset": "a", "tokenizer": {"beta": NaN}}', r"tokenizer\.beta must be finite"),
+        ('{"preset": "a", "tokenizer": {"beta": 1e999}}', r"tokenizer\.beta must be finite"),
+        ('{"preset": "a", "tokenizer": {"beta": null}}', r"tokenizer\.beta must be a float, got None"),
+        ('{"preset": "a", "tokenizer": {"scales": null}}', r"tokenizer\.scales must be a list, got None"),
+        ('{"preset": "a", "tokenizer": {"scales": {"a": 1}}}', r"tokenizer\.scales must be a list"),
+        ('{"preset": "a", "audio": {"cmx": {"0": 1}}}', r"audio\.cmx must be a list"),
+        ('{"preset": "a", "pickle": 1}', "unknown setting pickle; known: preset, audio"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(text, message, tmp_path):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=message):
+        config.load(path)
