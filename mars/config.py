@@ -188,6 +188,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 16  # notes per micro-batch
     accumulate: int = 1  # micro-batches per step
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 1e-4  # peak
     warmup: float = 0.02  # share of the steps
     final_lr: float = 0.02  # as a ratio to the peak
@@ -249,6 +250,10 @@ class Config:
         _require(
             patch[0] > 0 and patch[1] > 0 and bins % patch[0] == 0 and frames % patch[1] == 0,
             f"tokenizer.patch {patch} must divide the grid ({bins}, {frames}) that audio.cmx {self.audio.cmx} gives",
+        )
+        _require(
+            not self.train.tokenizer.adversarial or min(bins, frames) >= 24,
+            f"train.adversarial wants a grid of 24 x 24 or more, audio.cmx {self.audio.cmx} gives ({bins}, {frames})",
         )
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mars import config
@@ -125,7 +125,7 @@ WRONG = {
     "tokenizer.scales=0,1,4": r"tokenizer\.scales must be positive",
     "tokenizer.scales=[[1,1],[2,2,2],[4,4]]": r"tokenizer\.scales must have 2 values, got \[2, 2, 2\]",
     "tokenizer.scales=a,b": r"tokenizer\.scales must be a list, got 'a'",
-    "tokenizer.patch=7": r"tokenizer\.patch \(7, 7\) must divide the CMX grid \(64, 64\) that audio\.cmx \(8, 4\) gives",
+    "tokenizer.patch=7": r"tokenizer\.patch \(7, 7\) must divide the grid \(64, 64\) that audio\.cmx \(8, 4\) gives",
     "tokenizer.patch=0": r"tokenizer\.patch \(0, 0\) must divide",
     "audio.cmx=5,4": r"audio\.cmx \(5, 4\) must divide \(bins, frames\) = \(512, 256\)",
     "audio.cmx=1,2,3": r"audio\.cmx must have 2 values, got \[1, 2, 3\]",
@@ -161,12 +161,20 @@ def test_wrong_overrides_say_what_is_wanted(text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_grids_too_small_for_the_discriminator_are_refused():
+    small = ("audio.cmx=32,1", "tokenizer.patch=16")
+    assert preset("smoke", small).audio.shape == (32, 16, 256)
+    with pytest.raises(ConfigError, match=r"wants a grid of 24 x 24 or more, audio\.cmx \(32, 1\) gives \(16, 256\)"):
+        preset("smoke", (*small, "train.adversarial=true"), "tokenizer")
+
+
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(ConfigError, match="unknown preset 'note'; known: paper, notes, smoke"):
         preset("note")
 
 
 @given(st.text(max_size=20))
+@settings(max_examples=30)
 def test_no_override_text_raises_anything_else(text):
     for item in (
         text,

@@ -36,17 +36,16 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: Metric = "l2") -> Tensor:
         )
     if metric not in ("l2", "cosine"):
         raise ValueError(f"nearest_code: metric must be l2 or cosine, got {metric!r}")
-    rows = max(1, _SCORES // len(codebook))
-    with _float32(x.device.type):
-        codebook = codebook.float()
+    rows, codebook = max(1, _SCORES // len(codebook)), codebook.float()
     if metric == "cosine":
         codebook, bias = F.normalize(codebook, dim=-1), None  # the length of x does not change the choice
     else:
         bias = -0.5 * codebook.square().sum(-1)  # neither does |x|^2
     found = []
-    for part in x.float().split(rows):
-        scores = part @ codebook.T if bias is None else torch.addmm(bias, part, codebook.T)
-        found.append(_argmax(scores))
+    with _float32(x.device.type):
+        for part in x.float().split(rows):
+            scores = part @ codebook.T if bias is None else torch.addmm(bias, part, codebook.T)
+            found.append(_argmax(scores))
     return torch.cat(found) if len(found) != 1 else found[0]
 
 

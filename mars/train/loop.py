@@ -91,7 +91,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Optimizer:
-    """AdamW with the schedule, gradient clipping and an average of the weights (EMA)."""
+    """AdamW with the schedule, gradient clipping and an average of the weights (EMA).
+
+    With "muon" the matrices of the transformer blocks are updated by orthogonalised momentum instead (Jordan et al.
+    2024), scaled so that the same learning rate serves both.
+    """
 
     def __init__(self, module: nn.Module, config: TrainConfig, averaged: nn.Module | None = None) -> None:
         self.config = config
@@ -103,8 +107,23 @@ class Optimizer:
         for name, p in zip(self.names, self.parameters, strict=True):
             matrix = p.ndim > 1 and name.endswith("weight") and name != "level.weight"
             (decay if matrix else plain).append(p)
-        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+        groups: list[dict[str, Any]] = [
+            {"params": decay, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        matrices: list[nn.Parameter] = []
+        if config.optimizer == "muon":
+            matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and "blocks." in name]
+            inside = {id(p) for p in matrices}
+            for group in groups:
+                group["params"] = [p for p in group["params"] if id(p) not in inside]
+        adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append(muon)
         self.averaged = list[Tensor](averaged.parameters()) if averaged is not None else None
 
     def clip(self) -> Tensor:
@@ -115,35 +134,52 @@ class Optimizer:
     def update(self, step: int, ratio: float = 1.0) -> float:
         """Apply the gradients with `ratio` times the scheduled rate, which is returned; then forget them."""
         rate = learning_rate(self.config, step) * ratio
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
-        self.adamw.step()
-        self.adamw.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self.forget()
         if self.averaged is not None:
             decay = min(self.config.ema, (1 + step) / (10 + step))  # follows quickly at first
             torch._foreach_lerp_(self.averaged, list[Tensor](self.parameters), 1 - decay)
         return rate
 
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts by parameter name."""
-        state = {}
-        for name, p in zip(self.names, self.parameters, strict=True):
-            for key, value in self.adamw.state[p].items():
-                state[f"{name}/{key}"] = value
-        return state
+        """Moments and step counts by parameter name; empty before the first update."""
+        names = {id(p): name for name, p in zip(self.names, self.parameters, strict=True)}
+        return {
+            f"{names[id(p)]}/{key}": value
+            for optimizer in self.optimizers
+            for p, moments in optimizer.state.items()
+            for key, value in moments.items()
+        }
 
     def load_state(self, state: Mapping[str, Tensor], source: Path) -> None:
-        """Restore `state()`, which is empty before the first update."""
+        """Restore `state()`.
+
+        Raises:
+            CheckpointError: a moment is missing or has another shape.
+        """
         if not state:
             return
-        for name, p in zip(self.names, self.parameters, strict=True):
-            moments = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = state.get(f"{name}/{key}")
-                if value is None or (key != "step" and value.shape != p.shape):
-                    raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
-                moments[key] = value.clone().to(p.device)  # the fused kernel wants the step there too
-            self.adamw.state[p] = moments
+        names = {id(p): name for name, p in zip(self.names, self.parameters, strict=True)}
+        for optimizer in self.optimizers:
+            keys = (
+                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+            )
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                name, moments = names[id(p)], {}
+                for key in keys:
+                    value = state.get(f"{name}/{key}")
+                    if value is None or (key != "step" and value.shape != p.shape):
+                        raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
+                    moments[key] = value.clone().to(p.device)  # the fused kernel wants the step there too
+                optimizer.state[p] = moments
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -226,6 +226,8 @@ def _open_run(
         "preset": settings.preset,
         "seed": seed,
         "data": dataset.fingerprint,
+        "notes": len(dataset),
+        "train_notes": len(dataset.split("train")),
         "created": time.time(),
         **(origin or {}),
     }

@@ -75,7 +75,7 @@ class TokenizerStage:
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach() / len(batches)
         sums["grad_norm"] = self.optimizer.clip()
         if not torch.isfinite(sums["loss"] + sums["grad_norm"]):
-            self.optimizer.adamw.zero_grad()
+            self.optimizer.forget()
             return {**sums, "loss": float("nan")}
         rate = self.optimizer.update(step)
         if pairs:
@@ -85,7 +85,7 @@ class TokenizerStage:
     def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """One update of the discriminator on real and reconstructed tensors."""
         assert self.discriminator is not None
-        self.d_optimizer.adamw.zero_grad()  # what the tokenizer's backward left there
+        self.d_optimizer.forget()  # what the tokenizer's backward left there
         total = torch.zeros((), device=self.device)
         for real, fake in pairs:
             with autocast(self.device, self.train.precision):
@@ -96,7 +96,7 @@ class TokenizerStage:
         if torch.isfinite(total + self.d_optimizer.clip()):
             self.d_optimizer.update(step, self.train.discriminator_lr / self.train.lr)
         else:
-            self.d_optimizer.adamw.zero_grad()
+            self.d_optimizer.forget()
         return {"discriminator": total}
 
     @torch.inference_mode()

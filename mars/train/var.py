@@ -59,7 +59,7 @@ class VARStage:
             total += loss.detach()
         norm = self.optimizer.clip()
         if not torch.isfinite(total + norm):
-            self.optimizer.adamw.zero_grad()
+            self.optimizer.forget()
             return {"loss": float("nan"), "grad_norm": norm}
         return {"loss": total, "grad_norm": norm, "lr": self.optimizer.update(step)}
 

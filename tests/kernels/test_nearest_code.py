@@ -6,10 +6,21 @@ import pytest
 import torch
 
 from mars.kernels import nearest_code
-from mars.kernels.nearest_code import op
+from mars.kernels.nearest_code import op, reference
 
 METRICS = ["l2", "cosine"]
-SHAPES = [(1, 1, 2), (3, 2, 1), (7, 5, 13), (65, 3, 63), (130, 33, 257), (31, 32, 1000)]  # N, D, V
+SHAPES = [
+    (1, 1, 2),
+    (3, 2, 1),
+    (7, 5, 13),
+    (65, 3, 63),
+    (130, 33, 257),
+    (31, 32, 1000),
+    (9, 4, 64),
+    (40, 7, 128),
+    (33, 8, 4096),
+]
+# N, D, V
 
 
 def costs(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
@@ -53,7 +64,7 @@ def test_l2_is_the_default_and_differs_from_cosine():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("v", [2, 16, 50, 1001])
+@pytest.mark.parametrize("v", [2, 16, 50, 64, 128, 1001])
 def test_ties_go_to_the_lowest_index(metric, v):
     x, half = inputs(67, 8, v)
     codebook = torch.cat((half, half, half))
@@ -61,6 +72,7 @@ def test_ties_go_to_the_lowest_index(metric, v):
     assert ids.max() < v
     assert torch.equal(ids, nearest_code(x, half, metric))
     assert not nearest_code(x, half[:1].expand(9, -1), metric).any()
+    assert not nearest_code(x, half[:1].expand(256, -1), metric).any()
 
 
 def test_ties_between_different_codes_go_to_the_lowest_index():
@@ -126,14 +138,23 @@ def test_neither_autocast_nor_the_matmul_precision_lowers_the_search(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_the_definition(shape, metric):
+    x, codebook = inputs(*shape)
+    ids, wanted = nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric)
+    assert_nearest(wanted, x, codebook, metric)
+    assert (ids == wanted).double().mean() > 0.98
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scores", [1, 50, 149, 1000])
 def test_chunks_do_not_show(metric, scores, monkeypatch):
     x, codebook = inputs(101, 8, 50)
     whole = nearest_code(x, codebook, metric)
     sizes = []
-    original = op.reference.nearest_code
+    original = op._argmax
     monkeypatch.setattr(op, "_SCORES", scores)
-    monkeypatch.setattr(op.reference, "nearest_code", lambda x, *rest: sizes.append(len(x)) or original(x, *rest))
+    monkeypatch.setattr(op, "_argmax", lambda scores: sizes.append(len(scores)) or original(scores))
     assert torch.equal(nearest_code(x, codebook, metric), whole)
     assert max(sizes) == max(1, scores // 50)
     assert sum(sizes) == 101

@@ -11,7 +11,13 @@ from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 
 @pytest.mark.parametrize(
     ("channels", "shape", "out"),
-    [(3, (256, 256), (30, 30)), (2, (256, 256), (30, 30)), (32, (64, 64), (6, 6)), (1, (48, 80), (4, 8))],
+    [
+        (3, (256, 256), (30, 30)),
+        (2, (256, 256), (30, 30)),
+        (32, (64, 64), (6, 6)),
+        (1, (48, 80), (4, 8)),
+        (1, (24, 25), (1, 1)),
+    ],
 )
 def test_one_logit_per_patch(channels, shape, out):
     with torch.device("meta"):

@@ -259,15 +259,17 @@ def test_bfloat16_autocast_keeps_the_quantiser_in_float32():
 
 @pytest.mark.parametrize("settings", [{}, {"scales": ((2, 1), (4, 7)), "patch": (6, 2)}], ids=["square", "odd"])
 def test_it_overfits_one_batch(settings):
+    """Two pictures: what tells them apart has to pass through the tokens."""
     c = config(width=48, codebook_size=64, **settings)
     model = Tokenizer(c)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.08)  # 0.02 is meant for a width of 768
     rows, columns = torch.linspace(0, 3, 12)[:, None], torch.linspace(0, 5, 20)
-    x = torch.stack(
-        [torch.stack((torch.sin(rows * (b + 1) + columns), torch.cos(rows - b * columns))) for b in range(4)]
-    )
-    adam = torch.optim.Adam(model.parameters(), lr=4e-3)
+    x = torch.stack([torch.stack((torch.sin(rows * b + columns), torch.cos(rows - b * columns))) for b in (1, 2)])
+    adam = torch.optim.Adam(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(70):
+    while len(losses) < 300 and (not losses or losses[-1] > losses[0] / 20):
         y, quantized = model(x)
         reconstruction = (y - x).square().mean()
         losses.append(reconstruction.item())
@@ -275,7 +277,8 @@ def test_it_overfits_one_batch(settings):
         (reconstruction + quantized.loss).backward()
         adam.step()
     assert losses[0] > 0.3
-    assert min(losses[-5:]) < losses[0] / 10
+    assert losses[-1] <= losses[0] / 20
     with torch.no_grad():
-        decoded = model.eval().decode(model.encode(x))
-    assert (decoded - x).square().mean() < losses[0] / 10
+        ids = model.eval().encode(x)
+        assert (model.decode(ids) - x).square().mean() < losses[0] / 10
+    assert not torch.equal(ids[0], ids[1])

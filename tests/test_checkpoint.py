@@ -1,0 +1,330 @@
+"""Directories are complete or absent, damage is found, and nothing that could run is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mars import checkpoint, model
+from mars.checkpoint import CheckpointError, load_weights, replace_directory, verify, write_directory
+from mars.config import preset
+from mars.models.tokenizer import Tokenizer
+from mars.models.var import VAR
+
+TENSORS = {
+    "a": {"x": torch.arange(6.0).view(2, 3), "y": torch.tensor(3)},
+    "b": {"z": torch.ones(4, dtype=torch.bfloat16)},
+}
+DOCUMENTS = {"state": {"step": 5}}
+SMALL = ("tokenizer.width=8", "tokenizer.codebook_size=8", "tokenizer.code_dim=4", "var.width=8", "var.depth=1")
+
+
+def write(path: Path, tensors=TENSORS) -> Path:
+    write_directory(path, tensors, DOCUMENTS, {"README.md": "# hé\n"})
+    return path
+
+
+def relist(path: Path) -> None:
+    """A manifest that fits whatever is there."""
+    files = {
+        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        for p in path.iterdir()
+        if p.name != checkpoint.MANIFEST
+    }
+    (path / checkpoint.MANIFEST).write_text(json.dumps({"files": files}))
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = write(tmp_path / "deep" / "er" / "c")
+    verify(path)
+    for name, group in TENSORS.items():
+        found = checkpoint.read_tensors(path / f"{name}.safetensors")
+        assert found.keys() == group.keys()
+        for key, value in group.items():
+            assert found[key].dtype == value.dtype
+            assert torch.equal(found[key], value)
+    assert checkpoint.read_json(path / "state.json") == {"step": 5}
+    assert (path / "README.md").read_text("utf-8") == "# hé\n"
+    assert [p.name for p in path.parent.iterdir()] == ["c"]
+
+
+def test_strided_and_empty_tensors_are_written_as_their_values(tmp_path):
+    x = torch.arange(6.0).view(2, 3).T
+    path = write(tmp_path / "c", {"a": {"x": x, "none": torch.zeros(0, 3)}, "empty": {}})
+    verify(path)
+    assert torch.equal(checkpoint.read_tensors(path / "a.safetensors")["x"], x)
+    assert checkpoint.read_tensors(path / "empty.safetensors") == {}
+
+
+def test_an_existing_directory_is_not_written_to(tmp_path):
+    path = write(tmp_path / "c")
+    before = (path / "a.safetensors").read_bytes()
+    with pytest.raises(FileExistsError):
+        write(path)
+    assert (path / "a.safetensors").read_bytes() == before
+
+
+FILES = ["a.safetensors", "b.safetensors", "state.json", "README.md"]
+DAMAGE = {
+    "gone": Path.unlink,
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "empty": lambda p: p.write_bytes(b""),
+    "one bit": lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])),
+    "longer": lambda p: p.write_bytes(p.read_bytes() + b"\0"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_found_and_named(name, damage, tmp_path):
+    path = write(tmp_path / "c")
+    damage(path / name)
+    with pytest.raises(CheckpointError, match=rf"{name} (is missing|does not match its checksum)"):
+        verify(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"files": {}}',
+        '{"files": []}',
+        '{"files": {"a.safetensors": 1}}',
+        "\xff",
+        "[" * 99_999,
+    ],
+    ids=range(10),
+)
+def test_a_manifest_that_says_nothing_is_refused(text, tmp_path):
+    path = write(tmp_path / "c")
+    (path / checkpoint.MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError):
+        verify(path)
+
+
+def test_a_missing_manifest_or_directory_is_refused(tmp_path):
+    path = write(tmp_path / "c")
+    (path / checkpoint.MANIFEST).unlink()
+    for folder in (path, tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match="manifest.json does not exist"):
+            verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.json", "/etc/hostname", "sub/x.json", "..", "."])
+def test_a_manifest_cannot_point_outside(name, tmp_path):
+    path = write(tmp_path / "c")
+    (tmp_path / "secret.json").write_text("{}")
+    (path / "sub").mkdir()
+    (path / "sub" / "x.json").write_text("{}")
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest["files"][name] = {"sha256": hashlib.sha256(b"{}").hexdigest()}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="is missing; the directory is damaged"):
+        verify(path)
+
+
+@pytest.mark.parametrize("name", ["c.safetensors", "notes.json"])
+def test_files_that_would_be_read_must_be_listed(name, tmp_path):
+    path = write(tmp_path / "c")
+    (path / "notes.txt").write_text("anybody may leave a text")
+    verify(path)
+    (path / name).write_bytes((path / "a.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=f"{name} is not listed"):
+        verify(path)
+
+
+def failing_save(monkeypatch, at: int, error: BaseException) -> None:
+    """The `at`-th file breaks off half-way."""
+    calls = []
+    original = checkpoint.save_file
+
+    def save(tensors, path):
+        calls.append(path)
+        if len(calls) == at:
+            path.write_bytes(b"half a file")
+            raise error
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stopped"]
+)
+def test_an_interrupted_write_leaves_nothing(at, error, tmp_path, monkeypatch):
+    failing_save(monkeypatch, at, error)
+    with pytest.raises(type(error)):
+        write(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["sync", "sha256"])
+def test_a_failure_after_the_files_leaves_nothing(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, what, lambda path: (_ for _ in ()).throw(OSError("broken disk")))
+    with pytest.raises(OSError, match="broken disk"):
+        write(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_files_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "c", []
+    original = checkpoint.sync
+    monkeypatch.setattr(checkpoint, "sync", lambda p: (synced.append((p.name, path.exists())), original(p)))
+    write(path)
+    before = {name for name, named in synced if not named}
+    assert {*FILES, checkpoint.MANIFEST} <= before
+    assert synced[-1] == (tmp_path.name, True)
+
+
+def test_replacing_swaps_the_whole_directory(tmp_path):
+    path = write(tmp_path / "c")
+    replace_directory(path, {"new": {"x": torch.zeros(1)}}, {})
+    verify(path)
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "new.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    replace_directory(tmp_path / "d", TENSORS, DOCUMENTS)  # also where nothing is
+    verify(tmp_path / "d")
+
+
+@pytest.mark.parametrize("when", ["while writing", "while renaming"])
+def test_a_failed_replacement_keeps_the_old_directory(when, tmp_path, monkeypatch):
+    path = write(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        if when == "while writing":
+            failing_save(patch, 1, OSError("full"))
+        else:
+            rename = Path.rename
+
+            def refuse(self, target):
+                if self.name == ".new-c":
+                    raise OSError("no")
+                return rename(self, target)
+
+            patch.setattr(Path, "rename", refuse)
+        with pytest.raises(OSError, match="full|no"):
+            replace_directory(path, {"new": {"x": torch.zeros(1)}}, {})
+    verify(path)
+    assert torch.equal(checkpoint.read_tensors(path / "a.safetensors")["x"], TENSORS["a"]["x"])
+    replace_directory(path, {"new": {"x": torch.zeros(1)}}, {})  # what was left over does not get in the way
+    assert (path / "new.safetensors").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+
+
+def test_weights_are_copied_into_place():
+    one, other = layers(), layers()
+    own = [p.data_ptr() for p in one.parameters()]
+    load_weights(one, {k: v.double() for k, v in other.state_dict().items()}, Path("f"))
+    assert [p.data_ptr() for p in one.parameters()] == own
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in one.parameters())
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.weight": torch.zeros(3, 2)}, r"f: tensor 0\.weight has shape \(3, 2\), the configuration wants \(2, 3\)"),
+        ({"0.weight": None}, r"f lacks tensor 0\.weight; it belongs to another configuration"),
+        ({"evil": torch.zeros(1)}, r"f has an unknown tensor evil"),
+        ({"1.bias": torch.tensor([float("nan")])}, r"f: tensor 1\.bias holds values that are not finite"),
+        ({"0.bias": torch.tensor([0.0, float("-inf")])}, r"f: tensor 0\.bias holds values that are not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, message):
+    tensors = {**layers().state_dict(), **change}
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(layers(), {k: v for k, v in tensors.items() if v is not None}, Path("f"))
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 64, b"\x08" + bytes(7) + b"{}      ", pickle.dumps({"x": 1})])
+def test_what_is_no_safetensors_file_is_refused(content, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    if content[:1] == b"\x08":  # a valid file without tensors
+        assert checkpoint.read_tensors(path) == {}
+        return
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is not a readable safetensors file"):
+        checkpoint.read_tensors(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors does not exist"):
+        checkpoint.read_tensors(tmp_path / "a.safetensors")
+
+
+def saved_model(path: Path) -> Path:
+    c = preset("smoke", SMALL)
+    model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=[{"count": 3}], card="# c").save(
+        path
+    )
+    return path
+
+
+def test_a_model_is_loaded_as_it_was_saved(tmp_path):
+    c = preset("smoke", SMALL)
+    saved = model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=[{"count": 3}], card="# c")
+    saved.save(tmp_path / "m")
+    found = model.load(tmp_path / "m")
+    assert found.config == c
+    assert (found.notes, found.card) == (saved.notes, saved.card)
+    assert len(found.hash) == 64
+    for a, b in ((found.tokenizer, saved.tokenizer), (found.var, saved.var)):
+        assert not a.training
+        assert a.state_dict().keys() == b.state_dict().keys()
+        for name, value in b.state_dict().items():
+            assert torch.equal(a.state_dict()[name], value)
+        assert not any(p.requires_grad for p in a.parameters())
+
+
+def test_a_model_of_another_configuration_is_refused(tmp_path):
+    path = saved_model(tmp_path / "m")
+    values = json.loads((path / "config.json").read_text())
+    values["tokenizer"]["codebook_size"] = 16
+    (path / "config.json").write_text(json.dumps(values))
+    relist(path)
+    with pytest.raises(CheckpointError, match=r"tensor quantizer\.codebook has shape \(8, 4\), .* wants \(16, 4\)"):
+        model.load(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path(self.target),)
+
+
+def test_loading_unpickles_nothing(tmp_path, monkeypatch):
+    path = saved_model(tmp_path / "m")
+    bomb = Evil()
+    bomb.target = str(tmp_path / "boom")
+    content = pickle.dumps(bomb)
+    for name in ("model.pt", "pytorch_model.bin", "tokenizer.pkl", "var.ckpt"):
+        (path / name).write_bytes(content)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    assert model.load(path).var is not None
+    (path / "tokenizer.safetensors").write_bytes(content)
+    relist(path)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.safetensors is not a readable safetensors file"):
+        model.load(path)
+    assert not (tmp_path / "boom").exists()
+    monkeypatch.undo()
+    pickle.loads(content)  # it would have gone off
+    assert (tmp_path / "boom").exists()

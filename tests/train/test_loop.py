@@ -1,0 +1,389 @@
+"""The loop: which notes, which rate, what is updated, logged, saved, and when it stops."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from mars import checkpoint
+from mars.checkpoint import CheckpointError
+from mars.config import CLASSES, TrainConfig, VARConfig
+from mars.models.tokenizer import Tokenizer
+from mars.models.var import VAR
+from mars.train import loop
+from mars.train.loop import Diverged, Optimizer, Run, batch_indices, learning_rate, stream
+
+# ---------------------------------------------------------------- which notes
+
+
+@pytest.mark.parametrize(("notes", "batch"), [(10, 3), (7, 7), (5, 12), (1, 4), (64, 16), (13, 1)])
+def test_every_note_comes_once_per_epoch(notes, batch):
+    names = np.arange(100, 100 + notes)
+    epochs = 6
+    drawn = np.concatenate([batch_indices(3, s, batch, names) for s in range(-(-epochs * notes // batch))])
+    orders = [drawn[i * notes : (i + 1) * notes] for i in range(epochs)]
+    for order in orders:
+        assert sorted(order) == list(names)
+    if notes > 4:
+        assert len({tuple(o) for o in orders}) == epochs
+    assert all(len(batch_indices(3, s, batch, names)) == batch for s in range(20))
+
+
+def test_notes_depend_on_seed_and_step_alone():
+    notes = np.arange(50)
+    a = [batch_indices(1, s, 8, notes) for s in range(20)]
+    torch.manual_seed(99)
+    b = [batch_indices(1, s, 8, notes) for s in reversed(range(20))][::-1]
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not np.array_equal(a[0], batch_indices(2, 0, 8, notes))
+
+
+def test_streams_are_functions_of_their_key():
+    keys = [(0, 2), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 1, 0), (1, 0, 1), (2**40, 1, 5), (0, 1, 2**33)]
+    draws = [tuple(torch.rand(3, generator=stream(*k)).tolist()) for k in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws == [tuple(torch.rand(3, generator=stream(*k)).tolist()) for k in keys]
+    before = torch.random.get_rng_state()
+    stream(1, 2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- which rate
+
+
+def test_warm_up_then_cosine():
+    c = TrainConfig(steps=1000, lr=2.0, warmup=0.1, final_lr=0.2)
+    rates = [learning_rate(c, s) for s in range(1000)]
+    assert 0 < rates[0] < 0.05
+    assert rates[100] == max(rates) == 2.0
+    assert np.allclose(np.diff(rates[:101]), 2 / 101)
+    assert (np.diff(rates[100:]) < 0).all()
+    assert rates[550] == pytest.approx(2 * (0.2 + 0.8 / 2))
+    assert rates[325] == pytest.approx(2 * (0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2))
+    assert rates[-1] == pytest.approx(0.4, rel=1e-4)
+    assert learning_rate(c, 1000) == learning_rate(c, 5000) == pytest.approx(0.4)
+
+
+def test_warm_up_then_lin0():
+    c = TrainConfig(steps=1000, lr=1.0, warmup=0.0, final_lr=0.1, schedule="lin0")
+    rates = np.array([learning_rate(c, s) for s in range(1001)])
+    assert (rates[:51] == 1).all()
+    assert np.allclose(np.diff(rates[50:]), -0.9 / 950)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "lin0"])
+@pytest.mark.parametrize("settings", [{"warmup": 0.0}, {"warmup": 1.0}, {"steps": 1}, {"steps": 2, "warmup": 0.02}])
+def test_the_rate_stays_between_zero_and_its_peak(schedule, settings):
+    c = TrainConfig(**{"steps": 30, "lr": 0.5, "final_lr": 0.0, "schedule": schedule} | settings)
+    assert all(0 < learning_rate(c, s) <= 0.5 for s in range(c.steps))
+
+
+# ---------------------------------------------------------------- what is updated
+
+
+def test_updates_are_adamw_with_clipping_and_an_average():
+    c = TrainConfig(steps=20, lr=0.05, warmup=0.2, weight_decay=0.1, grad_clip=0.3, ema=0.6)
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    averaged = nn.Linear(3, 2).requires_grad_(False)
+    averaged.load_state_dict(ours.state_dict())
+    mean = [p.detach().clone() for p in ours.parameters()]
+    optimizer = Optimizer(ours, c, averaged)
+    groups = [{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias], "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=c.betas, fused=False, foreach=False)
+    for step in range(8):
+        x = torch.randn(4, 3) * 5
+        for module in (ours, theirs):
+            (module(x) - 1).square().mean().backward()
+        norm = torch.stack([p.grad.norm() for p in theirs.parameters()]).norm()
+        for p in theirs.parameters():
+            p.grad.mul_(min(1, 0.3 / norm))
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(c, step)
+        adam.step()
+        adam.zero_grad()
+        assert optimizer.clip().item() == pytest.approx(norm.item(), rel=1e-4)
+        assert optimizer.update(step) == learning_rate(c, step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        for m, p, a in zip(mean, theirs.parameters(), averaged.parameters(), strict=True):
+            m.mul_(decay).add_(p.detach(), alpha=1 - decay)
+            torch.testing.assert_close(a.data, m, rtol=1e-4, atol=1e-5)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            assert a.grad is None
+
+
+def test_without_a_limit_gradients_are_not_clipped():
+    module = nn.Linear(2, 1)
+    optimizer = Optimizer(module, TrainConfig(grad_clip=0.0))
+    (module(torch.ones(1, 2)) * 1e6).sum().backward()
+    assert optimizer.clip() > 1e6
+    assert module.weight.grad.max() == 1e6
+
+
+def decayed(module: nn.Module) -> set[str]:
+    optimizer = Optimizer(module, TrainConfig(weight_decay=0.05))
+    decaying, plain = optimizer.adamw.param_groups
+    assert (decaying["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    names = {id(p): n for n, p in module.named_parameters()}
+    assert len(decaying["params"]) + len(plain["params"]) == len(names)
+    return {names[id(p)] for p in decaying["params"]}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_weights_of_layers_decay_and_nothing_else(shared, smoke):
+    config = VARConfig(depth=1, width=8, heads=2, shared_adaln=shared, condition=tuple(CLASSES))
+    with torch.device("meta"):
+        model = VAR(config, smoke.tokenizer)
+    block = {f"blocks.0.{n}.weight" for n in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")}
+    ada = {"shared_ada.1.weight" if shared else "blocks.0.ada.1.weight", "head_ada.1.weight"}
+    tables = {f"condition.{name}.weight" for name in CLASSES}
+    assert decayed(model) == block | ada | tables | {"embed.weight", "head.weight"}
+    with torch.device("meta"):
+        names = decayed(Tokenizer(smoke))
+    assert {"embed.weight", "head.weight", "to_code.weight", "from_code.weight", "quantizer.phi_weight"} < names
+    for name in ("queries", "mask", "quantizer.codebook", "encoder.position", "encoder.level", "encoder.norm.weight"):
+        assert name not in names
+
+
+def test_optimiser_state_that_does_not_fit_is_named():
+    module = nn.Linear(2, 1)
+    optimizer = Optimizer(module, TrainConfig())
+    optimizer.load_state({}, "f")  # saved before the first update
+    assert not optimizer.adamw.state
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.update(0)
+    state = optimizer.state()
+    for name in state:
+        with pytest.raises(CheckpointError, match=f"f: optimiser state of {name.split('/')[0]} is missing"):
+            Optimizer(nn.Linear(2, 1), TrainConfig()).load_state({k: v for k, v in state.items() if k != name}, "f")
+    with pytest.raises(CheckpointError, match="optimiser state of weight is missing or has another shape"):
+        Optimizer(nn.Linear(3, 1), TrainConfig()).load_state(state, "f")
+
+
+# ---------------------------------------------------------------- what runs
+
+
+class Counter:
+    """A stage that does nothing but write down what it is asked for."""
+
+    def __init__(self, **settings) -> None:
+        defaults = {"steps": 10, "batch_size": 2, "log_every": 1, "validate_every": 100, "save_every": 4}
+        self.train = TrainConfig(**defaults | settings)
+        self.seen: list[tuple[int, list[list[int]], float]] = []
+        self.weight = torch.zeros(())
+        self.exports = 0
+        self.act: Callable[[int], float | None] = lambda step: None
+
+    def batch(self, indices):
+        return indices.tolist()
+
+    def step(self, step, batches, generator):
+        self.seen.append((step, batches, torch.rand(1, generator=generator).item()))
+        self.weight += step
+        loss = self.act(step)
+        return {"loss": torch.tensor(1.0 if loss is None else loss)}
+
+    def validate(self):
+        return {"val_loss": 0.5, "per_scale": [1, 2]}
+
+    def state(self):
+        return {"model": {"weight": self.weight.clone()}}
+
+    def load_state(self, state, source):
+        self.weight = state["model"]["weight"].clone()
+
+    def export(self, path):
+        self.exports += 1
+
+
+NOTES = np.arange(7)
+
+
+@pytest.fixture
+def output():
+    return io.StringIO()
+
+
+@pytest.fixture
+def go(tmp_path, output):
+    (tmp_path / "run").mkdir()
+
+    def go(stage, **settings):
+        console = Console(file=output, width=200)
+        return loop.run(stage, Run(tmp_path / "run"), NOTES, seed=1, console=console, **settings)
+
+    go.path = tmp_path / "run"
+    return go
+
+
+def steps_saved(path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (path / "checkpoints").iterdir())
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+
+def test_steps_get_their_batches_and_streams(go):
+    stage = Counter(accumulate=3)
+    assert go(stage) == 10
+    assert [step for step, *_ in stage.seen] == list(range(10))
+    for step, batches, draw in stage.seen:
+        assert [n for part in batches for n in part] == batch_indices(1, step, 6, NOTES).tolist()
+        assert [len(part) for part in batches] == [2, 2, 2]
+        assert draw == torch.rand(1, generator=stream(1, 1, step)).item()
+
+
+def test_saves_validates_and_logs_in_time(go):
+    stage = Counter(steps=11, log_every=4, validate_every=5, save_every=2)
+    go(stage)
+    assert steps_saved(go.path) == [8, 10, 11]  # the newest three
+    assert stage.exports == 6
+    found = lines(go.path)
+    assert [r["step"] for r in found if "loss" in r] == [4, 8, 11]
+    assert [r["step"] for r in found if "val_loss" in r] == [5, 10, 11]
+    assert all(r["notes_per_s"] > 0 for r in found if "loss" in r)
+
+
+def test_stops_and_goes_on_where_it_was(go, output):
+    whole, parts = Counter(), Counter()
+    assert go(parts, max_steps=3) == 3
+    assert steps_saved(go.path) == [3]
+    again = Counter()
+    assert go(again, max_time=1e-9) == 3  # no time for a step
+    assert again.seen == []
+    again = Counter()
+    assert go(again) == 10
+    assert "resuming at step 3 of 10" in output.getvalue()
+    other = go.path.parent / "other"
+    other.mkdir()
+    loop.run(whole, Run(other), NOTES, seed=1, console=Console(file=io.StringIO()))
+    assert parts.seen + again.seen == whole.seen
+    assert torch.equal(again.weight, whole.weight)
+    assert go(Counter()) == 10  # nothing left to do
+
+
+def test_time_limit_saves(go):
+    import time
+
+    stage = Counter(save_every=100)
+    stage.act = lambda step: time.sleep(0.1)
+    done = go(stage, max_time=0.5)
+    assert 1 <= done < 10
+    assert steps_saved(go.path) == [done]
+    assert stage.exports == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(number, go, output):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    stage = Counter(save_every=100)
+    stage.act = lambda step: os.kill(os.getpid(), number) if step == 5 else None
+    assert go(stage) == 6
+    assert len(stage.seen) == 6
+    assert steps_saved(go.path) == [6]
+    assert stage.exports == 1
+    assert "stopped at step 6 of 10; saved in" in output.getvalue()
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    again = Counter(save_every=100)
+    assert go(again) == 10
+    assert again.seen[0][0] == 6
+
+
+def test_a_second_interrupt_stops_at_once(go):
+    stage = Counter()
+    stage.act = lambda step: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and None
+    with pytest.raises(KeyboardInterrupt):
+        go(stage)
+    assert len(stage.seen) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ten_bad_steps_in_a_row_are_too_many(go):
+    stage = Counter(steps=60, save_every=5)
+    stage.act = lambda step: float("nan") if step in (3, 4) or step >= 33 else None
+    with pytest.raises(Diverged, match=r"10 steps in a row were not finite, the last at step 43; lower train.lr"):
+        go(stage)
+    assert len(stage.seen) == 43
+    assert steps_saved(go.path) == [30, 35, 40]
+
+
+def test_nine_bad_steps_in_a_row_are_not(go):
+    stage = Counter(steps=40)
+    stage.act = lambda step: float("inf") if step % 10 else None
+    assert go(stage) == 40
+
+
+# ---------------------------------------------------------------- what is restored
+
+
+DAMAGE = {
+    "truncated": lambda p: (p / "model.safetensors").write_bytes(b"half"),
+    "missing file": lambda p: (p / "model.safetensors").unlink(),
+    "no manifest": lambda p: (p / "manifest.json").unlink(),
+    "extra tensors": lambda p: (p / "x.safetensors").write_bytes((p / "model.safetensors").read_bytes()),
+    "empty": lambda p: [f.unlink() for f in p.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_later_replaced(damage, go, output):
+    go(Counter(), max_steps=8)
+    assert steps_saved(go.path) == [4, 8]
+    damage(go.path / "checkpoints" / "step-00000008")
+    again = Counter()
+    assert go(again, max_steps=8) == 8
+    assert "warning: " in output.getvalue()
+    assert "trying the checkpoint before it" in output.getvalue()
+    assert [s for s, *_ in again.seen] == [4, 5, 6, 7]
+    checkpoint.verify(go.path / "checkpoints" / "step-00000008")
+    last = Counter()
+    assert go(last) == 10
+    assert [s for s, *_ in last.seen] == [8, 9]
+    assert last.weight == sum(range(10))
+
+
+def test_with_only_damaged_checkpoints_it_refuses_to_start_over(go):
+    go(Counter(), max_steps=8)
+    for path in (go.path / "checkpoints").iterdir():
+        DAMAGE["truncated"](path)
+    stage = Counter()
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint in .*model\.safetensors does not match"):
+        go(stage)
+    assert stage.seen == []
+
+
+def test_leftovers_of_a_killed_save_are_ignored(go):
+    go(Counter(), max_steps=4)
+    folder = go.path / "checkpoints"
+    for name in (".tmp-step-00000009-123", ".new-step-00000009", ".del-step-00000001", "step-x"):
+        (folder / name).mkdir()
+    assert [p.name for p in Run(go.path).checkpoints()] == ["step-00000004"]
+    assert go(Counter()) == 10
+
+
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
+    loop.free_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(OSError, match=r"MB free; this run needs about 1000000000000 MB"):
+        loop.free_space(tmp_path / "not" / "yet", 10**18)
+
+
+def test_autocast_is_what_was_asked_for():
+    cpu = torch.device("cpu")
+    for precision, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with loop.autocast(cpu, precision):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == wanted
+    with loop.autocast(cpu, "auto"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype in (torch.float32, torch.bfloat16)
