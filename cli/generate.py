@@ -101,8 +101,7 @@ def _generate(n: int, name: str | None, out: Path, threads: int | None, device: 
     from mars.generate import Timing, generate
     from mars.model import DEFAULT, load
     from mars.picture import contact_sheet, write_png
-    from mars.train.loop import free_space
-    from mars.train.start import pick_device
+    from mars.runtime import free_space, pick_device
 
     if threads:
         torch.set_num_threads(threads)

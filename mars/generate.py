@@ -27,7 +27,7 @@ from mars.checkpoint import CheckpointError
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, ConfigError
 from mars.model import Model
 from mars.models.var import VAR
-from mars.train.loop import autocast, stream
+from mars.runtime import autocast, stream
 
 TILE = 8  # notes the network runs on at once on a CPU; changing it changes the bytes of all notes
 TILE_ACCELERATOR = 32

@@ -19,7 +19,7 @@ import torch
 import mars
 from mars import audio
 from mars.data import open_dataset
-from mars.train.loop import autocast
+from mars.runtime import autocast
 from mars.train.tokenizer import codebook_use, held_out
 from mars.train.var import VARStage
 

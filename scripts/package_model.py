@@ -18,13 +18,14 @@ from mars import checkpoint
 CARD = """# notes
 
 A conditional MARS model for single notes: 4 s at 16 kHz, by instrument family, source, pitch and velocity.
-Tokenizer {tokenizer:.1f} M and VAR {var:.1f} M parameters, {codes:,} codes, {tokens} tokens per note; stored in float16.
+Tokenizer {tokenizer:.1f} M and VAR {var:.1f} M parameters, {codes:,} codes, {tokens} tokens per note; in float16.
 
 - **Data:** {notes:,} notes rendered from the soundfont FluidR3 GM (Frank Wen, MIT licence), {train:,} of them for
   training; instruments are either for training or held out, never both. Rendered notes are not recordings: expect the
   sound of a General MIDI synthesizer.
 - **Training:** tokenizer {tokenizer_steps:,} steps in {tokenizer_minutes:.0f} min, VAR {var_steps:,} steps in
-  {var_minutes:.0f} min, on two CPU cores (bfloat16 autocast), without the adversarial term. `make pretrained` repeats it.
+  {var_minutes:.0f} min, on two CPU cores (bfloat16 autocast), without the adversarial term; `make pretrained` repeats
+  it.
 - **Held-out instruments:** reconstruction of the normalised spectrogram MSE {mse:.4f}, MAE {mae:.4f} (1.0 is
   {per_unit:.0f} dB); codes used per scale {used}, perplexity {perplexity}; VAR cross-entropy {loss:.3f} nats per token,
   per scale {per_scale}.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from mars import checkpoint
 from mars.checkpoint import CheckpointError
 from mars.config import TrainConfig
+from mars.runtime import stream
 
 KEEP = 3  # checkpoints kept per run
 MAX_BAD_STEPS = 10  # in a row
@@ -59,12 +59,6 @@ class Stage(Protocol):
 
     def export(self, path: Path) -> None:
         """Write the model directory."""
-
-
-def stream(seed: int, *key: int) -> torch.Generator:
-    """A generator that depends on nothing but its arguments."""
-    mixed = np.random.SeedSequence([seed, *key]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
 
 
 def batch_indices(seed: int, step: int, batch: int, notes: np.ndarray) -> np.ndarray:
@@ -182,24 +176,11 @@ class Optimizer:
                 optimizer.state[p] = moments
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 where asked for or, with "auto", where the device computes in it natively."""
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    on = precision == "bfloat16" or (precision == "auto" and native)
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
-
-
 @dataclass
 class Run:
     """A run folder: `run.json`, `config.json`, `log.jsonl`, `checkpoints/`, and the exported `model/`."""
 
     path: Path
-    restored: int = 0  # the step of the checkpoint in use
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line of JSON."""
@@ -354,17 +335,3 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def free_space(path: Path, needed: int) -> None:
-    """Raise OSError if the disk of `path` cannot hold `needed` bytes."""
-    while not path.exists():
-        path = path.parent
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise OSError(f"{path} has {free / 1e6:.0f} MB free; this run needs about {needed / 1e6:.0f} MB")
-
-
-def threads() -> int:
-    """CPU threads in use."""
-    return torch.get_num_threads() or os.cpu_count() or 1

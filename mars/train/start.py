@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from mars import checkpoint, config, model
+from mars import checkpoint, config, model, runtime
 from mars.config import Config, ConfigError
 from mars.data import Dataset, open_dataset
 from mars.train import loop
@@ -112,20 +112,6 @@ def newest_tokenizer(preset: str | None = None) -> Path:
     return max(found)[1]
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(n for n in ("cuda", "mps", "cpu") if present[n]))
-    if not present[name]:
-        raise ConfigError(f"--device {name}: this machine or this PyTorch build has none; use --device cpu")
-    return torch.device(name)
-
-
 def parse_time(text: str | None) -> float | None:
     """Seconds of "90s", "40m", "2h" or a plain number of seconds.
 
@@ -149,7 +135,7 @@ def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Co
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("medium")  # on CPUs: oneDNN instead of MKL, twice as fast
-    return Console(stderr=True), parse_time(max_time), pick_device(device)
+    return Console(stderr=True), parse_time(max_time), runtime.pick_device(device)
 
 
 def _resumed(out: Path | None, resume: str) -> Path | None:
@@ -247,7 +233,7 @@ def _open_run(
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
     size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
-    loop.free_space(path, 3 * (loop.KEEP + 1) * size)  # the optimiser's two moments come with the first step
+    runtime.free_space(path, 3 * (loop.KEEP + 1) * size)  # the optimiser's two moments come with the first step
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)
         config.save(settings, path / "config.json")

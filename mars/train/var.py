@@ -18,7 +18,8 @@ from mars.data import Dataset
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.train.loop import Optimizer, autocast, stream
+from mars.runtime import autocast, stream
+from mars.train.loop import Optimizer
 from mars.train.tokenizer import held_out
 
 

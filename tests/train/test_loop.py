@@ -15,13 +15,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mars import checkpoint
+from mars import checkpoint, runtime
 from mars.checkpoint import CheckpointError
 from mars.config import CLASSES, TrainConfig, VARConfig
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
+from mars.runtime import stream
 from mars.train import loop
-from mars.train.loop import Diverged, Optimizer, Run, batch_indices, learning_rate, stream
+from mars.train.loop import Diverged, Optimizer, Run, batch_indices, learning_rate
 
 # ---------------------------------------------------------------- which notes
 
@@ -375,15 +376,15 @@ def test_leftovers_of_a_killed_save_are_ignored(go):
 
 
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
-    loop.free_space(tmp_path / "not" / "yet", 1)
+    runtime.free_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(OSError, match=r"MB free; this run needs about 1000000000000 MB"):
-        loop.free_space(tmp_path / "not" / "yet", 10**18)
+        runtime.free_space(tmp_path / "not" / "yet", 10**18)
 
 
 def test_autocast_is_what_was_asked_for():
     cpu = torch.device("cpu")
     for precision, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        with loop.autocast(cpu, precision):
+        with runtime.autocast(cpu, precision):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == wanted
-    with loop.autocast(cpu, "auto"):
+    with runtime.autocast(cpu, "auto"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype in (torch.float32, torch.bfloat16)

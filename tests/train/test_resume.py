@@ -14,8 +14,9 @@ from mars import checkpoint, model
 from mars.checkpoint import CheckpointError
 from mars.config import CLASSES, override
 from mars.models.tokenizer import Tokenizer
+from mars.runtime import stream
 from mars.train import loop
-from mars.train.loop import Diverged, Run, stream
+from mars.train.loop import Diverged, Run
 from mars.train.tokenizer import TokenizerStage, codebook_use, held_out
 from mars.train.var import VARStage, condition_ids, ranges, tokenize
 

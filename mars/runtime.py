@@ -1,0 +1,52 @@
+"""Where and how things run: device, precision, random streams, disk space."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mars.config import ConfigError
+
+
+def stream(seed: int, *key: int) -> torch.Generator:
+    """A generator that depends on nothing but its arguments."""
+    mixed = np.random.SeedSequence([seed, *key]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(n for n in ("cuda", "mps", "cpu") if present[n]))
+    if not present[name]:
+        raise ConfigError(f"--device {name}: this machine or this PyTorch build has none; use --device cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bfloat16 where asked for or, with "auto", where the device computes in it natively."""
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    on = precision == "bfloat16" or (precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def free_space(path: Path, needed: int) -> None:
+    """Raise OSError if the disk of `path` cannot hold `needed` bytes."""
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise OSError(f"{path} has {free / 1e6:.0f} MB free; this run needs about {needed / 1e6:.0f} MB")
