@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from mars.cli.errors import user_errors
 
 if TYPE_CHECKING:
     from mars.data import Dataset
@@ -52,19 +53,6 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turns the errors of the readers into a line on stderr and the exit code 1, 3 or 6."""
-    from mars.data.notes import DataError, DiskError, TooManyBadError
-
-    try:
-        yield
-    except (DataError, OSError) as error:
-        click.echo(f"Error: {error}", err=True)
-        full = isinstance(error, DiskError) or getattr(error, "errno", None) in (28, 122)  # ENOSPC, EDQUOT
-        sys.exit(3 if isinstance(error, TooManyBadError) else 6 if full else 1)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Pack notes into a dataset to train on."""
@@ -99,7 +87,7 @@ def _packing(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Pack NSynth: folders or .tar.gz archives with examples.json and audio/*.wav, several if you like."""
-    with _exit_codes(), _progress("Packing") as progress:
+    with user_errors(), _progress("Packing") as progress:
         from mars.data.nsynth import pack_nsynth
 
         _report(pack_nsynth(paths, out, progress=progress, **options), out)
@@ -125,7 +113,7 @@ def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.option("--licence", default="unknown", show_default=True, help="Of the audio; is kept.")
 def folder(directory: Path, out: Path, **options: Any) -> None:
     """Pack a folder of WAV, FLAC, OGG, MP3 or AIFF files."""
-    with _exit_codes(), _progress("Packing") as progress:
+    with user_errors(), _progress("Packing") as progress:
         from mars.data.folder import pack_folder
 
         _report(pack_folder(directory, out, progress=progress, **options), out)
@@ -141,7 +129,7 @@ def folder(directory: Path, out: Path, **options: Any) -> None:
 @click.option("--licence", default="unknown", show_default=True, help="Of the soundfont; is kept.")
 def soundfont(file: Path, out: Path, **options: Any) -> None:
     """Render notes from an SF2 or SF3 soundfont."""
-    with _exit_codes(), _progress("Rendering") as progress:
+    with user_errors(), _progress("Rendering") as progress:
         from mars.data.soundfont import pack_soundfont
 
         _report(pack_soundfont(file, out, progress=progress, **options), out)
@@ -152,7 +140,7 @@ def soundfont(file: Path, out: Path, **options: Any) -> None:
 @click.option("--verify", is_flag=True, help="Also check every checksum.")
 def info(directory: Path | None, verify: bool) -> None:
     """Say what a dataset holds; without DIRECTORY, the built-in notes."""
-    with _exit_codes():
+    with user_errors():
         from mars.config import FAMILIES
         from mars.data import SPLITS, Dataset, open_dataset
 

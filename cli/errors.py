@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-FAILURE, USAGE, BAD_DATA, NO_CHECKPOINT, DIVERGED, DISK = 1, 2, 3, 4, 5, 6
+from mars.errors import DiskError, MarsError
 
 
 class Failure(click.ClickException):
@@ -25,18 +25,11 @@ class Failure(click.ClickException):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn the library's errors into one-line messages. Codes: 2 usage, 4 checkpoint, 5 diverged, 6 disk."""
-    from mars.checkpoint import CheckpointError
-    from mars.config import ConfigError
-    from mars.data import DataError
-    from mars.train.loop import Diverged
-
+    """Turn the library's errors, and those of the disk, into one-line messages with their codes."""
     try:
         yield
-    except (ConfigError, DataError, CheckpointError) as error:
-        raise Failure(str(error), USAGE) from error
-    except Diverged as error:
-        raise Failure(str(error), DIVERGED) from error
+    except MarsError as error:
+        raise Failure(str(error), error.code) from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or error.errno is None
-        raise Failure(str(error), DISK if full else FAILURE) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise Failure(str(error), DiskError.code if full else MarsError.code) from error

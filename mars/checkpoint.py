@@ -19,12 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mars.errors import CheckpointError
+
 MANIFEST = "manifest.json"
 Tensors = Mapping[str, Tensor]
-
-
-class CheckpointError(ValueError):
-    """A model or checkpoint that is missing, damaged or of another kind; the message says which and what to do."""
 
 
 def write_directory(

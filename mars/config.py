@@ -20,6 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mars.errors import ConfigError
+
 Pair = tuple[int, int]
 T = TypeVar("T")
 
@@ -28,10 +30,6 @@ FAMILIES = (
 )  # fmt: skip  # NSynth's instrument families, in its own order
 SOURCES = ("acoustic", "electronic", "synthetic")
 VELOCITIES = (25, 50, 75, 100, 127)  # NSynth's five; any other velocity counts as the nearest of them
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message says what was wanted, what was got and what to do."""
 
 
 def _require(condition: bool, message: str) -> None:

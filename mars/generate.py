@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mars import audio
-from mars.checkpoint import CheckpointError
-from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, ConfigError
+from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES
+from mars.errors import CheckpointError, ConfigError
 from mars.model import Model
 from mars.models.var import VAR
 from mars.runtime import autocast, stream

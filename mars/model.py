@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mars import audio, checkpoint, config
-from mars.checkpoint import CheckpointError
 from mars.config import Config
+from mars.errors import CheckpointError
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 

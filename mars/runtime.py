@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mars.config import ConfigError
+from mars.errors import ConfigError, DiskError
 
 
 def stream(seed: int, *key: int) -> torch.Generator:
@@ -44,9 +44,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def free_space(path: Path, needed: int) -> None:
-    """Raise OSError if the disk of `path` cannot hold `needed` bytes."""
+    """Raise DiskError if the disk of `path` cannot hold `needed` bytes."""
     while not path.exists():
         path = path.parent
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise OSError(f"{path} has {free / 1e6:.0f} MB free; this run needs about {needed / 1e6:.0f} MB")
+        raise DiskError(f"{path} has {free / 1e6:.0f} MB free; this run needs about {needed / 1e6:.0f} MB")

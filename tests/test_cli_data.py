@@ -49,7 +49,7 @@ def test_packing_and_info(notes, tmp_path, command):
     (tmp_path / "out" / "audio.i16").write_bytes(bytes(4 * 128_000))
     assert run("info", tmp_path / "out").exit_code == 0
     result = run("info", tmp_path / "out", "--verify")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "differs from its checksum" in result.output
 
 
@@ -99,12 +99,12 @@ def test_usage_errors_name_the_option(arguments, says):
     assert says in result.output
 
 
-def test_other_errors_exit_1_with_one_line(notes, tmp_path):
+def test_other_errors_exit_2_with_one_line(notes, tmp_path):
     result = run("folder", notes, "--out", notes)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "exists; give --out a new folder" in result.output
     result = run("soundfont", __file__, "--out", tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "Error: " in result.output
     assert len(result.output.splitlines()) == 1
-    assert run("info", notes).exit_code == 1
+    assert run("info", notes).exit_code == 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mars import config, generate
-from mars.checkpoint import CheckpointError
-from mars.config import FAMILIES, VELOCITIES, ConfigError
+from mars.config import FAMILIES, VELOCITIES
+from mars.errors import CheckpointError, ConfigError
 from mars.generate import TILE, Timing, choose, condition_ids, draw
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mars.config import FAMILIES, SOURCES
-from mars.data.notes import SHORTEST, BadFileError, DataError, Labels, labels_of, read_audio
+from mars.data.notes import SHORTEST, Labels, labels_of, read_audio
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
+from mars.errors import BadFileError, DataError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 CSV_COLUMNS = ("file", "pitch", "velocity", "family", "source", "instrument")

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mars.config import FAMILIES, SOURCES
+from mars.errors import BadFileError, DataError
 
 Audio = npt.NDArray[np.float32]  # (samples,), 1.0 is full scale
 
@@ -21,22 +22,6 @@ UNKNOWN = -1  # a label that nobody gave
 SILENT = 1e-4  # a note whose peak stays below this is taken for silence
 SHORTEST = 0.1  # s; shorter files are taken for rubbish
 _NAME = re.compile(rf"({'|'.join(FAMILIES)})_({'|'.join(SOURCES)})_(\d{{3}})-(\d{{3}})-(\d{{3}})")
-
-
-class DataError(ValueError):
-    """Notes or a dataset that cannot be used; the message says what was wanted, got and what to do."""
-
-
-class TooManyBadError(DataError):
-    """More of the files are bad than is allowed."""
-
-
-class BadFileError(DataError):
-    """One file cannot be used; the message is the reason, without the file's name."""
-
-
-class DiskError(OSError):
-    """There is no room for a dataset."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from mars.config import FAMILIES, SOURCES
-from mars.data.notes import BadFileError, DataError, Labels, labels_of, parse_json, read_audio
+from mars.data.notes import Labels, labels_of, parse_json, read_audio
 from mars.data.packed import ALLOW_BAD, SPLITS, Dataset, Writer
+from mars.errors import BadFileError, DataError
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
 LICENCE = "CC BY 4.0, Google Inc. (the NSynth dataset, magenta.tensorflow.org/datasets/nsynth)"

@@ -29,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mars.config import FAMILIES, SOURCES
-from mars.data.notes import Audio, DataError, DiskError, Labels, TooManyBadError, fault, parse_json
+from mars.data.notes import Audio, Labels, fault, parse_json
+from mars.errors import DataError, DiskError, TooManyBadError
 
 if TYPE_CHECKING:
     import torch

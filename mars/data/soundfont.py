@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from mars.config import FAMILIES, SOURCES, VELOCITIES
-from mars.data.notes import SILENT, Audio, DataError, Labels, fit
+from mars.data.notes import SILENT, Audio, Labels, fit
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
+from mars.errors import DataError
 
 SAMPLE_RATE = 16_000  # Hz
 HELD, RELEASED = 3, 1  # s

@@ -25,16 +25,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from mars import checkpoint
-from mars.checkpoint import CheckpointError
 from mars.config import TrainConfig
+from mars.errors import CheckpointError, Diverged
 from mars.runtime import stream
 
 KEEP = 3  # checkpoints kept per run
 MAX_BAD_STEPS = 10  # in a row
-
-
-class Diverged(RuntimeError):
-    """Too many steps in a row whose loss or gradient was not finite."""
 
 
 class Stage(Protocol):

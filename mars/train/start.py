@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mars import checkpoint, config, model, runtime
-from mars.config import Config, ConfigError
+from mars.config import Config
 from mars.data import Dataset, open_dataset
+from mars.errors import ConfigError
 from mars.train import loop
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize

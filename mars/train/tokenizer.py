@@ -15,6 +15,7 @@ from torch import Tensor
 from mars import audio, checkpoint
 from mars.config import Config
 from mars.data import Dataset
+from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
@@ -134,7 +135,7 @@ class TokenizerStage:
         """Restore `state()`."""
         wanted = self.state().keys()
         if state.keys() != wanted:
-            raise checkpoint.CheckpointError(f"{source} holds {sorted(state)}, this run needs {sorted(wanted)}")
+            raise CheckpointError(f"{source} holds {sorted(state)}, this run needs {sorted(wanted)}")
         checkpoint.load_weights(self.model, state["model"], source)
         checkpoint.load_weights(self.averaged, state["averaged"], source)
         self.optimizer.load_state(state["optimizer"], source)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mars import audio, checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
 from mars.data import Dataset
+from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
@@ -101,7 +102,7 @@ class VARStage:
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
         """Restore `state()`."""
         if state.keys() != {"model", "averaged", "optimizer"}:
-            raise checkpoint.CheckpointError(f"{source} holds {sorted(state)}; it is of another stage")
+            raise CheckpointError(f"{source} holds {sorted(state)}; it is of another stage")
         checkpoint.load_weights(self.model, state["model"], source)
         checkpoint.load_weights(self.averaged, state["averaged"], source)
         self.optimizer.load_state(state["optimizer"], source)

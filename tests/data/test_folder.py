@@ -10,7 +10,8 @@ import pytest
 import soundfile
 
 from mars.data.folder import pack_folder, read_csv
-from mars.data.notes import BadFileError, DataError, TooManyBadError, read_audio
+from mars.data.notes import read_audio
+from mars.errors import BadFileError, DataError, TooManyBadError
 
 RATE = 16_000
 

@@ -10,8 +10,9 @@ import pytest
 import soundfile
 
 from mars.config import FAMILIES, SOURCES
-from mars.data.notes import DataError, TooManyBadError, labels_of
+from mars.data.notes import labels_of
 from mars.data.nsynth import pack_nsynth
+from mars.errors import DataError, TooManyBadError
 
 GENUINE = Path(__file__).parents[3] / "shared" / "data" / "nsynth-sample"
 

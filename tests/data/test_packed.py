@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mars.data import COLUMNS, DataError, Dataset, open_dataset
-from mars.data.notes import DiskError, Labels, TooManyBadError, parse_json
+from mars.data import COLUMNS, Dataset, open_dataset
+from mars.data.notes import Labels, parse_json
 from mars.data.packed import Writer, split_instruments
+from mars.errors import DataError, DiskError, TooManyBadError
 
 SAMPLES = 200
 FILES = ["audio.i16", "metadata.npy", "names.txt", "instruments.txt", "dataset.json", "bad_files.jsonl"]

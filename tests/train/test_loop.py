@@ -16,13 +16,13 @@ from rich.console import Console
 from torch import nn
 
 from mars import checkpoint, runtime
-from mars.checkpoint import CheckpointError
 from mars.config import CLASSES, TrainConfig, VARConfig
+from mars.errors import CheckpointError, Diverged
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.runtime import stream
 from mars.train import loop
-from mars.train.loop import Diverged, Optimizer, Run, batch_indices, learning_rate
+from mars.train.loop import Optimizer, Run, batch_indices, learning_rate
 
 # ---------------------------------------------------------------- which notes
 

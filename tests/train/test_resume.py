@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from mars import checkpoint, model
-from mars.checkpoint import CheckpointError
 from mars.config import CLASSES, override
+from mars.errors import CheckpointError, Diverged
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import stream
 from mars.train import loop
-from mars.train.loop import Diverged, Run
+from mars.train.loop import Run
 from mars.train.tokenizer import TokenizerStage, codebook_use, held_out
 from mars.train.var import VARStage, condition_ids, ranges, tokenize
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_stage_is_refused(smoke, notes, tmp_path):
     ):
         path = tmp_path / f"{name}-{other}"
         go(make(name, smoke, notes), path, notes, max_steps=1)
-        with pytest.raises(CheckpointError, match="holds .*(this run needs|it is of another stage)"):
+        with pytest.raises(CheckpointError, match=r"holds .*(this run needs|it is of another stage)"):
             go(make(other, smoke, notes), path, notes)
 
 
@@ -169,9 +169,15 @@ def test_the_export_is_the_averaged_model(smoke, notes, tmp_path):
 
 def test_the_adversarial_term_joins_at_its_start_and_ramps(smoke, notes):
     c = override(
-        smoke, ("train.steps=100", "train.adversarial=true", "train.adversarial_start=0.25", "train.adversarial_ramp=0.1"),
+        smoke,
+        (
+            "train.steps=100",
+            "train.adversarial=true",
+            "train.adversarial_start=0.25",
+            "train.adversarial_ramp=0.1",
+        ),
         "tokenizer",
-    )  # fmt: skip
+    )
     stage = TokenizerStage(c, notes, CPU, seed=0)
     weights = [stage.adversarial_weight(s) for s in range(100)]
     assert weights[:25] == [0] * 25

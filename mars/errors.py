@@ -1,0 +1,54 @@
+"""Everything that can be wrong with what a user asks for, and the exit code of each.
+
+A message is one line: what was wanted, what was got, what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MarsError(Exception):
+    """Any of them."""
+
+    code: ClassVar[int] = 1
+
+
+class ConfigError(MarsError, ValueError):
+    """A setting that cannot be used."""
+
+    code = 2
+
+
+class CheckpointError(MarsError, ValueError):
+    """A model or checkpoint that is missing, damaged or of another kind."""
+
+    code = 2
+
+
+class DataError(MarsError, ValueError):
+    """Notes or a dataset that cannot be used."""
+
+    code = 2
+
+
+class TooManyBadError(DataError):
+    """More of the files are bad than is allowed."""
+
+    code = 3
+
+
+class BadFileError(DataError):
+    """One file cannot be used; the message is the reason, without the file's name."""
+
+
+class Diverged(MarsError, RuntimeError):
+    """Too many steps in a row whose loss or gradient was not finite."""
+
+    code = 5
+
+
+class DiskError(MarsError, OSError):
+    """There is no room on the disk."""
+
+    code = 6
