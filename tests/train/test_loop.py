@@ -135,7 +135,8 @@ def test_without_a_limit_gradients_are_not_clipped():
 
 def decayed(module: nn.Module) -> set[str]:
     optimizer = Optimizer(module, TrainConfig(weight_decay=0.05))
-    decaying, plain = optimizer.adamw.param_groups
+    (adamw,) = optimizer.optimizers
+    decaying, plain = adamw.param_groups
     assert (decaying["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     names = {id(p): n for n, p in module.named_parameters()}
     assert len(decaying["params"]) + len(plain["params"]) == len(names)
@@ -162,7 +163,7 @@ def test_optimiser_state_that_does_not_fit_is_named():
     module = nn.Linear(2, 1)
     optimizer = Optimizer(module, TrainConfig())
     optimizer.load_state({}, "f")  # saved before the first update
-    assert not optimizer.adamw.state
+    assert not optimizer.state()
     module(torch.ones(1, 2)).sum().backward()
     optimizer.update(0)
     state = optimizer.state()
@@ -171,6 +172,35 @@ def test_optimiser_state_that_does_not_fit_is_named():
             Optimizer(nn.Linear(2, 1), TrainConfig()).load_state({k: v for k, v in state.items() if k != name}, "f")
     with pytest.raises(CheckpointError, match="optimiser state of weight is missing or has another shape"):
         Optimizer(nn.Linear(3, 1), TrainConfig()).load_state(state, "f")
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(smoke):
+    model = VAR(VARConfig(depth=2, width=8, heads=2), smoke.tokenizer)
+    c = TrainConfig(optimizer="muon", lr=0.05, warmup=0.0, weight_decay=0.0, grad_clip=0.0)
+    optimizer = Optimizer(model, c)
+    adamw, muon = ([p for g in o.param_groups for p in g["params"]] for o in optimizer.optimizers)
+    assert len({id(p) for p in (*adamw, *muon)}) == len(adamw) + len(muon) == len(list(model.parameters()))
+    names = {id(p): n for n, p in model.named_parameters()}
+    parts = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "ada.1")
+    assert {names[id(p)] for p in muon} == {f"blocks.{i}.{part}.weight" for i in range(2) for part in parts}
+    before = [p.detach().clone() for p in muon]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    assert optimizer.update(0) == 0.05
+    for p, old in zip(muon, before, strict=True):
+        step = (p.detach() - old) / 0.05
+        values = torch.linalg.svdvals(step)
+        assert values.max() / values.median() < 2  # orthogonalised, up to five Newton-Schulz rounds
+        assert step.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.3)  # AdamW's usual size
+        assert p.grad is None
+    assert {key.split("/")[1] for key in optimizer.state()} == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+    other = Optimizer(model, c)
+    other.load_state(optimizer.state(), "f")
+    assert other.state().keys() == optimizer.state().keys()
+    assert all(torch.equal(v, other.state()[k]) for k, v in optimizer.state().items())
+    missing = {k: v for k, v in optimizer.state().items() if k != "blocks.1.mlp.0.weight/momentum_buffer"}
+    with pytest.raises(CheckpointError, match=r"optimiser state of blocks\.1\.mlp\.0\.weight is missing"):
+        Optimizer(model, c).load_state(missing, "f")
 
 
 # ---------------------------------------------------------------- what runs
