@@ -33,14 +33,18 @@ def pick_device(name: str) -> torch.device:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to bfloat16 where asked for or, with "auto", where the device computes in it natively."""
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    on = precision == "bfloat16" or (precision == "auto" and native)
+    on = precision == "bfloat16" or (precision == "auto" and native_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return any(bool(found.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
 
 
 def free_space(path: Path, needed: int) -> None:

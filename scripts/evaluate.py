@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="WAV files to reconstruct as well")
     parser.add_argument("--limit", type=int, default=256, help="held-out notes")
     options = parser.parse_args()
-    torch.set_float32_matmul_precision("medium")
     model = mars.load(options.model)
     dataset = open_dataset(options.data)
     notes = held_out(dataset, options.limit)
