@@ -44,6 +44,7 @@ def write_directory(
         for name, group in tensors.items():
             contiguous = {key: value.detach().cpu().contiguous() for key, value in group.items()}
             save_file(contiguous, temporary / f"{name}.safetensors")
+            (temporary / f"{name}.safetensors").chmod(0o644)  # safetensors makes it readable to its owner alone
         for name, document in documents.items():
             (temporary / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         for name, text in (texts or {}).items():

@@ -24,11 +24,17 @@ Tokenizer {tokenizer:.1f} M and VAR {var:.1f} M parameters, {codes:,} codes, {to
   training; instruments are either for training or held out, never both. Rendered notes are not recordings: expect the
   sound of a General MIDI synthesizer.
 - **Training:** tokenizer {tokenizer_steps:,} steps in {tokenizer_minutes:.0f} min, VAR {var_steps:,} steps in
-  {var_minutes:.0f} min, on two CPU cores (bfloat16 autocast), without the adversarial term; `make pretrained` repeats
-  it.
+  {var_minutes:.0f} min, on two CPU cores (bfloat16 autocast), without the adversarial term. `make pretrained`
+  repeats it.
 - **Held-out instruments:** reconstruction of the normalised spectrogram MSE {mse:.4f}, MAE {mae:.4f} (1.0 is
-  {per_unit:.0f} dB); codes used per scale {used}, perplexity {perplexity}; VAR cross-entropy {loss:.3f} nats per token,
-  per scale {per_scale}.
+  {per_unit:.0f} dB); VAR cross-entropy {loss:.3f} nats per token.
+
+| scale | {scales} |
+|---|{rules}|
+| codes used | {used} |
+| their perplexity | {perplexity} |
+| VAR cross-entropy, nats | {per_scale} |
+
 - **Licence:** Apache-2.0, weights and code.
 """
 
@@ -43,6 +49,11 @@ def minutes(lines: list[dict[str, Any]], batch: int) -> float:
     steps = [line for line in lines if "notes_per_s" in line]
     done = [0, *(line["step"] for line in steps)]
     return sum((b - a) * batch / line["notes_per_s"] for a, b, line in zip(done, done[1:], steps, strict=False)) / 60
+
+
+def row(values: list[Any]) -> str:
+    """Cells of a Markdown table."""
+    return " | ".join(map(str, values))
 
 
 def main() -> None:
@@ -68,10 +79,12 @@ def main() -> None:
         mse=rebuilt["val_mse"],
         mae=rebuilt["val_mae"],
         per_unit=(model.config.audio.max_db - model.config.audio.min_db) / 2,
-        used=rebuilt["codes_used"],
-        perplexity=rebuilt["perplexity"],
         loss=predicted["val_loss"],
-        per_scale=predicted["val_loss_per_scale"],
+        scales=row([f"{h}x{w}" for h, w in model.config.tokenizer.scales]),
+        rules="|".join("---" for _ in model.config.tokenizer.scales),
+        used=row(rebuilt["codes_used"]),
+        perplexity=row(rebuilt["perplexity"]),
+        per_scale=row([f"{value:.2f}" for value in predicted["val_loss_per_scale"]]),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     model.save(out, torch.float16)
