@@ -107,7 +107,8 @@ def test_a_step_changes_what_it_should(name, smoke, notes):
     assert len(changed["model"]) > 0.8 * len(before["model"])  # rows of the condition that did not occur stay, e.g.
     assert {key.split("/")[0] for key in after["optimizer"]} == before["model"].keys()
     if "discriminator" in after:
-        assert changed["discriminator"] == before["discriminator"].keys()
+        # Inside the hinge's margins the last bias gets +1/2 and -1/2, which may cancel exactly.
+        assert changed["discriminator"] | {"11.bias"} == before["discriminator"].keys()
 
 
 @pytest.mark.parametrize("name", STAGES)
