@@ -24,8 +24,8 @@ Tokenizer {tokenizer:.1f} M and VAR {var:.1f} M parameters, {codes:,} codes, {to
   training; instruments are either for training or held out, never both. Rendered notes are not recordings: expect the
   sound of a General MIDI synthesizer.
 - **Training:** tokenizer {tokenizer_steps:,} steps in {tokenizer_minutes:.0f} min, VAR {var_steps:,} steps in
-  {var_minutes:.0f} min, on two CPU cores (bfloat16 autocast), without the adversarial term. `make pretrained`
-  repeats it.
+  {var_minutes:.0f} min, on two CPU cores (bfloat16 autocast), without the adversarial term.
+  `make pretrained` trains it anew.
 - **Held-out instruments:** reconstruction of the normalised spectrogram MSE {mse:.4f}, MAE {mae:.4f} (1.0 is
   {per_unit:.0f} dB); VAR cross-entropy {loss:.3f} nats per token.
 

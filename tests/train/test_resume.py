@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from mars import checkpoint, model
 from mars.config import CLASSES, override
 from mars.errors import CheckpointError, Diverged
-from mars.models.discriminator import Discriminator
+from mars.models.discriminator import Discriminator, hinge_loss
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import stream
 from mars.train import loop
@@ -204,6 +205,20 @@ def test_the_adversarial_term_joins_at_its_start_and_ramps(smoke, notes):
     assert stage.d_optimizer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
         late["lr"] * 4e-4 / c.train.tokenizer.lr
     )
+
+
+def test_the_discriminator_learns_from_its_own_loss_alone(smoke, notes, monkeypatch):
+    stage = make("tokenizer-literal", smoke, notes, extra=("train.grad_clip=0",))
+    twin, seen = copy.deepcopy(stage.discriminator), []
+    original = stage._discriminate
+    monkeypatch.setattr(stage, "_discriminate", lambda step, pairs: seen.extend(pairs) or original(step, pairs))
+    metrics = stage.step(0, [stage.batch(np.arange(3)), stage.batch(np.arange(3, 6))], stream(0))
+    loss = sum(hinge_loss(*twin(torch.cat(pair)).chunk(2)) for pair in seen) / 2
+    assert float(metrics["discriminator"]) == pytest.approx(loss.item(), rel=1e-4)
+    loss.backward()
+    state = stage.d_optimizer.state()
+    for name, p in twin.named_parameters():  # after one step the first moment is a tenth of the gradient
+        torch.testing.assert_close(state[f"{name}/exp_avg"], p.grad / 10, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "var"])
