@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mars.kernels.scale_causal_attention import reference
+
 _GROUP = 96  # tokens: up to here the scales share one masked call, since many small calls cost more than the mask
 
 
@@ -35,9 +37,7 @@ def scale_causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[in
     outputs, start = [], 0
     for group in _groups(tuple(lengths)):
         end = start + sum(group)
-        mask = None
-        if len(group) > 1:
-            mask = _mask(group, start, q.device)
+        mask = reference.mask(group, q.device) if len(group) > 1 else None  # of the first group only, so n x n
         outputs.append(attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, scale))
         start = end
     return torch.cat(outputs, dim=2) if len(outputs) != 1 else outputs[0]
@@ -60,9 +60,3 @@ def _groups(lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
     while first < len(lengths) and sum(lengths[: first + 1]) <= _GROUP:
         first += 1
     return ([lengths[:first]] if first else []) + [(n,) for n in lengths[first:]]
-
-
-def _mask(group: tuple[int, ...], before: int, device: torch.device) -> Tensor:
-    """bool (n, before + n) for the tokens of `group`, which follow `before` coarser ones."""
-    scale = torch.repeat_interleave(torch.arange(len(group), device=device), torch.tensor(group, device=device))
-    return F.pad(scale[:, None] >= scale[None, :], (before, 0), value=True)

@@ -181,7 +181,7 @@ class Run:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line of JSON."""
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n")
 
     def checkpoints(self) -> list[Path]:
         """Newest first."""

@@ -91,8 +91,9 @@ class TokenizerStage:
         total = torch.zeros((), device=self.device)
         for real, fake in pairs:
             with autocast(self.device, self.train.precision):
-                logits = self.discriminator(torch.cat((real, fake))).float()
-            loss = hinge_loss(*logits.chunk(2)) / len(pairs)
+                # One call each, since BatchNorm's statistics should not tell real from fake by their mixture.
+                logits = self.discriminator(real).float(), self.discriminator(fake).float()
+            loss = hinge_loss(*logits) / len(pairs)
             loss.backward()
             total += loss.detach()
         if torch.isfinite(total + self.d_optimizer.clip()):
