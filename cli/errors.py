@@ -16,11 +16,7 @@ class Failure(click.ClickException):
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(" ".join(message.split()))
-        self.code = code
-
-    @property
-    def exit_code(self) -> int:  # type: ignore[override]  # a class variable in click
-        return self.code
+        self.exit_code = code  # type: ignore[misc]  # a class variable to mypy
 
 
 @contextmanager

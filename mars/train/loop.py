@@ -38,6 +38,10 @@ class Stage(Protocol):
 
     train: TrainConfig
 
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
     def batch(self, indices: np.ndarray) -> Any:
         """Inputs for these notes; called on a second thread, one batch ahead."""
 
@@ -252,6 +256,10 @@ def run(
         indices = batch_indices(seed, step, batch, notes)
         return [stage.batch(part) for part in np.split(indices, train.accumulate)]
 
+    def save() -> None:
+        folder.save(done, stage)
+        stage.export(folder.path / "model")
+
     with (
         _stop_signals() as stop,
         _progress(console) as progress,
@@ -278,7 +286,7 @@ def run(
                 logged, last_log = done, now
                 folder.log({"step": done, **values, "notes_per_s": round(rate, 2), "time": round(time.time(), 1)})
                 progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s")
-                if not progress.live.is_started or not console.is_terminal:
+                if not console.is_terminal:  # no bar either
                     left = (end - done) * batch / rate
                     console.print(
                         f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left"
@@ -291,11 +299,9 @@ def run(
                 console.print(f"step {done:,}  {shown}")
                 last_log = time.monotonic()
             if done % train.save_every == 0 or done == end:
-                folder.save(done, stage)
-                stage.export(folder.path / "model")
+                save()
         if done > 0 and done % train.save_every and done != end:
-            folder.save(done, stage)
-            stage.export(folder.path / "model")
+            save()
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
     return done
 

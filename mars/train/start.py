@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -174,26 +175,17 @@ def _var_settings(
     if preset is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
     name = preset or trained.preset
-    asked = (
-        config.preset(name, overrides, "var")
-        if name in config.preset_names()
-        else config.override(trained, overrides, "var")
-    )
+    plain = config.preset(name) if preset or name in config.preset_names() else trained
+    asked = config.override(plain, overrides, "var")
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(f"--set {fixed[0]}.…: the trained tokenizer {source} fixes these; set them when training it")
-    plain = config.preset(name) if name in config.preset_names() else trained
     if preset is not None and plain.tokenizer.scales != trained.tokenizer.scales:
         raise ConfigError(
             f"--preset {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave --preset out"
         )
-    values = {
-        **config.to_dict(asked),
-        "audio": config.to_dict(trained.audio),
-        "tokenizer": config.to_dict(trained.tokenizer),
-    }
-    return config.from_dict(Config, values)
+    return dataclasses.replace(asked, audio=trained.audio, tokenizer=trained.tokenizer)
 
 
 def _check_dataset(settings: Config, dataset: Dataset) -> None:
@@ -250,7 +242,7 @@ def _open_run(
         path.mkdir(parents=True, exist_ok=True)
         config.save(settings, path / "config.json")
         (path / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    count = sum(p.numel() for p in stage.model.parameters()) / 1e6  # type: ignore[attr-defined]
+    count = sum(p.numel() for p in stage.model.parameters()) / 1e6
     notes = len(dataset.split("train"))
     console.print(
         f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"

@@ -64,12 +64,9 @@ class TokenizerStage:
             if weight and self.discriminator is not None:
                 with autocast(self.device, self.train.precision):
                     adversarial = -self.discriminator(y).float().mean()
-                scale = weight
                 if self.train.adaptive_weight:
                     parts["adaptive"] = adaptive_weight(reconstruction, adversarial, self.model.head.weight)
-                    loss = loss + weight * parts["adaptive"] * adversarial
-                else:
-                    loss = loss + scale * adversarial
+                loss = loss + weight * parts.get("adaptive", 1.0) * adversarial
                 parts["adversarial"] = adversarial
                 pairs.append((x, y.detach()))
             (loss / len(batches)).backward()
@@ -152,9 +149,7 @@ class TokenizerStage:
 
 def held_out(dataset: Dataset, count: int) -> np.ndarray:
     """Up to `count` notes of held-out instruments, evenly spaced; of the training notes if none are held out."""
-    notes = dataset.split("valid")
-    if len(notes) == 0:
-        notes = dataset.split("train")
+    notes = dataset.split("valid")  # which is the training notes where none are held out
     return notes[np.linspace(0, len(notes) - 1, min(count, len(notes))).astype(np.int64)]
 
 
