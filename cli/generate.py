@@ -96,8 +96,8 @@ def _generate(n: int, name: str | None, out: Path, threads: int | None, device: 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     import mars
-    from mars.audio import write_atomically, write_wav
-    from mars.checkpoint import sha256
+    from mars.audio import write_wav
+    from mars.files import sha256, write_atomically
     from mars.generate import Timing, generate
     from mars.model import DEFAULT, load
     from mars.picture import contact_sheet, write_png

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import wave
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from mars import kernels
 from mars.config import AudioConfig
+from mars.files import write_atomically
 
 
 def stft(waveform: Tensor, config: AudioConfig) -> Tensor:
@@ -164,16 +164,6 @@ def write_wav(path: Path | str, waveform: Tensor, sample_rate: int) -> None:
         file.setframerate(sample_rate)
         file.writeframes(pcm.astype(np.dtype("<i2")).tobytes())
     write_atomically(Path(path), buffer.getvalue())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write data to path by way of a temporary file beside it, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @torch.no_grad()  # here and not on griffin_lim, because every thread has its own gradient mode

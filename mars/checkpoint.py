@@ -6,7 +6,6 @@ renamed. Nothing here reads or writes any format that can run code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mars.errors import CheckpointError
+from mars.files import sha256, sync
 
 MANIFEST = "manifest.json"
 Tensors = Mapping[str, Tensor]
@@ -149,18 +149,3 @@ def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: tensor {name} holds values that are not finite")
         own[name].copy_(tensor)
-
-
-def sha256(path: Path) -> str:
-    """Hex sum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

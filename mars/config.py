@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -148,7 +148,12 @@ class TokenizerConfig:
     @property
     def tokens(self) -> int:
         """Length L of the token sequence over all scales."""
-        return sum(h * w for h, w in self.scales)
+        return self.starts[-1]
+
+    @property
+    def starts(self) -> list[int]:
+        """Index of each scale's first token in the sequence, and its length at the end."""
+        return list(accumulate((h * w for h, w in self.scales), initial=0))
 
 
 Attribute = Literal["family", "source", "pitch", "velocity"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from mars import audio, checkpoint, config
 from mars.config import Config
 from mars.errors import CheckpointError
+from mars.files import sha256
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 
@@ -122,5 +123,5 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
         var=var,
         notes=checkpoint.read_json(path / "notes.json"),
         card=card.read_text(encoding="utf-8") if card.is_file() else "",
-        hash=checkpoint.sha256(path / checkpoint.MANIFEST),
+        hash=sha256(path / checkpoint.MANIFEST),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mars.audio import write_atomically
+from mars.files import write_atomically
 
 Picture = NDArray[np.uint8]
 Spectrogram = NDArray[np.floating] | Tensor  # a tensor must be on the CPU

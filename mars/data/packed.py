@@ -31,6 +31,7 @@ import numpy.typing as npt
 from mars.config import FAMILIES, SOURCES
 from mars.data.notes import Audio, Labels, fault, parse_json
 from mars.errors import DataError, DiskError, TooManyBadError
+from mars.files import sha256, sync
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ class Dataset:
             if values.min() < least or values.max() >= (limit or len(instruments)):
                 raise DataError(f"{path}/metadata.npy: a {column} is out of range; {again}")
         audio = np.memmap(path / "audio.i16", np.dtype("<i2"), "r", shape=(count, samples))
-        fingerprint = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+        fingerprint = sha256(path / "manifest.json")
         return cls(audio, metadata, names, instruments, rate, fingerprint, origin)
 
     @property
@@ -296,9 +297,9 @@ class Writer:
         self._put("bad_files.jsonl", bad.encode())
         manifest = {name: _digest(self._temp / name) for name in _FILES}
         self._put("manifest.json", json.dumps({"files": manifest}, indent=1).encode())
-        _fsync(self._temp)
+        sync(self._temp)
         self._temp.rename(self.out)
-        _fsync(self.out.absolute().parent)
+        sync(self.out.absolute().parent)
         return Dataset.open(self.out)
 
     def _compact(self, places: list[int]) -> None:
@@ -326,17 +327,8 @@ def _lines(names: Iterable[str]) -> bytes:
     return "".join(name + "\n" for name in names).encode()
 
 
-def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

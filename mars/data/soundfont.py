@@ -8,7 +8,6 @@ that holds them, and a fresh one parses only the tables (30 ms for the 148 MB of
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import itertools
 import multiprocessing
 import signal
@@ -25,6 +24,7 @@ from mars.config import FAMILIES, SOURCES, VELOCITIES
 from mars.data.notes import SILENT, Audio, Labels, fit
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
 from mars.errors import DataError
+from mars.files import sha256
 
 SAMPLE_RATE = 16_000  # Hz
 HELD, RELEASED = 3, 1  # s
@@ -366,11 +366,9 @@ def pack_soundfont(
     """
     library()
     jobs = choose(read_presets(file), notes, seed, pitches)
-    with Path(file).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     presets = {job.labels.instrument: job.preset for job in jobs}
     origin = {
-        "kind": "soundfont", "file": Path(file).name, "sha256": digest, "licence": licence,
+        "kind": "soundfont", "file": Path(file).name, "sha256": sha256(Path(file)), "licence": licence,
         "notes": notes, "seed": seed, "pitches": list(pitches),
         "presets": {name: [preset.bank, preset.program, preset.name] for name, preset in presets.items()},
     }  # fmt: skip

@@ -40,7 +40,7 @@ class Quantizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.scales = config.scales
+        self.scales, self.starts = config.scales, config.starts
         self.phi_index = phi_index(len(config.scales), config.phi)
         dim = config.code_dim
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, dim))
@@ -89,14 +89,6 @@ class Quantizer(nn.Module):
         c, n = self.config, len(self.scales)
         drop = torch.rand(batch, generator=generator) < c.quantizer_dropout
         return torch.where(drop, torch.randint(c.dropout_start, n + 1, (batch,), generator=generator), n)
-
-    @property
-    def starts(self) -> list[int]:
-        """Index of each scale's first token, and L at the end."""
-        ends = [0]
-        for h, w in self.scales:
-            ends.append(ends[-1] + h * w)
-        return ends
 
     def add_scale(self, k: int, ids: Tensor, total: Tensor | None) -> Tensor:
         """The running sum (B, D, H, W) after adding scale k's ids (B, h_k w_k); total None: start from zero."""

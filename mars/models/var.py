@@ -87,8 +87,8 @@ class VAR(nn.Module):
         super().__init__()
         self.config = config
         self.lengths = [h * w for h, w in tokenizer.scales]
-        self.starts = [sum(self.lengths[:k]) for k in range(len(self.lengths) + 1)]
-        width, first, tokens = config.width, self.lengths[0], sum(self.lengths)
+        self.starts = tokenizer.starts
+        width, first, tokens = config.width, self.lengths[0], tokenizer.tokens
         # The last row of each table is the null condition.
         self.condition = nn.ModuleDict({name: nn.Embedding(CLASSES[name] + 1, width) for name in config.condition})
         self.start = None if config.condition else nn.Parameter(torch.empty(1, width))  # stands for the condition
