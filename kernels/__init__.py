@@ -1,5 +1,6 @@
 """Operations."""
 
+from mars.kernels._backend import use as use
 from mars.kernels.cmx import cmx as cmx
 from mars.kernels.cmx import inverse_cmx as inverse_cmx
 from mars.kernels.multiscale_quantize import dequantize_scale as dequantize_scale

@@ -1,0 +1,78 @@
+"""Which implementation the ops run.
+
+MARS_KERNELS chooses: "auto" (native on a CPU and Triton on CUDA where they are there, else plain PyTorch),
+"reference" (plain PyTorch everywhere), "native" or "triton" (an error where that is missing). It is read when this
+module is imported; `use` changes it for a while.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal, get_args
+
+from mars.kernels import _native
+
+Backend = Literal["reference", "native", "triton"]
+_CHOICES = ("auto", *get_args(Backend))
+
+_choice = os.environ.get("MARS_KERNELS", "auto")
+if _choice not in _CHOICES:
+    raise ValueError(f"MARS_KERNELS: want one of {', '.join(_CHOICES)}, got {_choice!r}")
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run the ops on another implementation meanwhile; the names are those of MARS_KERNELS."""
+    global _choice
+    if name not in _CHOICES:
+        raise ValueError(f"kernels.use: want one of {', '.join(_CHOICES)}, got {name!r}")
+    before, _choice = _choice, name
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def missing(backend: Backend, device: str) -> str | None:
+    """Why an implementation cannot run on tensors of a device type; None where it can."""
+    if backend == "native":
+        if device != "cpu":
+            return "native kernels run on the CPU"
+        found = _native.library()
+        return found if isinstance(found, str) else None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install triton"
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton kernels run on CUDA (or interpreted, slowly, with TRITON_INTERPRET=1)"
+    return None
+
+
+def backend(device: str) -> Backend:
+    """The implementation for tensors of a device type ("cpu", "cuda", "mps", ...).
+
+    Raises RuntimeError where MARS_KERNELS asks for one that cannot run here.
+    """
+    if _choice == "auto":
+        fast: Backend | None = {"cpu": "native", "cuda": "triton"}.get(device)  # type: ignore[assignment]
+        if fast is None:
+            return "reference"
+        why = missing(fast, device)
+        if why is None:
+            return fast
+        _warn(fast, why)
+        return "reference"
+    chosen: Backend = _choice  # type: ignore[assignment]
+    if (why := missing(chosen, device)) is not None:
+        raise RuntimeError(f"MARS_KERNELS={chosen}: {why}")
+    return chosen
+
+
+@cache  # once a process
+def _warn(name: str, why: str) -> None:
+    warnings.warn(f"mars runs on plain PyTorch, which is slower: no {name} kernels ({why})", stacklevel=3)

@@ -1,0 +1,104 @@
+"""The native CPU kernels: finds and loads the library, declares its functions, selects the instruction set.
+
+Two environment variables are read when the library is loaded: MARS_NATIVE_LIBRARY, a path in place of the installed
+library, and MARS_NATIVE_LEVEL, one of `LEVELS` in place of the best that the processor has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch  # its OpenMP runtime must be there first, so that the library shares it
+
+ABI = 1  # MARS_ABI of native/mars_native.h
+LEVELS = ("portable", "avx2", "avx512", "bf16", "vnni", "amx")  # enum Level of native/simd.h
+_NAMES = ("libmars_native.so", "libmars_native.dylib", "mars_native.dll")
+
+_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "mars_level": (_I32, []),
+    "mars_level_supported": (_I32, [_I32]),
+    "mars_set_level": (_I32, [_I32]),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    path = _path()
+    if path is None:
+        return "not built: this installation found no C++17 compiler (reinstall mars-audio where there is one)"
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} does not load: {error}"
+    lib.mars_abi.restype = _I32
+    if (found := lib.mars_abi()) != ABI:
+        return f"{path} has ABI {found}, want {ABI}: reinstall mars-audio"
+    for name, (restype, argtypes) in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    if wanted := os.environ.get("MARS_NATIVE_LEVEL"):
+        _set_level(lib, wanted)
+    return lib
+
+
+def _path() -> Path | None:
+    if chosen := os.environ.get("MARS_NATIVE_LIBRARY"):
+        return Path(chosen)
+    folder = resources.files("mars.kernels")
+    return next((Path(str(folder / name)) for name in _NAMES if (folder / name).is_file()), None)
+
+
+def functions() -> ctypes.CDLL:
+    """The library. Raises RuntimeError where there is none."""
+    lib = library()
+    if isinstance(lib, str):
+        raise RuntimeError(f"no native kernels: {lib}")
+    return lib
+
+
+def check(status: int) -> None:
+    """Raise MemoryError where a function of the library returned -1."""
+    if status:
+        raise MemoryError("a native kernel ran out of memory")
+
+
+def threads() -> int:
+    """How many threads a call may use: as many as torch."""
+    return torch.get_num_threads()
+
+
+def levels() -> list[str]:
+    """The instruction sets that this processor and the library have, in the order of preference, best last."""
+    lib = functions()
+    return [name for i, name in enumerate(LEVELS) if lib.mars_level_supported(i)]
+
+
+def level() -> str:
+    """The instruction set in use."""
+    return LEVELS[functions().mars_level()]
+
+
+@contextmanager
+def use_level(name: str) -> Iterator[None]:
+    """Compute with another instruction set meanwhile. Raises ValueError where the processor lacks it."""
+    lib = functions()
+    before = lib.mars_level()
+    _set_level(lib, name)
+    try:
+        yield
+    finally:
+        lib.mars_set_level(before)
+
+
+def _set_level(lib: ctypes.CDLL, name: str) -> None:
+    if name not in LEVELS or lib.mars_set_level(LEVELS.index(name)):
+        have = ", ".join(n for i, n in enumerate(LEVELS) if lib.mars_level_supported(i))
+        raise ValueError(f"MARS_NATIVE_LEVEL: want one of {have} on this processor, got {name!r}")

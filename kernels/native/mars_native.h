@@ -1,0 +1,22 @@
+// The whole C ABI of the native CPU kernels: raw pointers, sizes in elements, no torch and no Python.
+//
+// Every function returns 0, or -1 where memory ran out. `threads` is how many threads may work on it, the caller's
+// included; they are OpenMP's, which torch uses too. Results do not depend on the number of threads.
+// A change of any signature changes MARS_ABI, here and in kernels/_native.py.
+#pragma once
+#include <cstdint>
+
+#define MARS_ABI 1
+
+#if defined(_WIN32)
+#define MARS_EXPORT extern "C" __declspec(dllexport)
+#else
+#define MARS_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+MARS_EXPORT int mars_abi();
+
+// Instruction sets, see Level in simd.h.
+MARS_EXPORT int mars_level();                      // the one in use
+MARS_EXPORT int mars_level_supported(int level);   // 1 where this processor and this build have it
+MARS_EXPORT int mars_set_level(int level);         // -1 where it is not supported
