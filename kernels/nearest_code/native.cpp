@@ -25,6 +25,7 @@ using mars::Level;
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int LANES = 16;            // codes in a group of the exact kernels
+constexpr int64_t RUN = 8;           // groups that the exact kernels read again and again from L1
 constexpr int GROUP = 32;            // codes in a group of the filters: what one candidate costs
 constexpr int BLOCK = LANES * GROUP;  // codes that share a bound and a scale; a block also stays in L1
 constexpr int64_t FILTERED = 1024;   // codes from which on a filter pays
@@ -197,10 +198,14 @@ void pack_filter(Codebook &b, const float *codebook, const std::vector<char> &us
 // What float32 rounding can make of a score of dim products: of the definition, or of a filter in float32.
 float rounding(int64_t dim) { return static_cast<float>(dim + 4) * 0x1p-23f; }
 
-bool finite(const float *x, int64_t dim) {
-  float sum = 0;
-  for (int64_t d = 0; d < dim; ++d) sum += x[d] * 0.f;  // NaN if one is not
-  return sum == 0;
+MARS_INLINE bool finite(const float *x, int64_t dim) {
+  int32_t bad = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    uint32_t u;
+    std::memcpy(&u, x + d, 4);
+    bad |= (u & 0x7f800000) == 0x7f800000;
+  }
+  return !bad;
 }
 
 // ---- The definition over one group, and the search in plain C++.
@@ -210,10 +215,13 @@ MARS_INLINE void exact_group(const Codebook &b, const float *x, int64_t group, f
   float score[LANES];
   const float *row = b.rows + group * b.dim * LANES;
   std::memcpy(score, b.bias + group * LANES, sizeof score);
-  for (int64_t d = 0; d < b.dim; ++d)
-    for (int r = 0; r < LANES; ++r) score[r] = std::fma(x[d], row[d * LANES + r], score[r]);
-  for (int r = 0; r < LANES; ++r)
-    if (score[r] > best) best = score[r], id = group * LANES + r;
+  for (int64_t d = 0; d < b.dim; ++d, row += LANES)
+    for (int r = 0; r < LANES; ++r) score[r] = __builtin_fmaf(x[d], row[r], score[r]);
+  float largest = score[0];
+  for (int r = 1; r < LANES; ++r) largest = score[r] > largest ? score[r] : largest;
+  if (!(largest > best)) return;
+  best = largest;
+  id = group * LANES + (std::find(score, score + LANES, largest) - score);
 }
 
 // Filter and definition in one: products and sums that any compiler vectorises, then `exact_group` where it matters.
@@ -249,39 +257,46 @@ void search_portable(const Codebook &b, const float *x, int64_t rows, int64_t *i
 #if defined(MARS_X86)
 
 // Rows of x transposed, (dim, width), zeros after the last: what the lanes of a register hold are rows.
-void transpose(const float *x, int64_t rows, int64_t dim, int width, float *panel) {
-  for (int64_t d = 0; d < dim; ++d)
-    for (int n = 0; n < width; ++n) panel[d * width + n] = n < rows ? x[n * dim + d] : 0.f;
+MARS_INLINE void transpose(const float *x, int64_t rows, int64_t dim, int width, float *panel) {
+  if (rows < width) std::fill_n(panel, dim * width, 0.f);
+  for (int64_t n = 0; n < std::min<int64_t>(rows, width); ++n)
+    for (int64_t d = 0; d < dim; ++d) panel[d * width + n] = x[n * dim + d];
 }
 
-MARS_AVX2 void fused_group(const Codebook &b, const float *x, int64_t group, float &best, int64_t &id) {
-  exact_group(b, x, group, best, id);
+// The best code of a group, by the definition.
+MARS_AVX2 int64_t resolve_avx2(const Codebook &b, const float *x, int64_t group) {
+  float best = -INF;
+  int64_t id = 0;
+  if (finite(x, b.dim)) exact_group(b, x, group, best, id);
+  return id;
 }
 
-// Both exact kernels: `width` rows against runs of `run` codes of a group; per row the largest score and the first run
-// that has it. Code blocks of 16 KiB stay in L1 while the rows of a chunk go by.
-template <class Kernel>
-void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids, int width, int run, Kernel kernel) {
+MARS_AVX512 int64_t resolve_avx512(const Codebook &b, const float *x, int64_t group) {
+  const float *row = b.rows + group * b.dim * LANES;
+  __m512 score = _mm512_load_ps(b.bias + group * LANES);
+  for (int64_t d = 0; d < b.dim; ++d, row += LANES) score = _mm512_fmadd_ps(_mm512_set1_ps(x[d]), _mm512_load_ps(row), score);
+  const float largest = _mm512_reduce_max_ps(score);
+  if (largest == -INF || !finite(x, b.dim)) return 0;
+  return group * LANES + __builtin_ctz(_mm512_cmp_ps_mask(score, _mm512_set1_ps(largest), _CMP_EQ_OQ) | 0x10000);
+}
+
+// Both exact kernels: `width` rows against RUN groups at a time, which stay in L1 while the rows of a chunk go by; per
+// row the largest score and the first group that has it, in which `resolve` finds the code.
+template <class Kernel, class Resolve>
+void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids, int width, Kernel kernel, Resolve resolve) {
   constexpr int64_t chunk = 768;  // a multiple of both widths
-  const int64_t step = std::max<int64_t>(1, 16384 / (b.dim * LANES * 4));
   Buffer<float> panels(std::min(chunk, ceil_div(rows, width) * width) * b.dim), best(chunk);
-  Buffer<int32_t> runs(chunk);
+  Buffer<int32_t> groups(chunk);
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     for (int64_t n = 0; n < count; n += width)
       transpose(x + (first + n) * b.dim, count - n, b.dim, width, panels + n * b.dim);
     std::fill_n(static_cast<float *>(best), chunk, -INF);
-    std::fill_n(static_cast<int32_t *>(runs), chunk, 0);
-    for (int64_t g = 0; g < b.groups; g += step)
+    std::fill_n(static_cast<int32_t *>(groups), chunk, 0);
+    for (int64_t g = 0; g < b.groups; g += RUN)
       for (int64_t n = 0; n < count; n += width)
-        kernel(b, panels + n * b.dim, g, std::min(g + step, b.groups), best + n, runs + n);
-    for (int64_t n = 0; n < count; ++n) {
-      const float *row = x + (first + n) * b.dim;
-      float largest = -INF;
-      int64_t id = 0;
-      if (finite(row, b.dim)) fused_group(b, row, static_cast<int64_t>(runs[n]) * run / LANES, largest, id);
-      ids[first + n] = id;
-    }
+        kernel(b, panels + n * b.dim, g, std::min(g + RUN, b.groups), best + n, groups + n);
+    for (int64_t n = 0; n < count; ++n) ids[first + n] = resolve(b, x + (first + n) * b.dim, groups[n]);
   }
 }
 
@@ -292,9 +307,7 @@ void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids,
 #define MARS_MAX4(max, p) max(max(p##0, p##1), max(p##2, p##3))
 
 // 48 rows x 8 codes.
-MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *runs) {
-  __m512 m0 = _mm512_load_ps(best), m1 = _mm512_load_ps(best + 16), m2 = _mm512_load_ps(best + 32);
-  __m512i i0 = _mm512_load_si512(runs), i1 = _mm512_load_si512(runs + 16), i2 = _mm512_load_si512(runs + 32);
+MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *groups) {
   for (int64_t h = 2 * g0; h < 2 * g1; ++h) {
     const float *c = b.rows + h / 2 * b.dim * LANES + h % 2 * 8, *bias = b.bias + h * 8, *x = panel;
 #define START(r) __m512 s##r = _mm512_set1_ps(bias[r]), t##r = s##r, u##r = s##r;
@@ -302,32 +315,30 @@ MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0,
 #undef START
     for (int64_t d = 0; d < b.dim; ++d, x += 48, c += LANES) {
       const __m512 x0 = _mm512_load_ps(x), x1 = _mm512_load_ps(x + 16), x2 = _mm512_load_ps(x + 32);
-#define STEP(r)                                   \
-  {                                               \
-    const __m512 code = _mm512_set1_ps(c[r]);     \
-    s##r = _mm512_fmadd_ps(x0, code, s##r);       \
-    t##r = _mm512_fmadd_ps(x1, code, t##r);       \
-    u##r = _mm512_fmadd_ps(x2, code, u##r);       \
+#define STEP(r)                               \
+  {                                           \
+    const __m512 code = _mm512_set1_ps(c[r]); \
+    s##r = _mm512_fmadd_ps(x0, code, s##r);   \
+    t##r = _mm512_fmadd_ps(x1, code, t##r);   \
+    u##r = _mm512_fmadd_ps(x2, code, u##r);   \
   }
       MARS_EACH8(STEP)
 #undef STEP
     }
-    const __m512 p0 = MARS_MAX8(_mm512_max_ps, s), p1 = MARS_MAX8(_mm512_max_ps, t), p2 = MARS_MAX8(_mm512_max_ps, u);
-    const __m512i run = _mm512_set1_epi32(static_cast<int>(h));
-    i0 = _mm512_mask_mov_epi32(i0, _mm512_cmp_ps_mask(p0, m0, _CMP_GT_OQ), run);
-    i1 = _mm512_mask_mov_epi32(i1, _mm512_cmp_ps_mask(p1, m1, _CMP_GT_OQ), run);
-    i2 = _mm512_mask_mov_epi32(i2, _mm512_cmp_ps_mask(p2, m2, _CMP_GT_OQ), run);
-    m0 = _mm512_max_ps(m0, p0), m1 = _mm512_max_ps(m1, p1), m2 = _mm512_max_ps(m2, p2);
+#define KEEP(p, at)                                                                                 \
+  {                                                                                                 \
+    const __m512 largest = MARS_MAX8(_mm512_max_ps, p);                                             \
+    const __mmask16 larger = _mm512_cmp_ps_mask(largest, _mm512_load_ps(best + at), _CMP_GT_OQ);    \
+    _mm512_mask_store_ps(best + at, larger, largest);                                               \
+    _mm512_mask_store_epi32(groups + at, larger, _mm512_set1_epi32(static_cast<int>(h / 2)));       \
   }
-  _mm512_store_ps(best, m0), _mm512_store_ps(best + 16, m1), _mm512_store_ps(best + 32, m2);
-  _mm512_store_si512(runs, i0), _mm512_store_si512(runs + 16, i1), _mm512_store_si512(runs + 32, i2);
+    KEEP(s, 0) KEEP(t, 16) KEEP(u, 32)
+#undef KEEP
+  }
 }
 
 // 24 rows x 4 codes.
-MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *runs) {
-  float *held = reinterpret_cast<float *>(runs);  // moved as floats: AVX has no blend of integers by a float mask
-  __m256 m0 = _mm256_load_ps(best), m1 = _mm256_load_ps(best + 8), m2 = _mm256_load_ps(best + 16);
-  __m256 i0 = _mm256_load_ps(held), i1 = _mm256_load_ps(held + 8), i2 = _mm256_load_ps(held + 16);
+MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *groups) {
   for (int64_t h = 4 * g0; h < 4 * g1; ++h) {
     const float *c = b.rows + h / 4 * b.dim * LANES + h % 4 * 4, *bias = b.bias + h * 4, *x = panel;
 #define START(r) __m256 s##r = _mm256_set1_ps(bias[r]), t##r = s##r, u##r = s##r;
@@ -335,27 +346,27 @@ MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int
 #undef START
     for (int64_t d = 0; d < b.dim; ++d, x += 24, c += LANES) {
       const __m256 x0 = _mm256_load_ps(x), x1 = _mm256_load_ps(x + 8), x2 = _mm256_load_ps(x + 16);
-#define STEP(r)                                   \
-  {                                               \
-    const __m256 code = _mm256_set1_ps(c[r]);     \
-    s##r = _mm256_fmadd_ps(x0, code, s##r);       \
-    t##r = _mm256_fmadd_ps(x1, code, t##r);       \
-    u##r = _mm256_fmadd_ps(x2, code, u##r);       \
+#define STEP(r)                               \
+  {                                           \
+    const __m256 code = _mm256_set1_ps(c[r]); \
+    s##r = _mm256_fmadd_ps(x0, code, s##r);   \
+    t##r = _mm256_fmadd_ps(x1, code, t##r);   \
+    u##r = _mm256_fmadd_ps(x2, code, u##r);   \
   }
       MARS_EACH4(STEP)
 #undef STEP
     }
-    const __m256 p0 = MARS_MAX4(_mm256_max_ps, s), p1 = MARS_MAX4(_mm256_max_ps, t), p2 = MARS_MAX4(_mm256_max_ps, u);
-    const __m256 run = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(h)));
-    i0 = _mm256_blendv_ps(i0, run, _mm256_cmp_ps(p0, m0, _CMP_GT_OQ));
-    i1 = _mm256_blendv_ps(i1, run, _mm256_cmp_ps(p1, m1, _CMP_GT_OQ));
-    i2 = _mm256_blendv_ps(i2, run, _mm256_cmp_ps(p2, m2, _CMP_GT_OQ));
-    m0 = _mm256_max_ps(m0, p0), m1 = _mm256_max_ps(m1, p1), m2 = _mm256_max_ps(m2, p2);
+#define KEEP(p, at)                                                                              \
+  {                                                                                              \
+    const __m256 largest = MARS_MAX4(_mm256_max_ps, p);                                          \
+    const __m256 larger = _mm256_cmp_ps(largest, _mm256_load_ps(best + at), _CMP_GT_OQ);         \
+    _mm256_maskstore_ps(best + at, _mm256_castps_si256(larger), largest);                        \
+    _mm256_maskstore_epi32(groups + at, _mm256_castps_si256(larger), _mm256_set1_epi32(static_cast<int>(h / 4))); \
   }
-  _mm256_store_ps(best, m0), _mm256_store_ps(best + 8, m1), _mm256_store_ps(best + 16, m2);
-  _mm256_store_ps(held, i0), _mm256_store_ps(held + 8, i1), _mm256_store_ps(held + 16, i2);
+    KEEP(s, 0) KEEP(t, 8) KEEP(u, 16)
+#undef KEEP
+  }
 }
-
 
 // ---- Filters. What they keep of a row: its operand, and the norms of what that holds and misses and of the row itself.
 
@@ -622,7 +633,7 @@ void search_filtered(const Codebook &b, const float *x, int64_t rows, int64_t *i
   std::vector<float> gathered(open.size() * b.dim);
   std::vector<int64_t> found(open.size());
   for (size_t i = 0; i < open.size(); ++i) std::copy_n(x + open[i] * b.dim, b.dim, gathered.data() + i * b.dim);
-  search_exact(b, gathered.data(), static_cast<int64_t>(open.size()), found.data(), 48, 8, exact_avx512);
+  search_exact(b, gathered.data(), static_cast<int64_t>(open.size()), found.data(), 48, exact_avx512, resolve_avx512);
   for (size_t i = 0; i < open.size(); ++i) ids[open[i]] = found[i];
 }
 
@@ -631,8 +642,8 @@ void search_filtered(const Codebook &b, const float *x, int64_t rows, int64_t *i
 void search(const Codebook &b, const float *x, int64_t rows, int64_t *ids) {
 #if defined(MARS_X86)
   if (b.filter != mars::PORTABLE) return search_filtered(b, x, rows, ids);
-  if (mars::vectors() == mars::AVX512) return search_exact(b, x, rows, ids, 48, 8, exact_avx512);
-  if (mars::vectors() == mars::AVX2) return search_exact(b, x, rows, ids, 24, 4, exact_avx2);
+  if (mars::vectors() == mars::AVX512) return search_exact(b, x, rows, ids, 48, exact_avx512, resolve_avx512);
+  if (mars::vectors() == mars::AVX2) return search_exact(b, x, rows, ids, 24, exact_avx2, resolve_avx2);
 #endif
   search_portable(b, x, rows, ids);
 }
