@@ -193,7 +193,7 @@ def _disassembled(text: str) -> tuple[list[tuple[str, str]], list[tuple[int, int
 
 
 def _products(instruction: tuple[str, str]) -> int:
-    """Multiplications and additions of a 16-bit tensor-core instruction, a warp: m n k, of HGMMA's four warps a fourth."""
+    """Products that a 16-bit tensor-core instruction adds up, a warp: m n k, for HGMMA's four warps a fourth."""
     opcode = instruction[0]
     if match := re.match(r"HMMA\.16(8)(8|16)\.", opcode):
         return 16 * int(match[1]) * int(match[2])

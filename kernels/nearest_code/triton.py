@@ -1,16 +1,16 @@
-"""Nearest code on a GPU: a bfloat16 filter whose error is bounded, then the candidates in float32; never (N, V) scores.
+"""Nearest code on a GPU: a bfloat16 filter of bounded error, then the candidates in float32; never (N, V) scores.
 
-The answer for a row x is the lowest v of the largest score: b_v, then fma(x_d, c_vd, score) for d ascending, in float32,
-where b_v is -|c_v|^2 / 2, summed in float64, or 0 for cosine. All three kernels give exactly that code:
+The answer for a row x is the lowest v of the largest score, which is b_v, then fma(x_d, c_vd, score) for d ascending,
+in float32; b_v is -|c_v|^2 / 2, summed in float64, or 0 for cosine. The kernels together give exactly that code:
 
 - the filter scores every code on the tensor cores and keeps, of each group of 32 codes, the largest score m. A group's
   scores err by at most e (Cauchy-Schwarz on what the rounding to bfloat16 took from x and from the codes, the sums'
-  rounding added), so only groups with m + e >= max(m - e) can hold the answer;
+  rounding added), so that only groups with m + e >= max(m - e) can hold the answer;
 - the re-rank computes the scores of those groups, one or two a row, in the stated order;
 - the exact kernel computes all scores of the rows with more candidates than the filter keeps. Small problems are its.
 
-The codes are sorted by their length, so that the codes of a group have errors of one size, and centred where that leaves
-the order of the scores unchanged, so that a common offset costs no precision.
+The codes are sorted by length, so that those of a group have errors of one size, and centred where that keeps the order
+of the scores, so that a common offset costs no precision.
 """
 
 from __future__ import annotations
@@ -272,6 +272,16 @@ def _exact(x: Tensor, packed: Packed, ids: Tensor, scratch: Tensor, listed: Tens
     )
 
 
+@triton.jit
+def _maxima(x, codes_ptr, bias_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """(ROWS, 4): the largest scores of the COLUMNS next codes by group."""
+    column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    code = tl.load(codes_ptr + (column[None, :] * DEPTH + d[:, None])).to(x.dtype)
+    bias = tl.load(bias_ptr + column)
+    score = tl.dot(x, code, tl.broadcast_to(bias[None, :], [ROWS, COLUMNS]))
+    return tl.max(tl.max(tl.reshape(score, [ROWS, COLUMNS // 8, 4, 2]), axis=3), axis=1)
+
+
 @triton.jit(do_not_specialize=["N", "D", "tiles", "tiles_each"])
 def _filter_kernel(
     x_ptr,
@@ -323,18 +333,10 @@ def _filter_kernel(
     second_tile = first_tile
     for tile in range(split * tiles_each, tl.minimum((split + 1) * tiles_each, tiles)):
         start = tl.cast(tile, tl.int64) * _TILE
-        for part in tl.static_range(_TILE // COLUMNS):
-            column = part * COLUMNS + tl.arange(0, COLUMNS)
-            code = tl.load(codes_ptr + start * DEPTH + (column[None, :] * DEPTH + d[:, None]))
-            bias = tl.load(bias_ptr + start + column)
-            if UPCAST:
-                code = code.to(tl.float32)
-            score = tl.dot(rounded, code, tl.broadcast_to(bias[None, :], [ROWS, COLUMNS]))
-            largest = tl.max(tl.max(tl.reshape(score, [ROWS, COLUMNS // 8, 4, 2]), axis=3), axis=1)
-            if part == 0:
-                m = largest
-            else:
-                m = tl.maximum(m, largest)
+        m = _maxima(rounded, codes_ptr + start * DEPTH, bias_ptr + start, ROWS, COLUMNS, DEPTH)
+        for first_column in tl.static_range(COLUMNS, _TILE, COLUMNS):
+            at = start + first_column
+            m = tl.maximum(m, _maxima(rounded, codes_ptr + at * DEPTH, bias_ptr + at, ROWS, COLUMNS, DEPTH))
         bound_ptr = bounds_ptr + tl.cast(tile, tl.int64) * 8 + group
         e = length[:, None] * tl.load(bound_ptr)[None, :] + tl.load(bound_ptr + 4)[None, :]
         limit = tl.maximum(limit, m - e)
@@ -418,7 +420,7 @@ def _key(score, code):
     """int64 > 0, larger for a larger score (-0 is 0) and among equal scores for a lower code."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ((ordered.to(tl.int64) + 2147483648) << 31) | (_NONE - code).to(tl.int64)
+    return ((ordered.to(tl.int64) + 2147483648) << 31) | (code ^ _NONE).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["N", "D", "tiles", "tiles_each", "chunks"])
@@ -482,7 +484,7 @@ def _exact_kernel(
         tl.debug_barrier()
         if tl.atomic_add(done_ptr + block, 1) == chunks - 1:
             key = tl.load(key_ptr + place, mask=inside, other=0, volatile=True)
-            code = _NONE - (key & _NONE)
+            code = (key & _NONE) ^ _NONE
             tl.store(ids_ptr + row, tl.where(code == _NONE, 0, code), mask=inside)
 
 
