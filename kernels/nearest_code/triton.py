@@ -273,9 +273,17 @@ def _exact(x: Tensor, packed: Packed, ids: Tensor, scratch: Tensor, listed: Tens
 
 
 @triton.jit
-def _maxima(x, codes_ptr, bias_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """(ROWS, 4): the largest scores of the COLUMNS next codes by group."""
-    column, d = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+def _maxima(
+    x,
+    codes_ptr,
+    bias_ptr,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """(ROWS, 4): the largest scores of COLUMNS codes by group."""
+    column, d = FIRST + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     code = tl.load(codes_ptr + (column[None, :] * DEPTH + d[:, None])).to(x.dtype)
     bias = tl.load(bias_ptr + column)
     score = tl.dot(x, code, tl.broadcast_to(bias[None, :], [ROWS, COLUMNS]))
@@ -333,10 +341,10 @@ def _filter_kernel(
     second_tile = first_tile
     for tile in range(split * tiles_each, tl.minimum((split + 1) * tiles_each, tiles)):
         start = tl.cast(tile, tl.int64) * _TILE
-        m = _maxima(rounded, codes_ptr + start * DEPTH, bias_ptr + start, ROWS, COLUMNS, DEPTH)
-        for first_column in tl.static_range(COLUMNS, _TILE, COLUMNS):
-            at = start + first_column
-            m = tl.maximum(m, _maxima(rounded, codes_ptr + at * DEPTH, bias_ptr + at, ROWS, COLUMNS, DEPTH))
+        tile_codes_ptr, tile_bias_ptr = codes_ptr + start * DEPTH, bias_ptr + start
+        m = _maxima(rounded, tile_codes_ptr, tile_bias_ptr, 0, ROWS, COLUMNS, DEPTH)
+        for column in tl.static_range(COLUMNS, _TILE, COLUMNS):
+            m = tl.maximum(m, _maxima(rounded, tile_codes_ptr, tile_bias_ptr, column, ROWS, COLUMNS, DEPTH))
         bound_ptr = bounds_ptr + tl.cast(tile, tl.int64) * 8 + group
         e = length[:, None] * tl.load(bound_ptr)[None, :] + tl.load(bound_ptr + 4)[None, :]
         limit = tl.maximum(limit, m - e)
