@@ -463,7 +463,7 @@ def _exact_kernel(
     column = tl.arange(0, COLUMNS)
     items = tl.cdiv(count, ROWS).to(tl.int64) * chunks
     for item in range(tl.program_id(0).to(tl.int64), items, tl.num_programs(0)):
-        block = item // chunks
+        block = tl.cast(item // chunks, tl.int64)
         chunk = (item % chunks).to(tl.int32)
         place = block * ROWS + tl.arange(0, ROWS)
         inside = place < count
