@@ -1,7 +1,6 @@
 """Compiles Triton kernels ahead of time and reads their machine code. Needs the triton wheel, but no GPU.
 
-`python -m tests.cubin` compiles every configuration of every kernels/*/triton.py, for all its architectures, and prints
-a report of each as a line of JSON. It must run without TRITON_INTERPRET; `reports` starts it.
+`reports` does so in processes of its own (`python -m tests.cubin`), as they must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources, util
 from pathlib import Path
@@ -36,8 +34,6 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 class Report:
     """What a kernel compiled to."""
 
-    name: str  # as `name_of`
-    architecture: int
     registers: int  # a thread
     stack: int  # bytes a thread
     spills: int  # instructions that read or write local memory
@@ -47,6 +43,7 @@ class Report:
     products: int  # of 16-bit numbers, that these multiply and add, a warp
     loads: dict[str, int]  # global memory, the whole kernel: bits an access -> instructions
     stores: dict[str, int]
+    in_order: bool  # as `_in_order`
 
     def instructions_per_score(self, depth: int) -> float:
         """Of the main loop, a thread."""
@@ -60,19 +57,24 @@ def missing() -> str | None:
     return None if util.find_spec("triton") else "triton is not installed"
 
 
-def configurations() -> dict[str, Compilation]:
-    """`name_of` each configuration of each kernels/*/triton.py, to it."""
-    found = {}
-    for path in sorted((ROOT / "kernels").glob("*/triton.py")):
-        for config in importlib.import_module(f"mars.kernels.{path.parent.name}.triton").CONFIGS:
-            name = f"{path.parent.name} {config.name}"
+def modules() -> list[str]:
+    """The modules of all Triton kernels: every kernels/*/triton.py."""
+    return [f"mars.kernels.{path.parent.name}.triton" for path in sorted((ROOT / "kernels").glob("*/triton.py"))]
+
+
+def configurations(*modules: str) -> dict[str, Compilation]:
+    """The `CONFIGS` of modules by names that tell them apart: the module's folder, then `Compilation.name`."""
+    found: dict[str, Compilation] = {}
+    for module in modules:
+        for config in importlib.import_module(module).CONFIGS:
+            name = f"{module.split('.')[-2]} {config.name}"
             if name in found:
                 raise ValueError(f"cubin: two configurations are called {name!r}")
             found[name] = config
     return found
 
 
-def compiled(config: Compilation, architecture: int, name: str = "") -> Report:
+def compiled(config: Compilation, architecture: int) -> Report:
     """Compile one kernel for a compute capability (80, 89, 90 or 120). Raises where Triton cannot."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -101,8 +103,6 @@ def compiled(config: Compilation, architecture: int, name: str = "") -> Report:
     main = max((code[a:b] for a, b in loops), key=lambda body: (sum(map(_products, body)), len(body)), default=[])
     mma = Counter(opcode.split(".")[0] for opcode, _ in main if _products((opcode, "")))
     return Report(
-        name=name or config.name,
-        architecture=architecture,
         registers=int(usage[1]),
         stack=int(usage[2]),
         spills=sum(opcode.split(".")[0] in ("LDL", "STL") for opcode, _ in code),
@@ -112,21 +112,24 @@ def compiled(config: Compilation, architecture: int, name: str = "") -> Report:
         products=sum(map(_products, main)),
         loads=_widths(code, ("LDG", "LDGSTS")),
         stores=_widths(code, ("STG",)),
+        in_order=_in_order(kernel.asm["ptx"]),
     )
 
 
-def faults(config: Compilation, report: Report) -> list[str]:
-    """What a report breaks of what its configuration must keep to."""
+def faults(config: Compilation, architecture: int, report: Report | str) -> list[str]:
+    """What a report breaks of what its configuration must keep to. A string is why there is no report."""
+    if isinstance(report, str):
+        return [report]
     found = []
     if report.stack or report.spills:
         found.append(f"spills: a stack of {report.stack} bytes, {report.spills} loads and stores of local memory")
-    if report.shared_memory > (limit := SHARED_MEMORY[report.architecture]):
+    if report.shared_memory > (limit := SHARED_MEMORY[architecture]):
         found.append(f"shared memory: {report.shared_memory} bytes, at most {limit}")
     if config.mma != "none":
-        kind = "HGMMA" if config.mma == "warpgroup" and report.architecture == 90 else "HMMA"
+        kind = "HGMMA" if config.mma == "warpgroup" and architecture == 90 else "HMMA"
         if set(report.mma) != {kind}:
             found.append(f"tensor cores: want {kind} in the main loop, got {report.mma or 'none'}")
-    most = config.instructions_per_score.get(report.architecture)
+    most = config.instructions_per_score.get(architecture)
     if most is not None and not (report.products and report.instructions_per_score(config.depth) <= most):
         found.append(f"main loop: {report.loop} instructions for {report.products} products, at most {most} a score")
     for what, wanted, widths in (
@@ -136,16 +139,18 @@ def faults(config: Compilation, report: Report) -> list[str]:
         bits = sum(int(width) * count for width, count in widths.items())
         if wanted and widths.get("128", 0) * 128 < 0.9 * max(bits, 1):
             found.append(f"global {what}: want 128 bits wide, got {widths}")
+    if config.in_order and not report.in_order:
+        found.append("tl.dot: the products are not added one by one, fused, first column first")
     return found
 
 
-def reports() -> list[Report]:
-    """All configurations on all their architectures, compiled in processes of their own."""
+def reports(*modules: str) -> dict[tuple[str, int], Report | str]:
+    """Of each of the `configurations` on each of its architectures: the report, or the compiler's error."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), environment.get("PYTHONPATH", "")))
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.cubin", str(worker)],
+            [sys.executable, "-m", "tests.cubin", str(worker), *modules],
             cwd=ROOT,
             env=environment,
             text=True,
@@ -154,20 +159,25 @@ def reports() -> list[Report]:
         )
         for worker in range(WORKERS)
     ]
-    found = []
-    for worker in workers:
-        out, errors = worker.communicate()
+    found: dict[tuple[str, int], Report | str] = {}
+    for worker, (out, errors) in [(worker, worker.communicate()) for worker in workers]:
         if worker.returncode:
             raise RuntimeError(f"cubin: a worker failed\n{errors}")
-        found += [Report(**json.loads(line)) for line in out.splitlines()]
+        for line in out.splitlines():
+            name, architecture, report = json.loads(line)
+            found[name, architecture] = report if isinstance(report, str) else Report(**report)
     return found
 
 
-def _work(worker: int) -> Iterator[Report]:
-    """Every WORKERS-th compilation."""
-    tasks = [(name, config, a) for name, config in configurations().items() for a in config.architectures]
+def _work(worker: int, *modules: str) -> None:
+    """Print every WORKERS-th of the reports, a line of JSON each."""
+    tasks = [(name, config, a) for name, config in configurations(*modules).items() for a in config.architectures]
     for name, config, architecture in tasks[worker::WORKERS]:
-        yield compiled(config, architecture, name)
+        try:
+            report: dict[str, object] | str = asdict(compiled(config, architecture))
+        except Exception as error:  # the compiler's are of many kinds
+            report = f"does not compile: {error}"
+        sys.stdout.write(json.dumps((name, architecture, report)) + "\n")
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -212,6 +222,39 @@ def _widths(code: list[tuple[str, str]], opcodes: tuple[str, ...]) -> dict[str, 
     return dict(found)
 
 
+def _in_order(ptx: str) -> bool:
+    """Whether all float32 products are fused and, in each sum, come from ever higher places in shared memory."""
+    place: dict[str, int] = {}  # of what a register, or its low half, was loaded from
+    high: dict[str, int] = {}  # of its high half
+    last: dict[str, tuple[int, ...]] = {}  # of the factors of the product that a sum added last
+    for line in ptx.splitlines():
+        opcode, _, operands = line.strip().partition(" ")
+        registers = re.findall(r"%rd?\d+", operands)
+        match opcode.split("."):
+            case ["ld", "shared", *_, ("b32" | "b64") as kind]:
+                offset = re.search(r"\+(\d+)\]", operands)
+                for i, register in enumerate(registers[:-1]):
+                    place[register] = int(offset[1] if offset else 0) + int(kind[1:]) // 8 * i
+            case ["shl", "b64"]:
+                place[registers[0]] = place.get(registers[1], -1)
+            case ["or", "b64"] if len(registers) == 3:
+                out, upper, lower = registers
+                place[out], high[out] = place.get(lower, -1), place.get(upper, -1)
+            case ["mov", "b64"] if len(registers) == 3:  # of a pair: from its halves, or to them
+                if operands.lstrip().startswith("{"):
+                    place[registers[0]], place[registers[1]] = place.get(registers[2], -1), high.get(registers[2], -1)
+                else:
+                    place[registers[0]], high[registers[0]] = (place.get(half, -1) for half in registers[1:])
+            case ["fma", "rn", "f32" | "f32x2"]:
+                out, *factors, start = registers
+                last[out] = tuple(place.get(factor, -1) for factor in factors)
+                before = last.get(start, (-1, -1))
+                if not all(a < b for a, b in zip(before, last[out], strict=True)):
+                    return False
+            case ["mul" | "add" | "sub" | "fma", *_, "f32" | "f32x2"]:
+                return False
+    return bool(last)
+
+
 if __name__ == "__main__":
-    for report in _work(int(sys.argv[1])):
-        sys.stdout.write(json.dumps(asdict(report)) + "\n")
+    _work(int(sys.argv[1]), *sys.argv[2:])

@@ -560,6 +560,7 @@ def _configs() -> tuple[Compilation, ...]:
             },
             warps=_EXACT["warps"],
             stages=_EXACT["stages"],
+            in_order=True,
         )
         for listed in (False, True)
     ]
