@@ -366,7 +366,7 @@ def _filter_kernel(
     tl.store(limits_ptr + out * 2 + 1, tl.where(wild, float("inf"), tl.max(third, axis=1)), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "D"])
+@triton.jit(do_not_specialize=["N", "D"], do_not_specialize_on_alignment=["count_ptr"])
 def _rerank_kernel(
     x_ptr,
     codes_ptr,
@@ -431,7 +431,10 @@ def _key(score, code):
     return ((ordered.to(tl.int64) + 2147483648) << 31) | (code ^ _NONE).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["N", "D", "tiles", "tiles_each", "chunks"])
+@triton.jit(
+    do_not_specialize=["N", "D", "tiles", "tiles_each", "chunks"],
+    do_not_specialize_on_alignment=["count_ptr", "done_ptr"],
+)
 def _exact_kernel(
     x_ptr,
     codes_ptr,
