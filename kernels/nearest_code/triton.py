@@ -345,7 +345,7 @@ def _filter_kernel(
         m = _maxima(rounded, tile_codes_ptr, tile_bias_ptr, 0, ROWS, COLUMNS, DEPTH)
         for column in tl.static_range(COLUMNS, _TILE, COLUMNS):
             m = tl.maximum(m, _maxima(rounded, tile_codes_ptr, tile_bias_ptr, column, ROWS, COLUMNS, DEPTH))
-        bound_ptr = bounds_ptr + tl.cast(tile, tl.int64) * 8 + group
+        bound_ptr = bounds_ptr + tile * 8 + group
         e = length[:, None] * tl.load(bound_ptr)[None, :] + tl.load(bound_ptr + 4)[None, :]
         limit = tl.maximum(limit, m - e)
         m += e

@@ -117,8 +117,9 @@ def shifted(n, v, d):
 
 
 def midpoints(n, v, d):
-    """Small integers: sums without rounding, and rows that lie between codes, most often with ties."""
-    return torch.randint(-2, 3, (n, d)).float(), torch.randint(-2, 3, (v, d)).float()
+    """Sums without rounding; a row has 2^d points at one distance, and each is some codes, of whatever length."""
+    d = min(d, 3)
+    return torch.randint(-2, 2, (n, d)) + 0.5, torch.randint(-2, 3, (v, d)).float()
 
 
 def broken(n, v, d):
@@ -227,49 +228,6 @@ def test_ordinary_rows_are_left_to_the_re_rank_and_ties_to_the_exact_kernel(monk
     assert ties == 64
 
 
-def test_the_bound_covers_what_the_filter_loses():
-    """Of every group: the largest score in float64, whatever the filter made of it, is within e."""
-    for inputs in (gauss, log_normal, shifted, unit):
-        x, codebook = inputs(200, 700, 24)
-        packed = kernels.prepare(codebook, True)
-        depth = packed.rounded.shape[1]
-        column = torch.arange(128)
-        group = (torch.arange(len(packed.bias)) // 128 * 4).view(-1, 128) + column // 2 % 4
-        moved = torch.nn.functional.pad(x, (0, depth - 24)) - packed.shift
-        rounded = moved.bfloat16()
-        w = torch.maximum(moved.norm(dim=1), (moved - rounded).norm(dim=1) / kernels._RATIO.value).double()
-        scores = rounded.double() @ packed.rounded.double().T + packed.rounded_bias.double()
-        found = torch.full((200, len(packed.bounds) * 4), -torch.inf, dtype=torch.float64)
-        found = found.scatter_reduce(1, group.view(1, -1).expand(200, -1), scores, "amax")
-        exact = x.double() @ packed.codes.double().transpose(1, 2).flatten(0, 1).T + packed.bias.double()
-        # centring takes the same from all scores of a row
-        exact -= (x.double() @ packed.shift[:24].double() - packed.shift.double().square().sum() / 2)[:, None]
-        exact = exact.view(200, -1, 32).amax(2)
-        bounds = packed.bounds.transpose(0, 1).reshape(2, -1).double()
-        e = w[:, None] * bounds[0] + bounds[1]
-        some = exact > -torch.inf
-        assert ((found - exact).abs() <= e)[some].all()
-        assert ((found - exact).abs() > 0.05 * e)[some].any()  # nor is it beyond all measure
-
-
-def test_search_takes_the_exact_kernel_for_small_problems_and_the_filter_for_large_ones(monkeypatch):
-    taken = []
-    monkeypatch.setattr(kernels, "search_exact", lambda x, packed: taken.append("exact"))
-    monkeypatch.setattr(kernels, "search_filtered", lambda x, packed: taken.append("filtered"))
-    packed = kernels.prepare(torch.randn(4096, 32), True)
-    kernels.search(torch.empty(1 << 10, 32), packed)
-    kernels.search(torch.empty(1 << 11, 32), packed)
-    kernels.search(torch.empty(1 << 20, 32), kernels.prepare(torch.randn(2048, 32), True))
-    assert taken == ["exact", "filtered", "exact"]
-
-
-@pytest.mark.parametrize(
-    ("blocks", "tiles", "splits"), [(1, 1, 1), (1, 128, 16), (1, 15, 2), (100, 128, 2), (512, 128, 1)]
-)
-def test_small_batches_share_the_codes_among_programs(blocks, tiles, splits):
-    assert kernels._splits(blocks, tiles) == splits
-
-
 class Launches:
     """Stands in for a kernel: keeps what it is launched with."""
 
@@ -290,6 +248,42 @@ def launches(monkeypatch):
     for name in ("_filter_kernel", "_rerank_kernel", "_exact_kernel"):
         monkeypatch.setattr(kernels, name, Launches(getattr(kernels, name), found))
     return found
+
+
+@pytest.mark.parametrize("inputs", [gauss, log_normal, shifted, unit])
+def test_the_filters_limits_enclose_the_largest_score(inputs, launches):
+    x, codebook = inputs(200, 700, 24)
+    packed = kernels.prepare(codebook, True)
+    kernels.search_filtered(x, packed, splits=1)
+    filtered = launches[0][2]
+    lower, upper = filtered["limits_ptr"][:, 0, 0], filtered["upper_ptr"].amax((1, 2))
+    shift, x, codebook = packed.shift[:24].double(), x.double(), codebook.double()
+    # Centring takes the same from all scores of a row.
+    scores = (x - shift) @ (codebook - shift).T - (codebook - shift).square().sum(1) / 2
+    largest = scores.amax(1)
+    assert (lower <= largest).all()
+    assert (largest <= upper).all()
+    e = (upper - lower).double() / 2
+    assert (((lower + upper) / 2 - largest).abs() > 0.05 * e).any()  # nor is it beyond all measure
+    assert (e <= 2**-7 * (x - shift).norm(dim=1) * (codebook - shift).norm(dim=1).max()).all()
+
+
+def test_search_takes_the_exact_kernel_for_small_problems_and_the_filter_for_large_ones(monkeypatch):
+    taken = []
+    monkeypatch.setattr(kernels, "search_exact", lambda x, packed: taken.append("exact"))
+    monkeypatch.setattr(kernels, "search_filtered", lambda x, packed: taken.append("filtered"))
+    packed = kernels.prepare(torch.randn(4096, 32), True)
+    kernels.search(torch.empty(1 << 10, 32), packed)
+    kernels.search(torch.empty(1 << 11, 32), packed)
+    kernels.search(torch.empty(1 << 20, 32), kernels.prepare(torch.randn(2048, 32), True))
+    assert taken == ["exact", "filtered", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tiles", "splits"), [(1, 1, 1), (1, 128, 16), (1, 15, 2), (100, 128, 2), (512, 128, 1)]
+)
+def test_small_batches_share_the_codes_among_programs(blocks, tiles, splits):
+    assert kernels._splits(blocks, tiles) == splits
 
 
 def launch_far(launch, monkeypatch, *, axis, programs, shifts, **changed):
