@@ -20,3 +20,9 @@ MARS_EXPORT int mars_abi();
 MARS_EXPORT int mars_level();                      // the one in use
 MARS_EXPORT int mars_level_supported(int level);   // 1 where this processor and this build have it
 MARS_EXPORT int mars_set_level(int level);         // -1 where it is not supported
+
+// Nearest code (kernels/nearest_code). A codebook (codes, dim) is packed once, for the level in use, and searched by any
+// number of threads and calls. normalized: rows of length 1, whose norms do not enter (cosine).
+MARS_EXPORT void *mars_codebook_pack(const float *codebook, int64_t codes, int64_t dim, int normalized);  // null: no memory
+MARS_EXPORT void mars_codebook_free(void *packed);
+MARS_EXPORT int mars_nearest_code(const void *packed, const float *x, int64_t rows, int64_t *ids, int threads);  // x (rows, dim)
