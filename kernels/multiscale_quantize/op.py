@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate, pairwise
 from typing import Any, get_args
 
 import torch
@@ -135,6 +134,51 @@ def _quantize(
 
         return triton.multiscale_quantize(*arguments)
     return reference.multiscale_quantize(*arguments)
+
+
+def _on_cpu(
+    f: Tensor,
+    codebook: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    phi_index: Sequence[int],
+    scales: list[tuple[int, int]],
+    metric: Metric,
+    ratio: float,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    f, codebook = f.contiguous(), codebook.contiguous()
+    searched = F.normalize(codebook, dim=-1) if metric == "cosine" else codebook
+    taps, bias = reference.fold(weight, bias, ratio)
+    keep = None if keep is None else keep.to(torch.int64).contiguous()
+    ids, totals = _fake(f, codebook, weight, bias, phi_index, [size for s in scales for size in s], metric, ratio, keep)
+    status = _native.functions().mars_multiscale_quantize(
+        f.data_ptr(),
+        *f.shape,
+        codebook.data_ptr(),
+        searched.data_ptr(),
+        len(codebook),
+        metric == "cosine",
+        taps.data_ptr(),
+        bias.data_ptr(),
+        len(scales),
+        (ctypes.c_int64 * (2 * len(scales)))(*(size for s in scales for size in s)),
+        (ctypes.c_int64 * len(scales))(*phi_index),
+        _bicubic(tuple(scales)).data_ptr(),
+        None if keep is None else keep.data_ptr(),
+        ids.data_ptr(),
+        totals.data_ptr(),
+        _native.threads(),
+    )
+    _native.check(status)
+    return ids, totals
+
+
+@cache
+def _bicubic(scales: tuple[tuple[int, int], ...]) -> Tensor:
+    """All scales' up-sampling matrices to the last, end to end: rows (H, h), then columns (W, w)."""
+    matrices = (bicubic_matrix(size, out) for scale in scales for size, out in zip(scale, scales[-1], strict=True))
+    return torch.tensor([entry for matrix in matrices for row in matrix for entry in row], dtype=torch.float32)
 
 
 @_quantize.register_fake

@@ -43,6 +43,16 @@ def dequantize_scale(
     return torch.lerp(h, F.conv2d(h, weight, bias, padding=1), ratio)
 
 
+def fold(weight: Tensor, bias: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """The mix (1 - ratio) h + ratio phi(h) as one convolution, for the kernels.
+
+    weight: (Q, D, D, 3, 3); bias: (Q, D). Returns its taps (Q, 3, 3, D, D), the last dimension the output's, and bias.
+    """
+    taps = (weight * ratio).permute(0, 3, 4, 2, 1).contiguous()
+    taps[:, 1, 1].diagonal(dim1=1, dim2=2).add_(1 - ratio)
+    return taps, bias * ratio
+
+
 def multiscale_quantize(
     f: Tensor,
     codebook: Tensor,
