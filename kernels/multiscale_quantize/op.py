@@ -147,11 +147,11 @@ def _on_cpu(
     ratio: float,
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    f, codebook = f.contiguous(), codebook.contiguous()
+    f, codebook, flat = f.contiguous(), codebook.contiguous(), [size for scale in scales for size in scale]
     searched = F.normalize(codebook, dim=-1) if metric == "cosine" else codebook
     taps, bias = reference.fold(weight, bias, ratio)
     keep = None if keep is None else keep.to(torch.int64).contiguous()
-    ids, totals = _fake(f, codebook, weight, bias, phi_index, [size for s in scales for size in s], metric, ratio, keep)
+    ids, totals = _fake(f, codebook, weight, bias, phi_index, flat, metric, ratio, keep)
     status = _native.functions().mars_multiscale_quantize(
         f.data_ptr(),
         *f.shape,
@@ -162,9 +162,9 @@ def _on_cpu(
         taps.data_ptr(),
         bias.data_ptr(),
         len(scales),
-        (ctypes.c_int64 * (2 * len(scales)))(*(size for s in scales for size in s)),
+        (ctypes.c_int64 * len(flat))(*flat),
         (ctypes.c_int64 * len(scales))(*phi_index),
-        _bicubic(tuple(scales)).data_ptr(),
+        _bicubic_on(tuple(flat), f.dtype, f.device).data_ptr(),
         None if keep is None else keep.data_ptr(),
         ids.data_ptr(),
         totals.data_ptr(),
@@ -172,13 +172,6 @@ def _on_cpu(
     )
     _native.check(status)
     return ids, totals
-
-
-@cache
-def _bicubic(scales: tuple[tuple[int, int], ...]) -> Tensor:
-    """All scales' up-sampling matrices to the last, end to end: rows (H, h), then columns (W, w)."""
-    matrices = (bicubic_matrix(size, out) for scale in scales for size, out in zip(scale, scales[-1], strict=True))
-    return torch.tensor([entry for matrix in matrices for row in matrix for entry in row], dtype=torch.float32)
 
 
 @_quantize.register_fake
@@ -205,63 +198,59 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, _: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient of a scale's contribution is the sum of those of its own and all later running sums."""
+    """All scales together: the tokens are known, and a contribution is part of its own and of all later sums."""
     codebook, weight, ids, keep = ctx.saved_tensors
-    grad = grad.flip(0).cumsum(0).flip(0)
+    scales, grid, n = ctx.scales, ctx.scales[-1], len(ctx.scales)
+    to_sums = [grad[n - 1]]
+    for k in reversed(range(n - 1)):
+        to_sums.insert(0, grad[k] + to_sums[0])
     if keep is not None:
-        kept = keep > torch.arange(len(ctx.scales), device=keep.device)[:, None]
-        grad = grad.where(kept[:, :, None, None, None], 0)
-    grid, (n, batch) = ctx.scales[-1], grad.shape[:2]
-    lengths = [h * w for h, w in ctx.scales]
-    upsampled = [
-        reference.look_up(part, codebook, scale, grid)
-        for part, scale in zip(ids.split(lengths, dim=1), ctx.scales, strict=True)
-    ]
-    by_scale: list[Tensor] = [grad] * n
-    weights, biases = [], []
-    for q in range(len(weight)):
+        to_sums = [g.where((keep > k).view(-1, 1, 1, 1), 0) for k, g in enumerate(to_sums)]
+    lengths = [h * w for h, w in scales]
+    codes = F.embedding(ids, codebook).transpose(1, 2).split(lengths, dim=2)
+    flat = _bicubic(grad.new_empty(0), [size for scale in scales for size in scale])
+    sizes = [size * out for scale in scales for size, out in zip(scale, grid, strict=True)]
+    matrices = [m.view(-1, m.numel() // grid[i % 2]) for i, m in enumerate(flat.split(sizes))]
+    rows, columns = matrices[::2], matrices[1::2]
+    g_weight, g_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
+    g_codes: list[Any] = [None] * n
+    for q in sorted(set(ctx.phi_index)):
         members = [k for k in range(n) if ctx.phi_index[k] == q]
-        if not members or batch == 0:
-            weights.append(torch.zeros_like(weight[q]))
-            biases.append(weight.new_zeros(weight.shape[1]))
-            by_scale = [grad[k] if k in members else by_scale[k] for k in range(n)]
-            continue
-        g = grad[members].flatten(0, 1)
-        g_map, g_weight, g_bias = torch.ops.aten.convolution_backward(
-            g * ctx.ratio,
-            torch.cat([upsampled[k] for k in members]),
-            weight[q],
-            [weight.shape[1]],
-            [1, 1],
-            [1, 1],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [True, True, True],
+        g = torch.cat([to_sums[k] for k in members])
+        h = torch.cat([rows[k] @ codes[k].unflatten(2, scales[k]) @ columns[k].T for k in members])
+        ones = [1, 1]  # stride, padding, dilation
+        g_h, g_weight[q], g_bias[q] = torch.ops.aten.convolution_backward(
+            g * ctx.ratio, h, weight[q], [h.shape[1]], ones, ones, ones, False, [0, 0], 1, [True, True, True]
         )
-        weights.append(g_weight)
-        biases.append(g_bias)
-        parts = torch.add(g_map, g, alpha=1 - ctx.ratio).split(batch)
-        for k, part in zip(members, parts, strict=True):
-            by_scale[k] = part
-    rows = torch.cat([_downsample(part, scale) for part, scale in zip(by_scale, ctx.scales, strict=True)], dim=1)
-    g_codebook = torch.zeros_like(codebook).index_add(0, ids.flatten(), rows.flatten(0, 1))
-    return None, g_codebook, torch.stack(weights), torch.stack(biases), None, None, None, None, None
+        g_h = torch.add(g_h, g, alpha=1 - ctx.ratio).view(len(members), *grad.shape[1:])
+        for k, part in zip(members, g_h.unbind(), strict=True):
+            g_codes[k] = (rows[k].T @ part @ columns[k]).flatten(2)
+    found = torch.cat(g_codes, dim=2).transpose(1, 2).flatten(0, 1)
+    g_codebook = torch.zeros_like(codebook).index_add(0, ids.flatten(), found)
+    return None, g_codebook, g_weight, g_bias, None, None, None, None, None
 
 
 _quantize.register_autograd(_backward, setup_context=_save)
 
 
-def _downsample(g: Tensor, scale: tuple[int, int]) -> Tensor:
-    """The transpose of bicubic up-sampling: (B, D, H, W) -> (B, h w, D)."""
-    if tuple(g.shape[2:]) == scale:
-        return g.flatten(2).transpose(1, 2)
-    rows, columns = (
-        torch.tensor(bicubic_matrix(size, out), dtype=g.dtype, device=g.device)
-        for size, out in zip(scale, g.shape[2:], strict=True)
-    )
-    return (rows.T @ g @ columns).flatten(2).transpose(1, 2)
+@torch.library.custom_op("mars::bicubic_matrices", mutates_args=())
+def _bicubic(like: Tensor, scales: Sequence[int]) -> Tensor:
+    """All scales' up-sampling matrices to the last, end to end: rows (H, h), then columns (W, w).
+
+    An operator, so that a compiled gradient finds them on the device, too, instead of copying them there.
+    """
+    return _bicubic_on(tuple(scales), like.dtype, like.device).clone()
+
+
+@_bicubic.register_fake
+def _(like: Tensor, scales: Sequence[int]) -> Tensor:
+    return like.new_empty(sum(size * out for s in _pairs(scales) for size, out in zip(s, scales[-2:], strict=True)))
+
+
+@cache
+def _bicubic_on(scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    matrices = (bicubic_matrix(size, out) for s in _pairs(scales) for size, out in zip(s, scales[-2:], strict=True))
+    return torch.tensor([entry for matrix in matrices for row in matrix for entry in row], dtype=dtype, device=device)
 
 
 def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
