@@ -7,5 +7,6 @@ from mars.kernels.multiscale_quantize import area_downsample as area_downsample
 from mars.kernels.multiscale_quantize import dequantize_scale as dequantize_scale
 from mars.kernels.multiscale_quantize import multiscale_quantize as multiscale_quantize
 from mars.kernels.nearest_code import nearest_code as nearest_code
+from mars.kernels.nearest_code import pack_codebook as pack_codebook
 from mars.kernels.scale_causal_attention import attention as attention
 from mars.kernels.scale_causal_attention import scale_causal_attention as scale_causal_attention

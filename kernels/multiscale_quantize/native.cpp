@@ -47,17 +47,14 @@ Sums area(int64_t size, int64_t out, int64_t stride) {
   return sums;
 }
 
-// Up-sampling of one axis by a (out, size) matrix, and the convolution's taps t along it: source j of tap t lies at
+// Up-sampling of one axis and the convolution's taps along it, matrix (out, 3, size): source j of tap t lies at
 // j * stride + t * step.
 Sums shifted(const float *matrix, int64_t size, int64_t out, int64_t stride, int64_t step) {
   Sums sums;
   for (int64_t i = 0; i < out; ++i) {
-    for (int64_t t = 0; t < 3; ++t) {
-      const int64_t row = i + t - 1;
-      if (row < 0 || row >= out) continue;
-      for (int64_t j = 0; j < size; ++j)
-        if (const float weight = matrix[row * size + j]; weight != 0) sums.terms.push_back({j * stride + t * step, weight});
-    }
+    for (int64_t t = 0; t < 3; ++t)
+      for (int64_t j = 0; j < size; ++j, ++matrix)
+        if (*matrix != 0) sums.terms.push_back({j * stride + t * step, *matrix});
     sums.ends.push_back(static_cast<int64_t>(sums.terms.size()));
   }
   return sums;
@@ -276,17 +273,12 @@ void update(const Arithmetic &sum, const Map &map, const Scale &scale, const flo
   }
 }
 
-struct Free {
-  void operator()(void *packed) const { mars_codebook_free(packed); }
-};
-
 }  // namespace
 
 int mars_multiscale_quantize(const float *f, int64_t batch, int64_t dim, int64_t height, int64_t width,
-                             const float *codebook, const float *searched, int64_t codes, int normalized,
-                             const float *taps, const float *bias, int64_t scales, const int64_t *grids,
-                             const int64_t *phi_index, const float *bicubic, const int64_t *keep, int64_t *ids,
-                             float *totals, int threads) try {
+                             const float *codebook, const void *packed, const float *taps, const float *bias,
+                             int64_t scales, const int64_t *grids, const int64_t *phi_index, const float *bicubic,
+                             const int64_t *keep, int64_t *ids, float *totals, int threads) try {
   const Map map{dim, height, width};
   const Arithmetic sum = arithmetic();
   std::vector<Scale> all(scales);
@@ -298,24 +290,23 @@ int mars_multiscale_quantize(const float *f, int64_t batch, int64_t dim, int64_t
     scale.down_y = area(height, scale.height, width * dim);
     scale.down_x = area(width, scale.width, dim);
     scale.up_y = shifted(bicubic, scale.height, height, 3 * width * dim, width * dim);
-    bicubic += height * scale.height;
+    bicubic += 3 * height * scale.height;
     scale.up_x = shifted(bicubic, scale.width, width, map.columns(), 3 * dim);
-    bicubic += width * scale.width;
+    bicubic += 3 * width * scale.width;
     scale.bias = bias + phi_index[k] * dim;
     scale.taps = pack(taps + phi_index[k] * 9 * dim * dim, map);
     tokens += scale.cells();
   }
-  const std::unique_ptr<void, Free> packed(mars_codebook_pack(searched, codes, dim, normalized));
-  if (!packed) return -1;
-
-  const int64_t size = map.size(), scratch = workspace(map), share = (batch + threads - 1) / threads;
+  const int64_t size = map.size(), scratch = workspace(map);
+  const int workers = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(batch, 1)));
+  const int64_t share = (batch + workers - 1) / workers;
   const std::unique_ptr<float[]> residual(new float[batch * size]), rows(new float[batch * size]);
-  const std::unique_ptr<float[]> work(new float[threads * scratch]);
+  const std::unique_ptr<float[]> work(new float[workers * scratch]);
   std::vector<float> total(batch * size);
   std::vector<int64_t> found(batch * map.cells());
   const auto each = [&](auto run) {  // run(sample, the thread's workspace), samples shared out among the threads
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; ++t)
+#pragma omp parallel for num_threads(workers) schedule(static, 1)
+    for (int t = 0; t < workers; ++t)
       for (int64_t b = t * share; b < std::min(batch, (t + 1) * share); ++b) run(b, work.get() + t * scratch);
   };
 
@@ -332,7 +323,7 @@ int mars_multiscale_quantize(const float *f, int64_t batch, int64_t dim, int64_t
         downsample(sum, map, scale, residual.get() + b * size, space, rows.get() + b * n * dim);
       });
     const float *searching = scale.full ? residual.get() : rows.get();
-    if (mars_nearest_code(packed.get(), searching, batch * n, found.data(), threads)) return -1;
+    if (mars_nearest_code(packed, searching, batch * n, found.data(), threads)) return -1;
     each([&](int64_t b, float *space) {
       const int64_t *codes_of = found.data() + b * n;
       std::copy_n(codes_of, n, ids + b * tokens + start);

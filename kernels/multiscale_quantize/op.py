@@ -17,6 +17,7 @@ from mars.kernels.multiscale_quantize import reference
 from mars.kernels.multiscale_quantize.reference import area_downsample as area_downsample
 from mars.kernels.multiscale_quantize.reference import dequantize_scale as dequantize_scale
 from mars.kernels.multiscale_quantize.resampling import bicubic_matrix
+from mars.kernels.nearest_code import PackedCodebook
 from mars.kernels.nearest_code.op import Metric
 
 
@@ -36,8 +37,8 @@ def multiscale_quantize(
 
     For each scale: area down-sampling of the residual, nearest code, bicubic up-sampling, (1 - ratio) h + ratio phi(h),
     and subtraction. The search sees no gradient; the running sums are differentiable in codebook, weight and bias.
-    A sample's numbers do not depend on the batch that it is in. float64 is computed in plain PyTorch, but for the
-    search, which is in float32.
+    The kernels give a sample the same numbers in any batch and on any number of threads. float64 is computed in plain
+    PyTorch, but for the search, which is in float32.
 
     Args:
         f: (B, D, H, W) float32 or float64, any strides; only its values are used. A cell that is not finite makes
@@ -59,7 +60,11 @@ def multiscale_quantize(
     """
     _check(f, codebook, weight, bias, phi_index, scales, metric, keep)
     flat = [size for scale in scales for size in scale]
-    return _quantize(f.detach(), codebook, weight, bias, list(phi_index), flat, metric, ratio, keep)
+    totals, ids = _quantize(f.detach(), codebook, weight, bias, list(phi_index), flat, metric, ratio, keep)
+    return ids, totals
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check(
@@ -104,7 +109,7 @@ def _check(
         raise ValueError(f"multiscale_quantize: want phi_index in 0..{len(weight) - 1}, got {list(phi_index)}")
     if metric not in get_args(Metric):
         raise ValueError(f"multiscale_quantize: metric must be l2 or cosine, got {metric!r}")
-    if keep is not None and (keep.shape != f.shape[:1] or keep.is_floating_point() or keep.is_complex()):
+    if keep is not None and (keep.shape != f.shape[:1] or keep.dtype not in _INTEGERS):
         raise ValueError(
             f"multiscale_quantize: want keep ({len(f)},) of integers, got {tuple(keep.shape)} of {keep.dtype}"
         )
@@ -128,12 +133,14 @@ def _quantize(
     arguments: Any = (f, codebook, weight, bias, phi_index, grids, metric, ratio, keep)
     chosen = backend(f.device.type) if f.dtype == torch.float32 else "reference"
     if chosen == "native":
-        return _on_cpu(*arguments)
-    if chosen == "triton":
+        ids, totals = _on_cpu(*arguments)
+    elif chosen == "triton":
         from mars.kernels.multiscale_quantize import triton
 
-        return triton.multiscale_quantize(*arguments)
-    return reference.multiscale_quantize(*arguments)
+        ids, totals = triton.multiscale_quantize(*arguments)
+    else:
+        ids, totals = reference.multiscale_quantize(*arguments)
+    return totals, ids  # the differentiable one first, as `torch.library.opcheck` needs it
 
 
 def _on_cpu(
@@ -148,23 +155,21 @@ def _on_cpu(
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     f, codebook, flat = f.contiguous(), codebook.contiguous(), [size for scale in scales for size in scale]
-    searched = F.normalize(codebook, dim=-1) if metric == "cosine" else codebook
-    taps, bias = reference.fold(weight, bias, ratio)
+    packed = PackedCodebook(codebook, metric, "native")
+    taps, bias = reference.fold(weight, ratio), (bias * ratio).contiguous()
     keep = None if keep is None else keep.to(torch.int64).contiguous()
-    ids, totals = _fake(f, codebook, weight, bias, phi_index, flat, metric, ratio, keep)
+    totals, ids = _fake(f, codebook, weight, bias, phi_index, flat, metric, ratio, keep)
     status = _native.functions().mars_multiscale_quantize(
         f.data_ptr(),
         *f.shape,
         codebook.data_ptr(),
-        searched.data_ptr(),
-        len(codebook),
-        metric == "cosine",
+        packed.pointer,
         taps.data_ptr(),
         bias.data_ptr(),
         len(scales),
         (ctypes.c_int64 * len(flat))(*flat),
         (ctypes.c_int64 * len(scales))(*phi_index),
-        _bicubic_on(tuple(flat), f.dtype, f.device).data_ptr(),
+        _shifted_on(tuple(flat), f.dtype, f.device).data_ptr(),
         None if keep is None else keep.data_ptr(),
         ids.data_ptr(),
         totals.data_ptr(),
@@ -188,69 +193,74 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     grids = _pairs(scales)
     ids = f.new_empty((len(f), sum(h * w for h, w in grids)), dtype=torch.int64)
-    return ids, f.new_empty((len(grids), *f.shape))
+    return f.new_empty((len(grids), *f.shape)), ids
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, codebook, weight, _, ctx.phi_index, scales, _, ctx.ratio, keep = inputs
     ctx.scales = _pairs(scales)
-    ctx.save_for_backward(codebook, weight, output[0], keep)
+    ctx.save_for_backward(codebook, weight, output[1], keep)
 
 
-def _backward(ctx: Any, _: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """All scales together: the tokens are known, and a contribution is part of its own and of all later sums."""
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """No chain through the scales: the tokens are known, and a contribution is part of its own and of all later sums.
+
+    A contribution is bias + sum_{s,t} R_s z C_t^T taps[s, t], where R_s and C_t up-sample and shift. So its gradient is
+    brought to the grid of the scale first, once per tap, and the rest are products over tokens.
+    """
     codebook, weight, ids, keep = ctx.saved_tensors
-    scales, grid, n = ctx.scales, ctx.scales[-1], len(ctx.scales)
-    to_sums = [grad[n - 1]]
-    for k in reversed(range(n - 1)):
-        to_sums.insert(0, grad[k] + to_sums[0])
-    if keep is not None:
-        to_sums = [g.where((keep > k).view(-1, 1, 1, 1), 0) for k, g in enumerate(to_sums)]
-    lengths = [h * w for h, w in scales]
-    codes = F.embedding(ids, codebook).transpose(1, 2).split(lengths, dim=2)
-    flat = _bicubic(grad.new_empty(0), [size for scale in scales for size in scale])
-    sizes = [size * out for scale in scales for size, out in zip(scale, grid, strict=True)]
-    matrices = [m.view(-1, m.numel() // grid[i % 2]) for i, m in enumerate(flat.split(sizes))]
-    rows, columns = matrices[::2], matrices[1::2]
-    g_weight, g_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
-    g_codes: list[Any] = [None] * n
-    for q in sorted(set(ctx.phi_index)):
-        members = [k for k in range(n) if ctx.phi_index[k] == q]
-        g = torch.cat([to_sums[k] for k in members])
-        h = torch.cat([rows[k] @ codes[k].unflatten(2, scales[k]) @ columns[k].T for k in members])
-        ones = [1, 1]  # stride, padding, dilation
-        g_h, g_weight[q], g_bias[q] = torch.ops.aten.convolution_backward(
-            g * ctx.ratio, h, weight[q], [h.shape[1]], ones, ones, ones, False, [0, 0], 1, [True, True, True]
-        )
-        g_h = torch.add(g_h, g, alpha=1 - ctx.ratio).view(len(members), *grad.shape[1:])
-        for k, part in zip(members, g_h.unbind(), strict=True):
-            g_codes[k] = (rows[k].T @ part @ columns[k]).flatten(2)
-    found = torch.cat(g_codes, dim=2).transpose(1, 2).flatten(0, 1)
-    g_codebook = torch.zeros_like(codebook).index_add(0, ids.flatten(), found)
-    return None, g_codebook, g_weight, g_bias, None, None, None, None, None
+    scales, (batch, dim, height, width) = ctx.scales, grad.shape[1:]
+    matrices = _shifted(grad.new_empty(0), [size for scale in scales for size in scale]).split(
+        [3 * size * out for scale in scales for size, out in zip(scale, scales[-1], strict=True)]
+    )
+    codes = F.embedding(ids, codebook).split([h * w for h, w in scales], dim=1)
+    taps = reference.fold(weight, ctx.ratio)
+    g_codes: list[Tensor] = []
+    g_taps, g_bias = ([torch.zeros_like(t[0])] * len(weight) for t in (taps, weight[..., 0, 0, 0]))
+    later = torch.zeros_like(grad[0])
+    for k, (h, w) in reversed(list(enumerate(scales))):
+        later = later + grad[k]
+        g = later if keep is None else later.where((keep > k).view(-1, 1, 1, 1), 0)
+        q = ctx.phi_index[k]
+        g_bias[q] = g_bias[q] + g.sum((0, 2, 3))
+        rows, columns = matrices[2 * k].view(height, 3 * h), matrices[2 * k + 1].view(width, 3 * w)
+        g = rows.T @ g.permute(0, 2, 3, 1).reshape(batch, height, width * dim)
+        g = columns.T @ g.view(batch, 3 * h, width, dim)
+        g = g.view(batch, 3, h, 3, w, dim).permute(0, 2, 4, 1, 3, 5).reshape(batch * h * w, 9 * dim)
+        g_codes.insert(0, (g @ taps[q].mT.reshape(9 * dim, dim)).view(batch, h * w, dim))
+        z = codes[k].reshape(batch * h * w, dim)
+        g_taps[q] = g_taps[q] + (z.T @ g).view(dim, 3, 3, dim).permute(1, 2, 0, 3)
+    g_weight = ctx.ratio * torch.stack(g_taps).permute(0, 4, 3, 1, 2)
+    g_codebook = torch.zeros_like(codebook).index_add(0, ids.flatten(), torch.cat(g_codes, dim=1).flatten(0, 1))
+    return None, g_codebook, g_weight, ctx.ratio * torch.stack(g_bias), None, None, None, None, None
 
 
 _quantize.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("mars::bicubic_matrices", mutates_args=())
-def _bicubic(like: Tensor, scales: Sequence[int]) -> Tensor:
-    """All scales' up-sampling matrices to the last, end to end: rows (H, h), then columns (W, w).
+@torch.library.custom_op("mars::shifted_bicubic_matrices", mutates_args=())
+def _shifted(like: Tensor, scales: Sequence[int]) -> Tensor:
+    """All scales' up-sampling to the last and its shifts by -1, 0, 1, end to end: rows (H, 3, h), columns (W, 3, w).
 
     An operator, so that a compiled gradient finds them on the device, too, instead of copying them there.
     """
-    return _bicubic_on(tuple(scales), like.dtype, like.device).clone()
+    return _shifted_on(tuple(scales), like.dtype, like.device).clone()
 
 
-@_bicubic.register_fake
+@_shifted.register_fake
 def _(like: Tensor, scales: Sequence[int]) -> Tensor:
-    return like.new_empty(sum(size * out for s in _pairs(scales) for size, out in zip(s, scales[-2:], strict=True)))
+    return like.new_empty(sum(3 * size * out for s in _pairs(scales) for size, out in zip(s, scales[-2:], strict=True)))
 
 
 @cache
-def _bicubic_on(scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrices = (bicubic_matrix(size, out) for s in _pairs(scales) for size, out in zip(s, scales[-2:], strict=True))
-    return torch.tensor([entry for matrix in matrices for row in matrix for entry in row], dtype=dtype, device=device)
+def _shifted_on(scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    entries: list[float] = []
+    for scale in _pairs(scales):
+        for size, out in zip(scale, scales[-2:], strict=True):
+            none = [(0.0,) * size]
+            padded = [*none, *bicubic_matrix(size, out), *none]
+            entries += [entry for i in range(out) for row in padded[i : i + 3] for entry in row]
+    return torch.tensor(entries, dtype=dtype, device=device)
 
 
 def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:

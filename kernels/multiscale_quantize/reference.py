@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mars.kernels.nearest_code import nearest_code
+from mars.kernels.nearest_code import PackedCodebook
 from mars.kernels.nearest_code.op import Metric
 
 
@@ -43,14 +43,14 @@ def dequantize_scale(
     return torch.lerp(h, F.conv2d(h, weight, bias, padding=1), ratio)
 
 
-def fold(weight: Tensor, bias: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """The mix (1 - ratio) h + ratio phi(h) as one convolution, for the kernels.
+def fold(weight: Tensor, ratio: float) -> Tensor:
+    """The mix (1 - ratio) h + ratio phi(h) as one convolution, for the kernels; its bias is ratio times phi's.
 
-    weight: (Q, D, D, 3, 3); bias: (Q, D). Returns its taps (Q, 3, 3, D, D), the last dimension the output's, and bias.
+    weight: (Q, D, D, 3, 3). Returns its taps (Q, 3, 3, D, D), the last dimension the output's.
     """
     taps = (weight * ratio).permute(0, 3, 4, 2, 1).contiguous()
     taps[:, 1, 1].diagonal(dim1=1, dim2=2).add_(1 - ratio)
-    return taps, bias * ratio
+    return taps
 
 
 def multiscale_quantize(
@@ -66,12 +66,13 @@ def multiscale_quantize(
 ) -> tuple[Tensor, Tensor]:
     """See `op.multiscale_quantize`."""
     grid = (f.shape[2], f.shape[3])
+    packed = PackedCodebook(codebook.detach().float(), metric, "reference")
     residual = f.detach()
     total = torch.zeros_like(residual)
     ids, totals = [], []
     for k, scale in enumerate(scales):
         rows = area_downsample(residual, scale).permute(0, 2, 3, 1).reshape(-1, f.shape[1])
-        ids_k = nearest_code(rows, codebook.detach(), metric).view(len(f), scale[0] * scale[1])
+        ids_k = packed.search(rows).view(len(f), scale[0] * scale[1])
         h = dequantize_scale(ids_k, codebook, weight[phi_index[k]], bias[phi_index[k]], scale, grid, ratio)
         residual = residual - h.detach()  # the whole chain, also of what `keep` leaves out
         total = total + (h if keep is None else h.where((keep > k).view(-1, 1, 1, 1), 0))

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mars.kernels._triton import Compilation
 from mars.kernels.multiscale_quantize import reference
-from mars.kernels.nearest_code import triton as nearest
+from mars.kernels.nearest_code import PackedCodebook
 from mars.kernels.nearest_code.op import Metric
 
 _BLOCK_X = 16  # cells of a row that one program of `_update_kernel` computes
@@ -189,9 +188,8 @@ def multiscale_quantize(
     """See `op.multiscale_quantize`."""
     batch, dim, height, width = f.shape
     codebook = codebook.contiguous()
-    searched = F.normalize(codebook, dim=-1) if metric == "cosine" else codebook
-    packed = nearest.prepare(searched, biased=metric == "l2")
-    taps, bias = reference.fold(weight, bias, ratio)
+    packed = PackedCodebook(codebook, metric, "triton")
+    taps, bias = reference.fold(weight, ratio), (bias * ratio).contiguous()
     keep = f.new_full((batch,), len(scales), dtype=torch.int64) if keep is None else keep.long().contiguous()
     residual = f.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     totals = f.new_empty((len(scales), *f.shape))
@@ -206,7 +204,7 @@ def multiscale_quantize(
                 _area_kernel[grid](
                     residual, rows, *sizes, _area_tile(width, w), _AREA_D, num_warps=_AREA_WARPS, num_stages=1
                 )
-        ids.append(nearest.search(rows, packed).view(batch, h * w))
+        ids.append(packed.search(rows).view(batch, h * w))
         if batch:
             block_j, block_d = _update_tile(dim, w)
             _update_kernel[(batch * height, triton.cdiv(width, _BLOCK_X), triton.cdiv(dim, block_d))](

@@ -27,13 +27,13 @@ MARS_EXPORT void *mars_codebook_pack(const float *codebook, int64_t codes, int64
 MARS_EXPORT void mars_codebook_free(void *packed);
 MARS_EXPORT int mars_nearest_code(const void *packed, const float *x, int64_t rows, int64_t *ids, int threads);  // x (rows, dim)
 
-// Multi-scale residual quantiser (kernels/multiscale_quantize). f (batch, dim, height, width); codebook and searched
-// (codes, dim): the rows that are added and, where normalized, those of length 1 that are searched; taps
-// (phis, 3, 3, dim, dim), the last but one summed over, and bias (phis, dim); grids (scales, 2), the last the map's;
-// bicubic: per scale the matrices (height, h) and (width, w); keep (batch) or null; ids (batch, tokens);
+// Multi-scale residual quantiser (kernels/multiscale_quantize). f (batch, dim, height, width); codebook (codes, dim), and
+// packed, what mars_codebook_pack made of it; taps (phis, 3, 3, dim, dim), of which the last but one is summed over, and
+// bias (phis, dim); grids (scales, 2), the last the map's; phi_index (scales); bicubic: per scale the matrices of
+// the up-sampling and its shifts by -1, 0, 1, (height, 3, h) and (width, 3, w); keep (batch) or null; ids (batch, tokens);
 // totals (scales, batch, dim, height, width).
 MARS_EXPORT int mars_multiscale_quantize(const float *f, int64_t batch, int64_t dim, int64_t height, int64_t width,
-                                         const float *codebook, const float *searched, int64_t codes, int normalized,
-                                         const float *taps, const float *bias, int64_t scales, const int64_t *grids,
-                                         const int64_t *phi_index, const float *bicubic, const int64_t *keep,
-                                         int64_t *ids, float *totals, int threads);
+                                         const float *codebook, const void *packed, const float *taps, const float *bias,
+                                         int64_t scales, const int64_t *grids, const int64_t *phi_index,
+                                         const float *bicubic, const int64_t *keep, int64_t *ids, float *totals,
+                                         int threads);

@@ -25,6 +25,7 @@ using mars::Level;
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int LANES = 16;            // codes in a group of the exact kernels
+constexpr int64_t RUN = 8;           // groups that the exact kernels read again and again from L1
 constexpr int GROUP = 32;            // codes in a group of the filters: what one candidate costs
 constexpr int BLOCK = LANES * GROUP;  // codes that share a bound and a scale; a block also stays in L1
 constexpr int64_t FILTERED = 1024;   // codes from which on a filter pays
@@ -64,7 +65,8 @@ struct Codebook {
   Buffer<float> rows, bias, reach;  // reach: per group, the largest |c|
   // Filters, codes sorted by |c - mean|, in blocks: (groups of GROUP, dim, GROUP).
   int64_t blocks = 0, steps = 0;  // steps: of the filter's dot product, in units of 4 bytes
-  Buffer<float> mean, sorted, sorted_bias, centred_bias, scale;
+  Buffer<float> mean, sorted, sorted_bias, scale;
+  Buffer<float> low, high;              // per group, the smallest and largest -|c - mean|^2 / 2
   Buffer<float> norm, error, original;  // per block, the largest |c - mean|, |what the filter misses of it| and |c|
   Buffer<int32_t> index, offset;        // offset: what unsigned rows add to an integer score, negated
   Buffer<uint32_t> coded;               // (tiles of LANES, steps, LANES), see `place`
@@ -86,8 +88,9 @@ float from_bfloat16(uint16_t x) {
   return f;
 }
 
-// A filter scores a block tile by tile, LANES codes at a time, and keeps the largest score per lane: a group of the
-// filter is the codes of one lane. They are neighbours in `sorted`, since a candidate's codes are read from there.
+// A filter multiplies a block tile by tile, LANES codes at a time, and keeps the largest product per lane: a group of
+// the filter is the codes of one lane. They are neighbours in `sorted`, so that their norms are close and enter once a
+// group, as an interval, instead of once a code.
 int64_t place(int64_t s) { return s / BLOCK * BLOCK + s % GROUP * LANES + s % BLOCK / GROUP; }
 
 void pack_rows(Codebook &b, const float *codebook, std::vector<char> &usable) {
@@ -111,23 +114,20 @@ void pack_rows(Codebook &b, const float *codebook, std::vector<char> &usable) {
 }
 
 void pack_filter(Codebook &b, const float *codebook, const std::vector<char> &usable) {
-  const int64_t dim = b.dim, padded = ceil_div(b.codes, BLOCK) * BLOCK;
-  b.blocks = padded / BLOCK;
-  b.steps = b.filter == mars::VNNI ? ceil_div(dim, 4) : b.filter == mars::AMX ? ceil_div(dim, 32) * 16 : ceil_div(dim, 2);
-
+  const int64_t dim = b.dim;
   b.mean = Buffer<float>(dim);
+  std::vector<int32_t> order;
   std::vector<double> total(dim);
-  int64_t count = 0;
   for (int64_t v = 0; v < b.codes; ++v) {
     if (!usable[v]) continue;
-    ++count;
+    order.push_back(static_cast<int32_t>(v));
     for (int64_t d = 0; d < dim; ++d) total[d] += codebook[v * dim + d];
   }
+  const auto count = static_cast<int64_t>(order.size());
   for (int64_t d = 0; d < dim; ++d) b.mean[d] = static_cast<float>(total[d] / std::max<int64_t>(count, 1));
 
   std::vector<float> norms(b.codes);
-  for (int64_t v = 0; v < b.codes; ++v) {
-    if (!usable[v]) continue;
+  for (const int32_t v : order) {
     double square = 0;
     for (int64_t d = 0; d < dim; ++d) {
       const double c = static_cast<double>(codebook[v * dim + d]) - b.mean[d];
@@ -135,72 +135,80 @@ void pack_filter(Codebook &b, const float *codebook, const std::vector<char> &us
     }
     norms[v] = round_up(std::sqrt(square));
   }
-  std::vector<int32_t> order(b.codes);
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return norms[i] != norms[j] ? norms[i] < norms[j] : i < j; });
+  std::sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return norms[i] < norms[j]; });
 
+  b.blocks = ceil_div(count, BLOCK);
+  b.steps = b.filter == mars::VNNI ? ceil_div(dim, 4) : b.filter == mars::AMX ? ceil_div(dim, 32) * 16 : ceil_div(dim, 2);
+  const int64_t padded = b.blocks * BLOCK;
   b.sorted = Buffer<float>(padded * dim);
   b.sorted_bias = Buffer<float>(padded);
-  b.centred_bias = Buffer<float>(padded);
+  b.low = Buffer<float>(padded / GROUP);
+  b.high = Buffer<float>(padded / GROUP);
   b.index = Buffer<int32_t>(padded);
   b.offset = Buffer<int32_t>(padded);
+  b.coded = Buffer<uint32_t>(padded * b.steps);
   for (Buffer<float> *each : {&b.norm, &b.error, &b.original, &b.scale})
     *each = Buffer<float>(ceil_div(b.blocks, LANES) * LANES);
-  b.coded = Buffer<uint32_t>(padded * b.steps);
   std::fill_n(static_cast<float *>(b.sorted_bias), padded, -INF);
-  std::fill_n(static_cast<float *>(b.centred_bias), padded, -INF);
+  std::fill_n(static_cast<float *>(b.low), padded / GROUP, -INF);
+  std::fill_n(static_cast<float *>(b.high), padded / GROUP, -INF);
   auto *halves = reinterpret_cast<uint16_t *>(static_cast<uint32_t *>(b.coded));
   auto *bytes = reinterpret_cast<int8_t *>(static_cast<uint32_t *>(b.coded));
-  std::vector<float> c(dim);
-  for (int64_t block = 0; block < b.blocks; ++block) {
-    const int64_t first = block * BLOCK, last = std::min(first + BLOCK, b.codes);
-    float largest = 0;
-    for (int64_t s = first; b.filter == mars::VNNI && s < last; ++s)
-      for (int64_t d = 0; usable[order[s]] && d < dim; ++d)
-        largest = std::max(largest, std::abs(codebook[order[s] * dim + d] - b.mean[d]));
-    const float scale = b.scale[block] = largest > 0 && largest / 127 > 0 ? largest / 127 : 1;
-    for (int64_t s = first; s < last; ++s) {
-      const int64_t v = order[s];
-      b.index[s] = static_cast<int32_t>(v);
-      if (!usable[v]) continue;
-      double original = 0, square = 0, error = 0;
-      const int64_t at = place(s), unit = at / LANES * LANES * b.steps + at % LANES;
-      float *row = b.sorted + s / GROUP * dim * GROUP + s % GROUP;
-      for (int64_t d = 0; d < dim; ++d) {
-        const float raw = codebook[v * dim + d];
-        const double centred = static_cast<double>(raw) - b.mean[d];
-        row[d * GROUP] = raw;
-        double held;
-        if (b.filter == mars::VNNI) {
-          const float q = std::min(std::max(std::nearbyint(static_cast<float>(centred) / scale), -127.f), 127.f);
-          bytes[(unit + d / 4 * LANES) * 4 + d % 4] = static_cast<int8_t>(q);
-          b.offset[at] -= 128 * static_cast<int32_t>(q);
-          held = static_cast<double>(q) * scale;
-        } else {
-          const uint16_t q = to_bfloat16(static_cast<float>(centred));
-          halves[(unit + d / 2 * LANES) * 2 + d % 2] = q;
-          held = from_bfloat16(q);
-        }
-        original += static_cast<double>(raw) * raw;
-        square += centred * centred;
-        error += (centred - held) * (centred - held);
-      }
-      b.sorted_bias[s] = b.bias[v];
-      b.centred_bias[at] = b.normalized ? 0.f : static_cast<float>(-0.5 * square);
-      b.norm[block] = std::max(b.norm[block], round_up(std::sqrt(square)));
-      b.error[block] = std::max(b.error[block], round_up(std::sqrt(error)));
-      b.original[block] = std::max(b.original[block], round_up(std::sqrt(original)));
+  // The last group is filled up with its last code: a filter must not see a product that no code has.
+  const int64_t filled = ceil_div(count, GROUP) * GROUP;
+  for (int64_t s = 0; s < filled; ++s) {
+    const int64_t v = order[std::min(s, count - 1)], block = s / BLOCK;
+    const int64_t at = place(s), unit = at / LANES * LANES * b.steps + at % LANES;
+    const float *c = codebook + v * dim;
+    if (s % BLOCK == 0) {
+      float largest = 0;
+      for (int64_t t = s; b.filter == mars::VNNI && t < std::min(s + BLOCK, count); ++t)
+        for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(codebook[order[t] * dim + d] - b.mean[d]));
+      b.scale[block] = std::max(largest / 127, 1e-30f);
     }
+    double original = 0, square = 0, error = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+      const double centred = static_cast<double>(c[d]) - b.mean[d];
+      double held;
+      if (b.filter == mars::VNNI) {
+        const float q = std::min(std::max(std::nearbyint(static_cast<float>(centred) / b.scale[block]), -127.f), 127.f);
+        bytes[(unit + d / 4 * LANES) * 4 + d % 4] = static_cast<int8_t>(q);
+        b.offset[at] -= 128 * static_cast<int32_t>(q);
+        held = static_cast<double>(q) * b.scale[block];
+      } else {
+        const uint16_t q = to_bfloat16(static_cast<float>(centred));
+        halves[(unit + d / 2 * LANES) * 2 + d % 2] = q;
+        held = from_bfloat16(q);
+      }
+      original += static_cast<double>(c[d]) * c[d];
+      square += centred * centred;
+      error += (centred - held) * (centred - held);
+    }
+    b.norm[block] = std::max(b.norm[block], round_up(std::sqrt(square)));
+    b.error[block] = std::max(b.error[block], round_up(std::sqrt(error)));
+    b.original[block] = std::max(b.original[block], round_up(std::sqrt(original)));
+    if (s >= count) continue;
+    const float bias = b.normalized ? 0.f : static_cast<float>(-0.5 * square);
+    float &low = b.low[s / GROUP], &high = b.high[s / GROUP];
+    low = s % GROUP ? std::min(low, bias) : bias, high = std::max(high, bias);
+    b.index[s] = static_cast<int32_t>(v);
+    b.sorted_bias[s] = b.bias[v];
+    float *row = b.sorted + s / GROUP * dim * GROUP + s % GROUP;
+    for (int64_t d = 0; d < dim; ++d) row[d * GROUP] = c[d];
   }
 }
 
 // What float32 rounding can make of a score of dim products: of the definition, or of a filter in float32.
 float rounding(int64_t dim) { return static_cast<float>(dim + 4) * 0x1p-23f; }
 
-bool finite(const float *x, int64_t dim) {
-  float sum = 0;
-  for (int64_t d = 0; d < dim; ++d) sum += x[d] * 0.f;  // NaN if one is not
-  return sum == 0;
+MARS_INLINE bool finite(const float *x, int64_t dim) {
+  int32_t bad = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    uint32_t u;
+    std::memcpy(&u, x + d, 4);
+    bad |= (u & 0x7f800000) == 0x7f800000;
+  }
+  return !bad;
 }
 
 // ---- The definition over one group, and the search in plain C++.
@@ -210,10 +218,13 @@ MARS_INLINE void exact_group(const Codebook &b, const float *x, int64_t group, f
   float score[LANES];
   const float *row = b.rows + group * b.dim * LANES;
   std::memcpy(score, b.bias + group * LANES, sizeof score);
-  for (int64_t d = 0; d < b.dim; ++d)
-    for (int r = 0; r < LANES; ++r) score[r] = std::fma(x[d], row[d * LANES + r], score[r]);
-  for (int r = 0; r < LANES; ++r)
-    if (score[r] > best) best = score[r], id = group * LANES + r;
+  for (int64_t d = 0; d < b.dim; ++d, row += LANES)
+    for (int r = 0; r < LANES; ++r) score[r] = __builtin_fmaf(x[d], row[r], score[r]);
+  float largest = score[0];
+  for (int r = 1; r < LANES; ++r) largest = score[r] > largest ? score[r] : largest;
+  if (!(largest > best)) return;
+  best = largest;
+  id = group * LANES + (std::find(score, score + LANES, largest) - score);
 }
 
 // Filter and definition in one: products and sums that any compiler vectorises, then `exact_group` where it matters.
@@ -249,39 +260,46 @@ void search_portable(const Codebook &b, const float *x, int64_t rows, int64_t *i
 #if defined(MARS_X86)
 
 // Rows of x transposed, (dim, width), zeros after the last: what the lanes of a register hold are rows.
-void transpose(const float *x, int64_t rows, int64_t dim, int width, float *panel) {
-  for (int64_t d = 0; d < dim; ++d)
-    for (int n = 0; n < width; ++n) panel[d * width + n] = n < rows ? x[n * dim + d] : 0.f;
+MARS_INLINE void transpose(const float *x, int64_t rows, int64_t dim, int width, float *panel) {
+  if (rows < width) std::fill_n(panel, dim * width, 0.f);
+  for (int64_t n = 0; n < std::min<int64_t>(rows, width); ++n)
+    for (int64_t d = 0; d < dim; ++d) panel[d * width + n] = x[n * dim + d];
 }
 
-MARS_AVX2 void fused_group(const Codebook &b, const float *x, int64_t group, float &best, int64_t &id) {
-  exact_group(b, x, group, best, id);
+// The best code of a group, by the definition.
+MARS_AVX2 int64_t resolve_avx2(const Codebook &b, const float *x, int64_t group) {
+  float best = -INF;
+  int64_t id = 0;
+  if (finite(x, b.dim)) exact_group(b, x, group, best, id);
+  return id;
 }
 
-// Both exact kernels: `width` rows against runs of `run` codes of a group; per row the largest score and the first run
-// that has it. Code blocks of 16 KiB stay in L1 while the rows of a chunk go by.
-template <class Kernel>
-void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids, int width, int run, Kernel kernel) {
+MARS_AVX512 int64_t resolve_avx512(const Codebook &b, const float *x, int64_t group) {
+  const float *row = b.rows + group * b.dim * LANES;
+  __m512 score = _mm512_load_ps(b.bias + group * LANES);
+  for (int64_t d = 0; d < b.dim; ++d, row += LANES) score = _mm512_fmadd_ps(_mm512_set1_ps(x[d]), _mm512_load_ps(row), score);
+  const float largest = _mm512_reduce_max_ps(score);
+  if (largest == -INF || !finite(x, b.dim)) return 0;
+  return group * LANES + __builtin_ctz(_mm512_cmp_ps_mask(score, _mm512_set1_ps(largest), _CMP_EQ_OQ) | 0x10000);
+}
+
+// Both exact kernels: `width` rows against RUN groups at a time, which stay in L1 while the rows of a chunk go by; per
+// row the largest score and the first group that has it, in which `resolve` finds the code.
+template <class Kernel, class Resolve>
+void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids, int width, Kernel kernel, Resolve resolve) {
   constexpr int64_t chunk = 768;  // a multiple of both widths
-  const int64_t step = std::max<int64_t>(1, 16384 / (b.dim * LANES * 4));
   Buffer<float> panels(std::min(chunk, ceil_div(rows, width) * width) * b.dim), best(chunk);
-  Buffer<int32_t> runs(chunk);
+  Buffer<int32_t> groups(chunk);
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     for (int64_t n = 0; n < count; n += width)
       transpose(x + (first + n) * b.dim, count - n, b.dim, width, panels + n * b.dim);
     std::fill_n(static_cast<float *>(best), chunk, -INF);
-    std::fill_n(static_cast<int32_t *>(runs), chunk, 0);
-    for (int64_t g = 0; g < b.groups; g += step)
+    std::fill_n(static_cast<int32_t *>(groups), chunk, 0);
+    for (int64_t g = 0; g < b.groups; g += RUN)
       for (int64_t n = 0; n < count; n += width)
-        kernel(b, panels + n * b.dim, g, std::min(g + step, b.groups), best + n, runs + n);
-    for (int64_t n = 0; n < count; ++n) {
-      const float *row = x + (first + n) * b.dim;
-      float largest = -INF;
-      int64_t id = 0;
-      if (finite(row, b.dim)) fused_group(b, row, static_cast<int64_t>(runs[n]) * run / LANES, largest, id);
-      ids[first + n] = id;
-    }
+        kernel(b, panels + n * b.dim, g, std::min(g + RUN, b.groups), best + n, groups + n);
+    for (int64_t n = 0; n < count; ++n) ids[first + n] = resolve(b, x + (first + n) * b.dim, groups[n]);
   }
 }
 
@@ -292,9 +310,7 @@ void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids,
 #define MARS_MAX4(max, p) max(max(p##0, p##1), max(p##2, p##3))
 
 // 48 rows x 8 codes.
-MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *runs) {
-  __m512 m0 = _mm512_load_ps(best), m1 = _mm512_load_ps(best + 16), m2 = _mm512_load_ps(best + 32);
-  __m512i i0 = _mm512_load_si512(runs), i1 = _mm512_load_si512(runs + 16), i2 = _mm512_load_si512(runs + 32);
+MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *groups) {
   for (int64_t h = 2 * g0; h < 2 * g1; ++h) {
     const float *c = b.rows + h / 2 * b.dim * LANES + h % 2 * 8, *bias = b.bias + h * 8, *x = panel;
 #define START(r) __m512 s##r = _mm512_set1_ps(bias[r]), t##r = s##r, u##r = s##r;
@@ -302,32 +318,30 @@ MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0,
 #undef START
     for (int64_t d = 0; d < b.dim; ++d, x += 48, c += LANES) {
       const __m512 x0 = _mm512_load_ps(x), x1 = _mm512_load_ps(x + 16), x2 = _mm512_load_ps(x + 32);
-#define STEP(r)                                   \
-  {                                               \
-    const __m512 code = _mm512_set1_ps(c[r]);     \
-    s##r = _mm512_fmadd_ps(x0, code, s##r);       \
-    t##r = _mm512_fmadd_ps(x1, code, t##r);       \
-    u##r = _mm512_fmadd_ps(x2, code, u##r);       \
+#define STEP(r)                               \
+  {                                           \
+    const __m512 code = _mm512_set1_ps(c[r]); \
+    s##r = _mm512_fmadd_ps(x0, code, s##r);   \
+    t##r = _mm512_fmadd_ps(x1, code, t##r);   \
+    u##r = _mm512_fmadd_ps(x2, code, u##r);   \
   }
       MARS_EACH8(STEP)
 #undef STEP
     }
-    const __m512 p0 = MARS_MAX8(_mm512_max_ps, s), p1 = MARS_MAX8(_mm512_max_ps, t), p2 = MARS_MAX8(_mm512_max_ps, u);
-    const __m512i run = _mm512_set1_epi32(static_cast<int>(h));
-    i0 = _mm512_mask_mov_epi32(i0, _mm512_cmp_ps_mask(p0, m0, _CMP_GT_OQ), run);
-    i1 = _mm512_mask_mov_epi32(i1, _mm512_cmp_ps_mask(p1, m1, _CMP_GT_OQ), run);
-    i2 = _mm512_mask_mov_epi32(i2, _mm512_cmp_ps_mask(p2, m2, _CMP_GT_OQ), run);
-    m0 = _mm512_max_ps(m0, p0), m1 = _mm512_max_ps(m1, p1), m2 = _mm512_max_ps(m2, p2);
+#define KEEP(p, at)                                                                                 \
+  {                                                                                                 \
+    const __m512 largest = MARS_MAX8(_mm512_max_ps, p);                                             \
+    const __mmask16 larger = _mm512_cmp_ps_mask(largest, _mm512_load_ps(best + at), _CMP_GT_OQ);    \
+    _mm512_mask_store_ps(best + at, larger, largest);                                               \
+    _mm512_mask_store_epi32(groups + at, larger, _mm512_set1_epi32(static_cast<int>(h / 2)));       \
   }
-  _mm512_store_ps(best, m0), _mm512_store_ps(best + 16, m1), _mm512_store_ps(best + 32, m2);
-  _mm512_store_si512(runs, i0), _mm512_store_si512(runs + 16, i1), _mm512_store_si512(runs + 32, i2);
+    KEEP(s, 0) KEEP(t, 16) KEEP(u, 32)
+#undef KEEP
+  }
 }
 
 // 24 rows x 4 codes.
-MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *runs) {
-  float *held = reinterpret_cast<float *>(runs);  // moved as floats: AVX has no blend of integers by a float mask
-  __m256 m0 = _mm256_load_ps(best), m1 = _mm256_load_ps(best + 8), m2 = _mm256_load_ps(best + 16);
-  __m256 i0 = _mm256_load_ps(held), i1 = _mm256_load_ps(held + 8), i2 = _mm256_load_ps(held + 16);
+MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *groups) {
   for (int64_t h = 4 * g0; h < 4 * g1; ++h) {
     const float *c = b.rows + h / 4 * b.dim * LANES + h % 4 * 4, *bias = b.bias + h * 4, *x = panel;
 #define START(r) __m256 s##r = _mm256_set1_ps(bias[r]), t##r = s##r, u##r = s##r;
@@ -335,27 +349,27 @@ MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int
 #undef START
     for (int64_t d = 0; d < b.dim; ++d, x += 24, c += LANES) {
       const __m256 x0 = _mm256_load_ps(x), x1 = _mm256_load_ps(x + 8), x2 = _mm256_load_ps(x + 16);
-#define STEP(r)                                   \
-  {                                               \
-    const __m256 code = _mm256_set1_ps(c[r]);     \
-    s##r = _mm256_fmadd_ps(x0, code, s##r);       \
-    t##r = _mm256_fmadd_ps(x1, code, t##r);       \
-    u##r = _mm256_fmadd_ps(x2, code, u##r);       \
+#define STEP(r)                               \
+  {                                           \
+    const __m256 code = _mm256_set1_ps(c[r]); \
+    s##r = _mm256_fmadd_ps(x0, code, s##r);   \
+    t##r = _mm256_fmadd_ps(x1, code, t##r);   \
+    u##r = _mm256_fmadd_ps(x2, code, u##r);   \
   }
       MARS_EACH4(STEP)
 #undef STEP
     }
-    const __m256 p0 = MARS_MAX4(_mm256_max_ps, s), p1 = MARS_MAX4(_mm256_max_ps, t), p2 = MARS_MAX4(_mm256_max_ps, u);
-    const __m256 run = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(h)));
-    i0 = _mm256_blendv_ps(i0, run, _mm256_cmp_ps(p0, m0, _CMP_GT_OQ));
-    i1 = _mm256_blendv_ps(i1, run, _mm256_cmp_ps(p1, m1, _CMP_GT_OQ));
-    i2 = _mm256_blendv_ps(i2, run, _mm256_cmp_ps(p2, m2, _CMP_GT_OQ));
-    m0 = _mm256_max_ps(m0, p0), m1 = _mm256_max_ps(m1, p1), m2 = _mm256_max_ps(m2, p2);
+#define KEEP(p, at)                                                                              \
+  {                                                                                              \
+    const __m256 largest = MARS_MAX4(_mm256_max_ps, p);                                          \
+    const __m256 larger = _mm256_cmp_ps(largest, _mm256_load_ps(best + at), _CMP_GT_OQ);         \
+    _mm256_maskstore_ps(best + at, _mm256_castps_si256(larger), largest);                        \
+    _mm256_maskstore_epi32(groups + at, _mm256_castps_si256(larger), _mm256_set1_epi32(static_cast<int>(h / 4))); \
   }
-  _mm256_store_ps(best, m0), _mm256_store_ps(best + 8, m1), _mm256_store_ps(best + 16, m2);
-  _mm256_store_ps(held, i0), _mm256_store_ps(held + 8, i1), _mm256_store_ps(held + 16, i2);
+    KEEP(s, 0) KEEP(t, 8) KEEP(u, 16)
+#undef KEEP
+  }
 }
-
 
 // ---- Filters. What they keep of a row: its operand, and the norms of what that holds and misses and of the row itself.
 
@@ -419,11 +433,10 @@ MARS_VNNI void quarter_rows(const Codebook &b, const float *x, int64_t count, Ro
   }
 }
 
-// The filters proper: largest scores per lane of one block, for all rows: maxima (count, groups).
+// The filters proper: largest products per lane of one block, for all rows: maxima (count, groups).
 
 // 8 rows x 2 tiles.
 MARS_BF16 void score_bf16(const Codebook &b, const Rows &r, int64_t count, int64_t block, float *maxima) {
-  const int64_t stride = b.blocks * LANES;
   for (int64_t n = 0; n < count; n += 8) {
     const uint32_t *x = r.operand + n * b.steps;
 #define START(i) __m512 m##i = _mm512_set1_ps(-INF);
@@ -431,17 +444,15 @@ MARS_BF16 void score_bf16(const Codebook &b, const Rows &r, int64_t count, int64
 #undef START
     for (int64_t tile = block * GROUP; tile < (block + 1) * GROUP; tile += 2) {
       const uint32_t *c = b.coded + tile * LANES * b.steps, *e = c + LANES * b.steps;
-      const __m512 bias0 = _mm512_load_ps(b.centred_bias + tile * LANES);
-      const __m512 bias1 = _mm512_load_ps(b.centred_bias + tile * LANES + LANES);
-#define START(i) __m512 s##i = bias0, t##i = bias1;
+#define START(i) __m512 s##i = _mm512_setzero_ps(), t##i = s##i;
       MARS_EACH8(START)
 #undef START
       for (int64_t k = 0; k < b.steps; ++k, c += LANES, e += LANES) {
         const auto c0 = (__m512bh)_mm512_load_si512(c), c1 = (__m512bh)_mm512_load_si512(e);
-#define STEP(i)                                                                      \
-  {                                                                                  \
+#define STEP(i)                                                                        \
+  {                                                                                    \
     const auto row = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[i * b.steps + k])); \
-    s##i = _mm512_dpbf16_ps(s##i, row, c0), t##i = _mm512_dpbf16_ps(t##i, row, c1);  \
+    s##i = _mm512_dpbf16_ps(s##i, row, c0), t##i = _mm512_dpbf16_ps(t##i, row, c1);    \
   }
         MARS_EACH8(STEP)
 #undef STEP
@@ -450,7 +461,7 @@ MARS_BF16 void score_bf16(const Codebook &b, const Rows &r, int64_t count, int64
       MARS_EACH8(KEEP)
 #undef KEEP
     }
-#define STORE(i) _mm512_store_ps(maxima + (n + i) * stride + block * LANES, m##i);
+#define STORE(i) _mm512_store_ps(maxima + ((n + i) * b.blocks + block) * LANES, m##i);
     MARS_EACH8(STORE)
 #undef STORE
   }
@@ -458,10 +469,9 @@ MARS_BF16 void score_bf16(const Codebook &b, const Rows &r, int64_t count, int64
 
 // 8 rows x 2 tiles. Inline assembly, because GCC 12 moves the accumulators of the intrinsic through memory.
 MARS_VNNI void score_vnni(const Codebook &b, const Rows &r, int64_t count, int64_t block, float *maxima) {
-  const int64_t stride = b.blocks * LANES;
   for (int64_t n = 0; n < count; n += 8) {
     const uint32_t *x = r.operand + n * b.steps;
-#define START(i) __m512 m##i = _mm512_set1_ps(-INF);
+#define START(i) __m512i m##i = _mm512_set1_epi32(std::numeric_limits<int32_t>::min());
     MARS_EACH8(START)
 #undef START
     for (int64_t tile = block * GROUP; tile < (block + 1) * GROUP; tile += 2) {
@@ -473,27 +483,22 @@ MARS_VNNI void score_vnni(const Codebook &b, const Rows &r, int64_t count, int64
 #undef START
       for (int64_t k = 0; k < b.steps; ++k, c += LANES, e += LANES) {
         const __m512i c0 = _mm512_load_si512(c), c1 = _mm512_load_si512(e);
-#define STEP(i)                                                                \
-  {                                                                            \
+#define STEP(i)                                                                  \
+  {                                                                              \
     const __m512i row = _mm512_set1_epi32(static_cast<int>(x[i * b.steps + k])); \
-    asm("vpdpbusd %2, %1, %0" : "+v"(s##i) : "v"(row), "v"(c0));               \
-    asm("vpdpbusd %2, %1, %0" : "+v"(t##i) : "v"(row), "v"(c1));               \
+    asm("vpdpbusd %2, %1, %0" : "+v"(s##i) : "v"(row), "v"(c0));                 \
+    asm("vpdpbusd %2, %1, %0" : "+v"(t##i) : "v"(row), "v"(c1));                 \
   }
         MARS_EACH8(STEP)
 #undef STEP
       }
-      const __m512 bias0 = _mm512_load_ps(b.centred_bias + tile * LANES);
-      const __m512 bias1 = _mm512_load_ps(b.centred_bias + tile * LANES + LANES);
-#define KEEP(i)                                                                                   \
-  {                                                                                               \
-    const __m512 scale = _mm512_set1_ps(r.scale[n + i] * b.scale[block]);                         \
-    m##i = _mm512_max_ps(m##i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(s##i), scale, bias0));          \
-    m##i = _mm512_max_ps(m##i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(t##i), scale, bias1));          \
-  }
+#define KEEP(i) m##i = _mm512_max_epi32(m##i, _mm512_max_epi32(s##i, t##i));
       MARS_EACH8(KEEP)
 #undef KEEP
     }
-#define STORE(i) _mm512_store_ps(maxima + (n + i) * stride + block * LANES, m##i);
+#define STORE(i)                                                                                 \
+  _mm512_store_ps(maxima + ((n + i) * b.blocks + block) * LANES,                                 \
+                  _mm512_mul_ps(_mm512_cvtepi32_ps(m##i), _mm512_set1_ps(r.scale[n + i] * b.scale[block])));
     MARS_EACH8(STORE)
 #undef STORE
   }
@@ -507,40 +512,53 @@ struct alignas(64) TileConfig {
 };
 const TileConfig TILES;
 
-// 16 rows x 2 tiles of codes, in tile registers 0 and 1; the largest scores stay in 16 vector registers.
+MARS_AMX void start_tiles() { _tile_loadconfig(&TILES); }
+MARS_AMX void stop_tiles() { _tile_release(); }
+
+// Products of 16 rows with two tiles of codes, in the tile registers p and q.
+#define MARS_MULTIPLY(p, q, tile)                                \
+  {                                                              \
+    const uint32_t *c = b.coded + (tile) * LANES * b.steps;      \
+    _tile_zero(p);                                               \
+    _tile_zero(q);                                               \
+    for (int64_t k = 0; k < b.steps; k += 16) {                  \
+      _tile_loadd(4, x + k, b.steps * 4);                        \
+      _tile_loadd(5, c + k * LANES, LANES * 4);                  \
+      _tile_loadd(6, c + (b.steps + k) * LANES, LANES * 4);      \
+      _tile_dpbf16ps(p, 4, 5);                                   \
+      _tile_dpbf16ps(q, 4, 6);                                   \
+    }                                                            \
+  }
+#define MARS_STORE(p, q, at)                     \
+  _tile_stored(p, products[at], LANES * 4);      \
+  _tile_stored(q, products[at + 1], LANES * 4);
+
+// 16 rows x 4 tiles. A pair of tiles is stored while the next pair is multiplied: done at once, each would wait.
 MARS_AMX void score_amx(const Codebook &b, const Rows &r, int64_t count, int64_t block, float *maxima) {
-  const int64_t stride = b.blocks * LANES;
-  alignas(64) float scores[2][16][LANES];
+  alignas(64) float products[4][16][LANES];
   for (int64_t n = 0; n < count; n += 16) {
     const uint32_t *x = r.operand + n * b.steps;
+    const int64_t first = block * GROUP, last = first + GROUP;
     __m512 m[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) m[i] = _mm512_set1_ps(-INF);
-    for (int64_t tile = block * GROUP; tile < (block + 1) * GROUP; tile += 2) {
-      const uint32_t *c = b.coded + tile * LANES * b.steps;
-      _tile_loadd(0, b.centred_bias + tile * LANES, 0);  // one row of biases for all 16 rows
-      _tile_loadd(1, b.centred_bias + tile * LANES + LANES, 0);
-      for (int64_t k = 0; k < b.steps; k += 16) {
-        _tile_loadd(4, x + k, b.steps * 4);
-        _tile_loadd(5, c + k * LANES, 64);
-        _tile_loadd(6, c + (b.steps + k) * LANES, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      _tile_stored(0, scores[0], 64);
-      _tile_stored(1, scores[1], 64);
+    MARS_MULTIPLY(0, 1, first)
+    for (int64_t tile = first; tile < last; tile += 4) {
+      MARS_MULTIPLY(2, 3, tile + 2)
+      MARS_STORE(0, 1, 0)
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) m[i] = _mm512_max_ps(m[i], _mm512_load_ps(scores[0][i]));
+      for (int i = 0; i < 16; ++i)
+        m[i] = _mm512_max_ps(m[i], _mm512_max_ps(_mm512_load_ps(products[0][i]), _mm512_load_ps(products[1][i])));
+      if (tile + 4 < last) MARS_MULTIPLY(0, 1, tile + 4)
+      MARS_STORE(2, 3, 2)
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) m[i] = _mm512_max_ps(m[i], _mm512_load_ps(scores[1][i]));
+      for (int i = 0; i < 16; ++i)
+        m[i] = _mm512_max_ps(m[i], _mm512_max_ps(_mm512_load_ps(products[2][i]), _mm512_load_ps(products[3][i])));
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_store_ps(maxima + (n + i) * stride + block * LANES, m[i]);
+    for (int i = 0; i < 16; ++i) _mm512_store_ps(maxima + ((n + i) * b.blocks + block) * LANES, m[i]);
   }
 }
-
-MARS_AMX void start_tiles() { _tile_loadconfig(&TILES); }
-MARS_AMX void stop_tiles() { _tile_release(); }
 
 // Best code of a group of GROUP by the definition; here codes are not in their own order, so ties look at the index.
 MARS_AVX512 MARS_INLINE void exact_candidate(const Codebook &b, const float *x, int64_t group, float &best, int32_t &id) {
@@ -564,6 +582,7 @@ MARS_AVX512 MARS_INLINE void exact_candidate(const Codebook &b, const float *x, 
 
 // The id of a row from its group maxima, or -1 where more groups are left than the exact search would cost.
 MARS_AVX512 int64_t resolve(const Codebook &b, const Rows &r, int64_t n, const float *x, const float *maxima, float *slack) {
+  if (!(r.original[n] < INF)) return -1;  // no bound holds, and a row that is not finite is the exact search's business
   // How far a filter's score can be from the definition's, less what is the same for all codes: what the operands miss
   // (Cauchy-Schwarz), and float32 rounding in the filter and in the definition.
   const float per_dim = rounding(b.dim);
@@ -578,13 +597,16 @@ MARS_AVX512 int64_t resolve(const Codebook &b, const Rows &r, int64_t n, const f
     _mm512_store_ps(slack + block, _mm512_add_ps(_mm512_fmadd_ps(unit, rounded, missed), least));
   }
   __m512 lower = _mm512_set1_ps(-INF);
-  for (int64_t block = 0; block < b.blocks; ++block)
-    lower = _mm512_max_ps(_mm512_sub_ps(_mm512_load_ps(maxima + block * LANES), _mm512_set1_ps(slack[block])), lower);
+  for (int64_t block = 0; block < b.blocks; ++block) {
+    const __m512 least = _mm512_add_ps(_mm512_load_ps(maxima + block * LANES), _mm512_load_ps(b.low + block * LANES));
+    lower = _mm512_max_ps(_mm512_sub_ps(least, _mm512_set1_ps(slack[block])), lower);
+  }
   const __m512 threshold = _mm512_set1_ps(_mm512_reduce_max_ps(lower));
   int32_t groups[CANDIDATES];
   int count = 0;
   for (int64_t block = 0; block < b.blocks; ++block) {
-    const __m512 upper = _mm512_add_ps(_mm512_load_ps(maxima + block * LANES), _mm512_set1_ps(slack[block]));
+    const __m512 most = _mm512_add_ps(_mm512_load_ps(maxima + block * LANES), _mm512_load_ps(b.high + block * LANES));
+    const __m512 upper = _mm512_add_ps(most, _mm512_set1_ps(slack[block]));
     unsigned left = _mm512_cmp_ps_mask(upper, threshold, _CMP_NLT_UQ);  // and where one of them is NaN
     if (left && count + __builtin_popcount(left) > CANDIDATES) return -1;
     for (; left; left &= left - 1) groups[count++] = static_cast<int32_t>(block * LANES + __builtin_ctz(left));
@@ -622,7 +644,7 @@ void search_filtered(const Codebook &b, const float *x, int64_t rows, int64_t *i
   std::vector<float> gathered(open.size() * b.dim);
   std::vector<int64_t> found(open.size());
   for (size_t i = 0; i < open.size(); ++i) std::copy_n(x + open[i] * b.dim, b.dim, gathered.data() + i * b.dim);
-  search_exact(b, gathered.data(), static_cast<int64_t>(open.size()), found.data(), 48, 8, exact_avx512);
+  search_exact(b, gathered.data(), static_cast<int64_t>(open.size()), found.data(), 48, exact_avx512, resolve_avx512);
   for (size_t i = 0; i < open.size(); ++i) ids[open[i]] = found[i];
 }
 
@@ -630,9 +652,9 @@ void search_filtered(const Codebook &b, const float *x, int64_t rows, int64_t *i
 
 void search(const Codebook &b, const float *x, int64_t rows, int64_t *ids) {
 #if defined(MARS_X86)
-  if (b.filter != mars::PORTABLE) return search_filtered(b, x, rows, ids);
-  if (mars::vectors() == mars::AVX512) return search_exact(b, x, rows, ids, 48, 8, exact_avx512);
-  if (mars::vectors() == mars::AVX2) return search_exact(b, x, rows, ids, 24, 4, exact_avx2);
+  if (b.blocks) return search_filtered(b, x, rows, ids);
+  if (mars::vectors() == mars::AVX512) return search_exact(b, x, rows, ids, 48, exact_avx512, resolve_avx512);
+  if (mars::vectors() == mars::AVX2) return search_exact(b, x, rows, ids, 24, exact_avx2, resolve_avx2);
 #endif
   search_portable(b, x, rows, ids);
 }
