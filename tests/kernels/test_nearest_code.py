@@ -94,20 +94,20 @@ def inputs(n, d, v):
     return torch.randn(n, d), torch.randn(v, d) * torch.rand(v, 1).add(0.3)
 
 
-def adversarial():
+def adversarial(n=150, d=24, v=1700):
     """Codebooks on which a filter's bounds are of no use, unless it is careful."""
-    x, codebook = inputs(150, 24, 1700)
+    x, codebook = inputs(n, d, v)
     outlier = codebook.clone()
     outlier[5] *= 1e4
     half_equal = codebook.clone()
-    half_equal[850:] = codebook[3]
+    half_equal[v // 2 :] = codebook[3]
     grid = torch.randint(-2, 3, codebook.shape).float()
     return {
         "outlier": (x, outlier),
         "log-normal norms": (x, codebook * torch.randn(len(codebook), 1).mul(2).exp()),
         "shifted": (x + 10, codebook + 10),
         "far shifted": (x + 1e4, codebook + 1e4),
-        "all equal": (x, codebook[:1].expand(1700, -1).contiguous()),
+        "all equal": (x, codebook[:1].expand(v, -1).contiguous()),
         "half equal": (x, half_equal),
         "all zero": (x, torch.zeros_like(codebook)),
         "ties on a grid": (torch.randint(-1, 2, x.shape).float(), grid),
@@ -271,10 +271,15 @@ def test_a_codebook_packed_for_one_level_works_at_another():
         assert torch.equal(nearest_code(x, packed), exact(x, codebook, "l2"))
 
 
-def test_the_op_is_well_formed_and_compiles(implementation):
+def test_the_op_is_well_formed(implementation):
     x, codebook = inputs(20, 5, 30)
     torch.library.opcheck(torch.ops.mars.nearest_code.default, (x, codebook, "l2"))
-    compiled = torch.compile(lambda a, b: nearest_code(a * 2, b, "cosine") + 1, fullgraph=True)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_the_op_compiles(compiler):
+    x, codebook = inputs(20, 5, 30)
+    compiled = torch.compile(lambda a, b: nearest_code(a * 2, b, "cosine") + 1, fullgraph=True, backend=compiler)
     assert torch.equal(compiled(x, codebook), nearest_code(x * 2, codebook, "cosine") + 1)
 
 
@@ -283,9 +288,7 @@ def test_no_gradient_is_recorded():
     assert not nearest_code(x, codebook).requires_grad
 
 
-@pytest.mark.parametrize(
-    ("x", "codebook"), [((3,), (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 2)), ((1, 2, 3), (4, 3))]
-)
+@pytest.mark.parametrize(("x", "codebook"), [((3,), (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 2)), ((1, 2, 3), (4, 3))])
 def test_shapes_that_do_not_fit_are_refused(x, codebook):
     with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got"):
         nearest_code(torch.zeros(x), torch.zeros(codebook))
@@ -303,9 +306,9 @@ def test_a_codebook_of_too_many_rows_is_refused():
 
 
 def test_integers_and_unknown_metrics_are_refused():
-    with pytest.raises(ValueError, match="want x of a floating-point dtype, got torch.int64"):
+    with pytest.raises(ValueError, match="want x of a floating-point dtype, got torch"):
         nearest_code(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="want a codebook of a floating-point dtype, got torch.int64"):
+    with pytest.raises(ValueError, match="want a codebook of a floating-point dtype, got torch"):
         nearest_code(torch.zeros(1, 2), torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="metric must be one of l2, cosine; got 'dot'"):
         nearest_code(torch.zeros(1, 2), torch.zeros(3, 2), "dot")
