@@ -48,9 +48,8 @@ def fold(weight: Tensor, ratio: float) -> Tensor:
 
     weight: (Q, D, D, 3, 3). Returns its taps (Q, 3, 3, D, D), the last dimension the output's.
     """
-    taps = (weight * ratio).permute(0, 3, 4, 2, 1).contiguous()
-    taps[:, 1, 1].diagonal(dim1=1, dim2=2).add_(1 - ratio)
-    return taps
+    identity = F.pad(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)[None, None], [0] * 4 + [1] * 4)
+    return (weight.permute(0, 3, 4, 2, 1) * ratio + identity * (1 - ratio)).contiguous()
 
 
 def multiscale_quantize(
