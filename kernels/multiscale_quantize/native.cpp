@@ -233,7 +233,8 @@ std::vector<float> pack(const float *taps, const Map &map) {
 }
 
 // Search rows of one sample: (cells, dim) of its residual.
-void downsample(const Arithmetic &sum, const Map &map, const Scale &scale, const float *residual, float *work, float *rows) {
+void downsample(const Arithmetic &sum, const Map &map, const Scale &scale, const float *residual, float *work,
+                float *rows) {
   for (int64_t i = 0; i < scale.height; ++i) {
     sum(scale.down_y, i, residual, map.width * map.dim, work);
     for (int64_t j = 0; j < scale.width; ++j, rows += map.dim) sum(scale.down_x, j, work, map.dim, rows);
@@ -244,7 +245,7 @@ int64_t workspace(const Map &map) {
   return round_up(map.cells(), ROWS) * map.columns() + 3 * map.size() + 3 * map.dim + map.width * map.dim;
 }
 
-// What the codes of one sample and scale add: out of its residual, into its total, which is also copied to (dim, cells).
+// What the codes of one sample and scale add: out of its residual, into its total, a copy of which is out (dim, cells).
 void update(const Arithmetic &sum, const Map &map, const Scale &scale, const float *codebook, const int64_t *ids,
             bool kept, float *work, float *residual, float *total, float *out) {
   const int64_t dim = map.dim, columns = map.columns(), line = map.width * dim;
@@ -254,7 +255,8 @@ void update(const Arithmetic &sum, const Map &map, const Scale &scale, const flo
     for (int64_t n = 0; n < scale.cells(); n += ROWS) {
       const float *codes[ROWS];
       for (int64_t r = 0; r < ROWS; ++r) codes[r] = codebook + ids[std::min(n + r, scale.cells() - 1)] * dim;
-      sum.multiply(codes, scale.taps.data() + block * dim * COLUMNS, dim, product + n * columns + block * COLUMNS, columns);
+      const float *taps = scale.taps.data() + block * dim * COLUMNS;
+      sum.multiply(codes, taps, dim, product + n * columns + block * COLUMNS, columns);
     }
   for (int64_t i = 0; i < scale.height; ++i)
     for (int64_t x = 0; x < map.width; ++x) {

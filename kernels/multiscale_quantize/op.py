@@ -37,8 +37,9 @@ def multiscale_quantize(
 
     For each scale: area down-sampling of the residual, nearest code, bicubic up-sampling, (1 - ratio) h + ratio phi(h),
     and subtraction. The search sees no gradient; the running sums are differentiable in codebook, weight and bias.
-    The kernels give a sample the same numbers in any batch and on any number of threads. float64 is computed in plain
-    PyTorch, but for the search, which is in float32.
+    The kernels give a sample the same numbers in any batch and on any number of threads. Their sums are as accurate as
+    plain PyTorch's without being the same bits, so tokens can differ where two codes are within rounding of each other.
+    float64 is computed in plain PyTorch, but for the search, which is in float32.
 
     Args:
         f: (B, D, H, W) float32 or float64, any strides; only its values are used. A cell that is not finite makes

@@ -48,7 +48,8 @@ def fold(weight: Tensor, ratio: float) -> Tensor:
 
     weight: (Q, D, D, 3, 3). Returns its taps (Q, 3, 3, D, D), the last dimension the output's.
     """
-    identity = F.pad(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)[None, None], [0] * 4 + [1] * 4)
+    one = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    identity = F.pad(one[None, None], [0] * 4 + [1] * 4)
     return (weight.permute(0, 3, 4, 2, 1) * ratio + identity * (1 - ratio)).contiguous()
 
 
