@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "mars_codebook_pack": (_P, [_P, _I64, _I64, _I32]),
     "mars_codebook_free": (None, [_P]),
     "mars_nearest_code": (_I32, [_P, _P, _I64, _P, _I32]),
+    "mars_multiscale_quantize": (_I32, [_P, *[_I64] * 4, *[_P] * 4, _I64, *[_P] * 6, _I32]),
 }
 
 
