@@ -20,7 +20,8 @@
 namespace mars {
 namespace {
 
-constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float INF = std::numeric_limits<float>::infinity(), MOST = std::numeric_limits<float>::max();
+constexpr float TINY = 0x1p-120f;  // added to squares that are compared to 1: subnormal ones would be slow
 constexpr int64_t RUN = 1024;               // frames of a row at a time; a multiple of the factors that `split` unrolls
 constexpr int64_t BINS = 32, FRAMES = 128;  // of a tile whose bins are contiguous
 constexpr int64_t ALONG_BINS = BINS + 16, ALONG_FRAMES = FRAMES + 16;  // its pitches, not powers of two: cache sets
@@ -63,20 +64,19 @@ MARS_INLINE bool infinite(float re, float im) { return (std::fabs(re) == INF) | 
 
 // min(scale log1p(|z| / epsilon) - 1, 1)
 struct Normalise {
-  // The square of |z| 2^-38 / epsilon is LARGE only where the result is 1 (scale >= 1/32), and where it underflows
-  // |z| / epsilon is less than the rounding error of a result near -1.
-  static constexpr float SHRINK = 0x1p-38f, GROW = 0x1p38f, LARGE = 0x1p124f;
-  float shrink, slope;
+  // Whatever |z| / epsilon squares to more than LARGE is clipped, as scale >= 1 / 20.
+  static constexpr float LARGE = 0x1p124f;
+  float inverse, slope;
 
   Normalise(double epsilon, double scale)
-      : shrink(static_cast<float>(SHRINK / epsilon)), slope(static_cast<float>(scale * 0.6931471805599453)) {}
+      : inverse(static_cast<float>(1 / epsilon)), slope(static_cast<float>(scale * 0.6931471805599453)) {}
 
   template <bool FMA>
   MARS_INLINE float operator()(float re, float im) const {
-    const float a = re * shrink, b = im * shrink;
-    float square = fma<FMA>(a, a, b * b);
+    const float a = re * inverse, b = im * inverse;
+    float square = fma<FMA>(a, a, fma<FMA>(b, b, TINY));
     square = square > LARGE || infinite(a, b) ? LARGE : square;
-    const float t = std::sqrt(square) * GROW;
+    const float t = std::sqrt(square);
     // 1 + t = 2^e (1 + f), and f from t itself: 1 + t has lost the low bits of a small t.
     const uint32_t biased = (bits(1.0f + t) + (0x3f800000u - 0x3f3504f3u)) >> 23;
     const float e = static_cast<float>(static_cast<int32_t>(biased) - 127);
@@ -93,25 +93,21 @@ struct Normalise {
 
 // Gradient of Normalise: scale / (epsilon + |z|) along z / |z|; 0 where z is 0 and where the result is clipped.
 struct NormaliseBackward {
-  static constexpr float MOST = std::numeric_limits<float>::max();
   float epsilon, scale, limit;
 
   template <bool FMA>
   MARS_INLINE void operator()(float grad, float re, float im, float* grad_re, float* grad_im) const {
-    const bool overflow = infinite(re, im);
-    re = overflow ? MOST : re;
-    im = overflow ? MOST : im;
-    const float square = fma<FMA>(re, re, im * im);
-    const bool large = square > 0x1p120f, small = square < 0x1p-100f;
-    const float power = large ? 0x1p-70f : small ? 0x1p100f : 1.0f;
-    const float inverse = large ? 0x1p70f : small ? 0x1p-100f : 1.0f;
+    // Divided by a power of two near it, so that no square overflows.
+    const uint32_t most = std::max(bits(std::fabs(re)), bits(std::fabs(im)));
+    const uint32_t exponent = std::min(most >> 23, 253u);
+    const float power = from_bits((254u - exponent) << 23), inverse = from_bits(exponent << 23);
     const float a = re * power, b = im * power;
-    const float scaled = std::sqrt(fma<FMA>(a, a, b * b));
+    const float scaled = std::sqrt(fma<FMA>(a, a, fma<FMA>(b, b, TINY)));
     const float magnitude = scaled * inverse;
-    grad = (scaled == 0.0f) | (magnitude >= limit) ? 0.0f : grad;
-    const float slope = grad * scale / (epsilon + magnitude) / (scaled == 0.0f ? 1.0f : scaled);
-    *grad_re = slope * a;
-    *grad_im = slope * b;
+    const float slope = grad * scale / (epsilon + magnitude) / scaled;
+    const uint32_t zero = (most == 0) | (magnitude >= limit), kept = zero - 1u;  // all bits or none
+    *grad_re = from_bits(bits(slope * a) & kept);
+    *grad_im = from_bits(bits(slope * b) & kept);
   }
 };
 
