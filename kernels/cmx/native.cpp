@@ -23,7 +23,8 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity(), MOST = std::numeric_limits<float>::max();
 constexpr float TINY = 0x1p-120f;  // added to squares that are compared to 1: subnormal ones would be slow
 constexpr int64_t RUN = 1024;               // frames of a row at a time; a multiple of the factors that `split` unrolls
-constexpr int64_t BINS = 32, FRAMES = 128;  // of a tile whose bins are contiguous
+constexpr int64_t BINS = 64, FRAMES = 128;  // of a tile whose bins are contiguous
+constexpr int64_t AHEAD = 12;             // frames to prefetch
 constexpr int64_t ALONG_BINS = BINS + 16, ALONG_FRAMES = FRAMES + 16;  // its pitches, not powers of two: cache sets
 
 #if defined(__FP_FAST_FMAF)
@@ -203,6 +204,13 @@ MARS_INLINE void transpose(const float* MARS_RESTRICT a, int64_t pitch_a, int64_
     for (int64_t i = 0; i < rows; ++i) b[j * pitch_b + i] = a[i * pitch_a + j];
 }
 
+// Rows of tiles lie pages apart, where the processor does not prefetch by itself.
+MARS_INLINE void prefetch(const float* first, int64_t n) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(first + i);
+#endif
+}
+
 // Work that falls into `count` independent parts; `run<FMA>(i)` does one.
 template <class Work>
 void run_portable(const Work& work, int64_t i) {
@@ -316,6 +324,7 @@ struct SpectrogramCmx : Parts {
     alignas(64) float values[FRAMES * ALONG_BINS], turned[BINS * ALONG_FRAMES];
     for (int64_t j = 0; j < frames; ++j) {
       const float* from = z + 2 * (sample * strides.sample + f * strides.bin + (t + j) * strides.frame);
+      if (j + AHEAD < frames) prefetch(from + 2 * AHEAD * strides.frame, 2 * bins);
       normalised<FMA>(from, bins, values + j * ALONG_BINS);
     }
     transpose(values, ALONG_BINS, frames, bins, turned, ALONG_FRAMES);
@@ -371,9 +380,13 @@ struct SpectrogramCmxBackward : Parts {
       join(source, layout.plane(), layout.r_t, frames, t, turned + j * ALONG_FRAMES);
     }
     transpose(turned, ALONG_FRAMES, bins, frames, values, ALONG_BINS);
-    for (int64_t j = 0; j < frames; ++j)
-      gradient<FMA>(values + j * ALONG_BINS, z + at(strides, sample, f, t + j), bins,
-                    grad_z + at(grad_strides, sample, f, t + j));
+    for (int64_t j = 0; j < frames; ++j) {
+      const float* from = z + at(strides, sample, f, t + j);
+      float* to = grad_z + at(grad_strides, sample, f, t + j);
+      if (j + AHEAD < frames) prefetch(from + 2 * AHEAD * strides.frame, 2 * bins);
+      if (j + AHEAD < frames) prefetch(to + 2 * AHEAD * grad_strides.frame, 2 * bins);
+      gradient<FMA>(values + j * ALONG_BINS, from, bins, to);
+    }
   }
 };
 
