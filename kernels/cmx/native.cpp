@@ -20,12 +20,12 @@
 namespace mars {
 namespace {
 
-constexpr float INF = std::numeric_limits<float>::infinity(), MOST = std::numeric_limits<float>::max();
-constexpr float TINY = 0x1p-120f;  // added to squares that are compared to 1: subnormal ones would be slow
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float TINY = 0x1p-120f;           // added to squares that are compared to 1: subnormal ones would be slow
 constexpr int64_t RUN = 1024;               // frames of a row at a time; a multiple of the factors that `split` unrolls
 constexpr int64_t BINS = 64, FRAMES = 128;  // of a tile whose bins are contiguous
-constexpr int64_t AHEAD = 12;             // frames to prefetch
-constexpr int64_t ALONG_BINS = BINS + 16, ALONG_FRAMES = FRAMES + 16;  // its pitches, not powers of two: cache sets
+constexpr int64_t AHEAD = 12;               // frames of a tile to prefetch
+constexpr int64_t ALONG_BINS = BINS + 16, ALONG_FRAMES = FRAMES + 16;  // pitches, not powers of two: cache sets
 
 #if defined(__FP_FAST_FMAF)
 constexpr bool PORTABLE_FMA = true;
@@ -76,7 +76,7 @@ struct Normalise {
   MARS_INLINE float operator()(float re, float im) const {
     const float a = re * inverse, b = im * inverse;
     float square = fma<FMA>(a, a, fma<FMA>(b, b, TINY));
-    square = square > LARGE || infinite(a, b) ? LARGE : square;
+    square = (square > LARGE) | infinite(a, b) ? LARGE : square;
     const float t = std::sqrt(square);
     // 1 + t = 2^e (1 + f), and f from t itself: 1 + t has lost the low bits of a small t.
     const uint32_t biased = (bits(1.0f + t) + (0x3f800000u - 0x3f3504f3u)) >> 23;
