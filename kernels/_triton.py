@@ -33,6 +33,7 @@ class Compilation:
     instructions_per_score: Mapping[int, float] = field(default_factory=dict)  # architecture: most allowed; needs depth
     wide_loads: bool = False  # at least 9/10 of the bytes that the kernel's instructions load move 128 bits at a time
     wide_stores: bool = False
+    in_order: bool = False  # the float32 tl.dot of the kernel adds its products one by one, fused, first column first
 
     def __post_init__(self) -> None:
         if self.instructions_per_score and not self.depth:

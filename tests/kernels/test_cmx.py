@@ -114,8 +114,8 @@ def test_channel_order_is_the_documented_one(device, factors):
 
 
 @pytest.mark.parametrize("r", [1, 2, 3])
-def test_square_factors_agree_with_pixel_unshuffle(r):
-    x = torch.randn(2, 1, 6, 12)
+def test_square_factors_agree_with_pixel_unshuffle(device, r):
+    x = torch.randn(2, 1, 6, 12, device=device)
     y = cmx(x[:, 0], (r, r))
     assert torch.equal(y, torch.nn.functional.pixel_unshuffle(x, r))
     assert torch.equal(inverse_cmx(y, (r, r)), torch.nn.functional.pixel_shuffle(y, r)[:, 0])
@@ -361,11 +361,11 @@ def test_the_front_ends_spectrum_is_not_copied():
     assert op._batched(strided(z)).is_contiguous()
 
 
-def test_gradients_in_float64():
-    z = magnitudes((4, 6), *PRODUCT, torch.complex128)
+def test_gradients_in_float64(device):
+    z = magnitudes((4, 6), *PRODUCT, torch.complex128).to(device)
     z = torch.where(z.abs() < 1e-3, 1, z).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: spectrogram_cmx(z, (2, 3), *PRODUCT), z)
-    x = (2.6 * torch.rand(6, 2, 2, dtype=torch.float64) - 1.3).requires_grad_()
+    x = (2.6 * torch.rand(6, 2, 2, dtype=torch.float64, device=device) - 1.3).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: inverse_spectrogram_cmx(x, (2, 3), *PRODUCT, (1, 2)), x)
 
 
