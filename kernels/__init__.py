@@ -3,6 +3,8 @@
 from mars.kernels._backend import use as use
 from mars.kernels.cmx import cmx as cmx
 from mars.kernels.cmx import inverse_cmx as inverse_cmx
+from mars.kernels.cmx import inverse_spectrogram_cmx as inverse_spectrogram_cmx
+from mars.kernels.cmx import spectrogram_cmx as spectrogram_cmx
 from mars.kernels.multiscale_quantize import area_downsample as area_downsample
 from mars.kernels.multiscale_quantize import dequantize_scale as dequantize_scale
 from mars.kernels.multiscale_quantize import multiscale_quantize as multiscale_quantize
