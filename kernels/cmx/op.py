@@ -100,7 +100,8 @@ def _cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
     else:
         from mars.kernels.cmx import triton
 
-        triton.cmx(x, y, r_f, r_t)
+        with torch.cuda.device_of(x):
+            triton.cmx(x, y, r_f, r_t)
     return y
 
 
@@ -122,7 +123,8 @@ def _inverse_cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
     else:
         from mars.kernels.cmx import triton
 
-        triton.inverse_cmx(x, y, r_f, r_t)
+        with torch.cuda.device_of(x):
+            triton.inverse_cmx(x, y, r_f, r_t)
     return y
 
 
@@ -145,7 +147,8 @@ def _spectrogram_cmx(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float
     else:
         from mars.kernels.cmx import triton
 
-        triton.spectrogram_cmx(z, x, r_f, r_t, epsilon, scale)
+        with torch.cuda.device_of(z):
+            triton.spectrogram_cmx(z, x, r_f, r_t, epsilon, scale)
     return x
 
 
@@ -168,7 +171,8 @@ def _spectrogram_cmx_backward(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsil
     else:
         from mars.kernels.cmx import triton
 
-        triton.spectrogram_cmx_backward(grad, z, to, r_f, r_t, epsilon, scale)
+        with torch.cuda.device_of(grad):
+            triton.spectrogram_cmx_backward(grad, z, to, r_f, r_t, epsilon, scale)
     return grad_z
 
 
@@ -195,7 +199,8 @@ def _inverse_spectrogram_cmx(
     else:
         from mars.kernels.cmx import triton
 
-        triton.inverse_spectrogram_cmx(x, m, r_f, r_t, epsilon, scale, below, above)
+        with torch.cuda.device_of(x):
+            triton.inverse_spectrogram_cmx(x, m, r_f, r_t, epsilon, scale, below, above)
     return m
 
 

@@ -138,7 +138,8 @@ def _quantize(
     elif chosen == "triton":
         from mars.kernels.multiscale_quantize import triton
 
-        ids, totals = triton.multiscale_quantize(*arguments)
+        with torch.cuda.device_of(f):
+            ids, totals = triton.multiscale_quantize(*arguments)
     else:
         ids, totals = reference.multiscale_quantize(*arguments)
     return totals, ids  # the differentiable one first, as `torch.library.opcheck` needs it

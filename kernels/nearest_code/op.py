@@ -25,6 +25,7 @@ from mars.kernels._backend import Backend, backend
 from mars.kernels.nearest_code import reference
 
 Metric = Literal["l2", "cosine"]
+_TRITON_DIM = 256  # a row of x is held in registers
 
 
 def nearest_code(x: Tensor, codebook: Tensor | PackedCodebook, metric: Metric = "l2") -> Tensor:
@@ -72,6 +73,8 @@ class PackedCodebook:
     """A codebook in the layout of the kernel that will search it. See `pack_codebook`."""
 
     def __init__(self, codebook: Tensor, metric: str, chosen: Backend) -> None:
+        if chosen == "triton" and codebook.shape[1] > _TRITON_DIM:
+            chosen = "reference"
         self.shape, self.device, self.metric, self.backend = codebook.shape, codebook.device, metric, chosen
         self._packed: Any
         if chosen == "reference":
@@ -82,7 +85,8 @@ class PackedCodebook:
         if chosen == "triton":
             from mars.kernels.nearest_code import triton
 
-            self._packed = triton.prepare(codebook, biased=metric == "l2")
+            with torch.cuda.device_of(codebook):
+                self._packed = triton.prepare(codebook, biased=metric == "l2")
         else:
             lib = _native.functions()
             self._packed = lib.mars_codebook_pack(codebook.data_ptr(), *codebook.shape, metric == "cosine")
@@ -99,7 +103,8 @@ class PackedCodebook:
         if self.backend == "triton":
             from mars.kernels.nearest_code import triton
 
-            return triton.search(x, self._packed)
+            with torch.cuda.device_of(x):
+                return triton.search(x, self._packed)
         ids = torch.empty(len(x), dtype=torch.int64)
         _native.check(
             _native.functions().mars_nearest_code(self._packed, x.data_ptr(), len(x), ids.data_ptr(), _native.threads())
