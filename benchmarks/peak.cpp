@@ -40,7 +40,7 @@ __attribute__((target("avx2,fma"))) static float run256(int64_t steps, float a) 
 #endif
 
 // Works for about `flop` float32 operations on each of `threads` threads; returns how many they were in all.
-extern "C" double fma_peak(double flop, int threads, float *sink) {
+extern "C" double fma_peak(double flop, int threads, float* sink) {
   double done = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : done)
   for (int t = 0; t < threads; ++t) {

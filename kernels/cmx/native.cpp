@@ -2,12 +2,12 @@
 //
 // The arithmetic is scalar C++ that the compiler vectorises, once for each instruction set. Every operation is rounded
 // as written and fused only where `fma` says so: an element has the same bits wherever in a vector or its tail it is.
-#include "simd.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+
+#include "simd.h"
 
 #if defined(__GNUC__)
 #define MARS_INLINE inline __attribute__((always_inline))
@@ -136,7 +136,8 @@ struct Magnitude {
   }
 };
 
-// Sizes of a spectrogram (batch, bins, frames) and where its rows lie in the CMX tensor (batch, r_f r_t, rows, columns).
+// Sizes of a spectrogram (batch, bins, frames) and where its rows lie in the CMX tensor (batch, r_f r_t, rows,
+// columns).
 struct Layout {
   int64_t batch, bins, frames, r_f, r_t;
 
@@ -431,11 +432,16 @@ struct Pair {
 template <template <class> class Copy>
 int copy(const Layout& layout, int64_t element_size, const void* x, void* y, int threads) {
   switch (element_size) {
-    case 1: return run(Copy<uint8_t>{layout, static_cast<const uint8_t*>(x), static_cast<uint8_t*>(y)}, threads);
-    case 2: return run(Copy<uint16_t>{layout, static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y)}, threads);
-    case 4: return run(Copy<uint32_t>{layout, static_cast<const uint32_t*>(x), static_cast<uint32_t*>(y)}, threads);
-    case 8: return run(Copy<uint64_t>{layout, static_cast<const uint64_t*>(x), static_cast<uint64_t*>(y)}, threads);
-    default: return run(Copy<Pair>{layout, static_cast<const Pair*>(x), static_cast<Pair*>(y)}, threads);
+    case 1:
+      return run(Copy<uint8_t>{layout, static_cast<const uint8_t*>(x), static_cast<uint8_t*>(y)}, threads);
+    case 2:
+      return run(Copy<uint16_t>{layout, static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y)}, threads);
+    case 4:
+      return run(Copy<uint32_t>{layout, static_cast<const uint32_t*>(x), static_cast<uint32_t*>(y)}, threads);
+    case 8:
+      return run(Copy<uint64_t>{layout, static_cast<const uint64_t*>(x), static_cast<uint64_t*>(y)}, threads);
+    default:
+      return run(Copy<Pair>{layout, static_cast<const Pair*>(x), static_cast<Pair*>(y)}, threads);
   }
 }
 
@@ -459,10 +465,10 @@ int mars_spectrogram_cmx(int64_t batch, int64_t bins, int64_t frames, int64_t r_
   return mars::run(mars::SpectrogramCmx{parts, {epsilon, scale}, z, x}, threads);
 }
 
-int mars_spectrogram_cmx_backward(int64_t batch, int64_t bins, int64_t frames, int64_t r_f, int64_t r_t,
-                                  double epsilon, double scale, const float* grad, const float* z, int64_t z_sample,
-                                  int64_t z_bin, int64_t z_frame, float* grad_z, int64_t grad_z_sample,
-                                  int64_t grad_z_bin, int64_t grad_z_frame, int threads) {
+int mars_spectrogram_cmx_backward(int64_t batch, int64_t bins, int64_t frames, int64_t r_f, int64_t r_t, double epsilon,
+                                  double scale, const float* grad, const float* z, int64_t z_sample, int64_t z_bin,
+                                  int64_t z_frame, float* grad_z, int64_t grad_z_sample, int64_t grad_z_bin,
+                                  int64_t grad_z_frame, int threads) {
   const mars::Parts parts{{batch, bins, frames, r_f, r_t}, {z_sample, z_bin, z_frame}};
   const mars::NormaliseBackward backward{static_cast<float>(epsilon), static_cast<float>(scale),
                                          static_cast<float>(epsilon * std::expm1(2 / scale))};
@@ -472,6 +478,6 @@ int mars_spectrogram_cmx_backward(int64_t batch, int64_t bins, int64_t frames, i
 
 int mars_inverse_spectrogram_cmx(int64_t batch, int64_t bins, int64_t frames, int64_t r_f, int64_t r_t, int64_t below,
                                  int64_t above, double epsilon, double scale, const float* x, float* m, int threads) {
-  return mars::run(
-      mars::InverseSpectrogramCmx{{batch, bins, frames, r_f, r_t}, below, above, {epsilon, scale}, x, m}, threads);
+  return mars::run(mars::InverseSpectrogramCmx{{batch, bins, frames, r_f, r_t}, below, above, {epsilon, scale}, x, m},
+                   threads);
 }

@@ -1,7 +1,7 @@
 // Which instruction set the kernels use.
-#include "simd.h"
-
 #include <atomic>
+
+#include "simd.h"
 #if defined(MARS_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -31,10 +31,14 @@ bool supported(int level) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (level) {
-    case AVX2: return avx2;
-    case AVX512: return avx512;
-    case BF16: return avx512 && __builtin_cpu_supports("avx512bf16");
-    case VNNI: return avx512 && __builtin_cpu_supports("avx512vnni");
+    case AVX2:
+      return avx2;
+    case AVX512:
+      return avx512;
+    case BF16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+    case VNNI:
+      return avx512 && __builtin_cpu_supports("avx512vnni");
     case AMX:
       return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
              __builtin_cpu_supports("amx-bf16") && tiles_granted();

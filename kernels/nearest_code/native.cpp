@@ -1,5 +1,5 @@
-// Nearest code on the CPU, without the (N, V) scores: the index is that of the float32 definition in op.py, bit for bit,
-// at every level.
+// Nearest code on the CPU, without the (N, V) scores: the index is that of the float32 definition in op.py, bit for
+// bit, at every level.
 //
 // The definition. score_v = b_v, then score_v = fma(x_d, c_vd, score_v) for d ascending, b_v = -|c_v|^2 / 2 (0 on
 // normalised rows); the answer is the lowest v of the largest score. `exact_*` compute that for all codes. The other
@@ -24,13 +24,13 @@ namespace {
 using mars::Level;
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr int LANES = 16;            // codes in a group of the exact kernels
-constexpr int64_t RUN = 8;           // groups that the exact kernels read again and again from L1
-constexpr int GROUP = 32;            // codes in a group of the filters: what one candidate costs
+constexpr int LANES = 16;             // codes in a group of the exact kernels
+constexpr int64_t RUN = 8;            // groups that the exact kernels read again and again from L1
+constexpr int GROUP = 32;             // codes in a group of the filters: what one candidate costs
 constexpr int BLOCK = LANES * GROUP;  // codes that share a bound and a scale; a block also stays in L1
-constexpr int64_t FILTERED = 1024;   // codes from which on a filter pays
-constexpr int CANDIDATES = 48;       // groups left for a row; with more, the exact search is faster
-constexpr int64_t CHUNK = 128;       // rows whose group maxima are kept at a time
+constexpr int64_t FILTERED = 1024;    // codes from which on a filter pays
+constexpr int CANDIDATES = 48;        // groups left for a row; with more, the exact search is faster
+constexpr int64_t CHUNK = 128;        // rows whose group maxima are kept at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,19 +41,19 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t count) {
     const size_t bytes = (std::max<size_t>(count * sizeof(T), 1) + 63) / 64 * 64;
-    data_ = static_cast<T *>(::operator new(bytes, std::align_val_t(64)));
-    std::memset(static_cast<void *>(data_), 0, bytes);
+    data_ = static_cast<T*>(::operator new(bytes, std::align_val_t(64)));
+    std::memset(static_cast<void*>(data_), 0, bytes);
   }
-  Buffer(Buffer &&other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-  Buffer &operator=(Buffer &&other) noexcept {
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
     return *this;
   }
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  operator T *() const { return data_; }
+  operator T*() const { return data_; }
 
  private:
-  T *data_ = nullptr;
+  T* data_ = nullptr;
 };
 
 struct Codebook {
@@ -93,14 +93,14 @@ float from_bfloat16(uint16_t x) {
 // group, as an interval, instead of once a code.
 int64_t place(int64_t s) { return s / BLOCK * BLOCK + s % GROUP * LANES + s % BLOCK / GROUP; }
 
-void pack_rows(Codebook &b, const float *codebook, std::vector<char> &usable) {
+void pack_rows(Codebook& b, const float* codebook, std::vector<char>& usable) {
   b.groups = ceil_div(b.codes, LANES);
   b.rows = Buffer<float>(b.groups * b.dim * LANES);
   b.bias = Buffer<float>(b.groups * LANES);
   b.reach = Buffer<float>(b.groups);
-  std::fill_n(static_cast<float *>(b.bias), b.groups * LANES, -INF);
+  std::fill_n(static_cast<float*>(b.bias), b.groups * LANES, -INF);
   for (int64_t v = 0; v < b.codes; ++v) {
-    const float *c = codebook + v * b.dim;
+    const float* c = codebook + v * b.dim;
     double square = 0;
     for (int64_t d = 0; d < b.dim; ++d) square += static_cast<double>(c[d]) * c[d];
     const float bias = static_cast<float>(-0.5 * square);
@@ -108,12 +108,12 @@ void pack_rows(Codebook &b, const float *codebook, std::vector<char> &usable) {
     if (!usable[v]) continue;  // its row stays zero and its bias -inf: never the largest
     b.bias[v] = b.normalized ? 0.f : bias;
     b.reach[v / LANES] = std::max(b.reach[v / LANES], round_up(std::sqrt(square)));
-    float *row = b.rows + v / LANES * b.dim * LANES + v % LANES;
+    float* row = b.rows + v / LANES * b.dim * LANES + v % LANES;
     for (int64_t d = 0; d < b.dim; ++d) row[d * LANES] = c[d];
   }
 }
 
-void pack_filter(Codebook &b, const float *codebook, const std::vector<char> &usable) {
+void pack_filter(Codebook& b, const float* codebook, const std::vector<char>& usable) {
   const int64_t dim = b.dim;
   b.mean = Buffer<float>(dim);
   std::vector<int32_t> order;
@@ -138,7 +138,9 @@ void pack_filter(Codebook &b, const float *codebook, const std::vector<char> &us
   std::sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return norms[i] < norms[j]; });
 
   b.blocks = ceil_div(count, BLOCK);
-  b.steps = b.filter == mars::VNNI ? ceil_div(dim, 4) : b.filter == mars::AMX ? ceil_div(dim, 32) * 16 : ceil_div(dim, 2);
+  b.steps = b.filter == mars::VNNI  ? ceil_div(dim, 4)
+            : b.filter == mars::AMX ? ceil_div(dim, 32) * 16
+                                    : ceil_div(dim, 2);
   const int64_t padded = b.blocks * BLOCK;
   b.sorted = Buffer<float>(padded * dim);
   b.sorted_bias = Buffer<float>(padded);
@@ -147,23 +149,24 @@ void pack_filter(Codebook &b, const float *codebook, const std::vector<char> &us
   b.index = Buffer<int32_t>(padded);
   b.offset = Buffer<int32_t>(padded);
   b.coded = Buffer<uint32_t>(padded * b.steps);
-  for (Buffer<float> *each : {&b.norm, &b.error, &b.original, &b.scale})
+  for (Buffer<float>* each : {&b.norm, &b.error, &b.original, &b.scale})
     *each = Buffer<float>(ceil_div(b.blocks, LANES) * LANES);
-  std::fill_n(static_cast<float *>(b.sorted_bias), padded, -INF);
-  std::fill_n(static_cast<float *>(b.low), padded / GROUP, -INF);
-  std::fill_n(static_cast<float *>(b.high), padded / GROUP, -INF);
-  auto *halves = reinterpret_cast<uint16_t *>(static_cast<uint32_t *>(b.coded));
-  auto *bytes = reinterpret_cast<int8_t *>(static_cast<uint32_t *>(b.coded));
+  std::fill_n(static_cast<float*>(b.sorted_bias), padded, -INF);
+  std::fill_n(static_cast<float*>(b.low), padded / GROUP, -INF);
+  std::fill_n(static_cast<float*>(b.high), padded / GROUP, -INF);
+  auto* halves = reinterpret_cast<uint16_t*>(static_cast<uint32_t*>(b.coded));
+  auto* bytes = reinterpret_cast<int8_t*>(static_cast<uint32_t*>(b.coded));
   // The last group is filled up with its last code: a filter must not see a product that no code has.
   const int64_t filled = ceil_div(count, GROUP) * GROUP;
   for (int64_t s = 0; s < filled; ++s) {
     const int64_t v = order[std::min(s, count - 1)], block = s / BLOCK;
     const int64_t at = place(s), unit = at / LANES * LANES * b.steps + at % LANES;
-    const float *c = codebook + v * dim;
+    const float* c = codebook + v * dim;
     if (s % BLOCK == 0) {
       float largest = 0;
       for (int64_t t = s; b.filter == mars::VNNI && t < std::min(s + BLOCK, count); ++t)
-        for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(codebook[order[t] * dim + d] - b.mean[d]));
+        for (int64_t d = 0; d < dim; ++d)
+          largest = std::max(largest, std::abs(codebook[order[t] * dim + d] - b.mean[d]));
       b.scale[block] = std::max(largest / 127, 1e-30f);
     }
     double original = 0, square = 0, error = 0;
@@ -193,7 +196,7 @@ void pack_filter(Codebook &b, const float *codebook, const std::vector<char> &us
     low = s % GROUP ? std::min(low, bias) : bias, high = std::max(high, bias);
     b.index[s] = static_cast<int32_t>(v);
     b.sorted_bias[s] = b.bias[v];
-    float *row = b.sorted + s / GROUP * dim * GROUP + s % GROUP;
+    float* row = b.sorted + s / GROUP * dim * GROUP + s % GROUP;
     for (int64_t d = 0; d < dim; ++d) row[d * GROUP] = c[d];
   }
 }
@@ -201,7 +204,7 @@ void pack_filter(Codebook &b, const float *codebook, const std::vector<char> &us
 // What float32 rounding can make of a score of dim products: of the definition, or of a filter in float32.
 float rounding(int64_t dim) { return static_cast<float>(dim + 4) * 0x1p-23f; }
 
-MARS_INLINE bool finite(const float *x, int64_t dim) {
+MARS_INLINE bool finite(const float* x, int64_t dim) {
   int32_t bad = 0;
   for (int64_t d = 0; d < dim; ++d) {
     uint32_t u;
@@ -214,9 +217,9 @@ MARS_INLINE bool finite(const float *x, int64_t dim) {
 // ---- The definition over one group, and the search in plain C++.
 
 // Best code of a group of LANES, by the definition; `best` and `id` change only for a larger score.
-MARS_INLINE void exact_group(const Codebook &b, const float *x, int64_t group, float &best, int64_t &id) {
+MARS_INLINE void exact_group(const Codebook& b, const float* x, int64_t group, float& best, int64_t& id) {
   float score[LANES];
-  const float *row = b.rows + group * b.dim * LANES;
+  const float* row = b.rows + group * b.dim * LANES;
   std::memcpy(score, b.bias + group * LANES, sizeof score);
   for (int64_t d = 0; d < b.dim; ++d, row += LANES)
     for (int r = 0; r < LANES; ++r) score[r] = __builtin_fmaf(x[d], row[r], score[r]);
@@ -228,7 +231,7 @@ MARS_INLINE void exact_group(const Codebook &b, const float *x, int64_t group, f
 }
 
 // Filter and definition in one: products and sums that any compiler vectorises, then `exact_group` where it matters.
-void search_portable(const Codebook &b, const float *x, int64_t rows, int64_t *ids) {
+void search_portable(const Codebook& b, const float* x, int64_t rows, int64_t* ids) {
   std::vector<float> upper(b.groups);
   const float per_dim = rounding(b.dim);
   for (int64_t n = 0; n < rows; ++n, x += b.dim) {
@@ -260,24 +263,25 @@ void search_portable(const Codebook &b, const float *x, int64_t rows, int64_t *i
 #if defined(MARS_X86)
 
 // Rows of x transposed, (dim, width), zeros after the last: what the lanes of a register hold are rows.
-MARS_INLINE void transpose(const float *x, int64_t rows, int64_t dim, int width, float *panel) {
+MARS_INLINE void transpose(const float* x, int64_t rows, int64_t dim, int width, float* panel) {
   if (rows < width) std::fill_n(panel, dim * width, 0.f);
   for (int64_t n = 0; n < std::min<int64_t>(rows, width); ++n)
     for (int64_t d = 0; d < dim; ++d) panel[d * width + n] = x[n * dim + d];
 }
 
 // The best code of a group, by the definition.
-MARS_AVX2 int64_t resolve_avx2(const Codebook &b, const float *x, int64_t group) {
+MARS_AVX2 int64_t resolve_avx2(const Codebook& b, const float* x, int64_t group) {
   float best = -INF;
   int64_t id = 0;
   if (finite(x, b.dim)) exact_group(b, x, group, best, id);
   return id;
 }
 
-MARS_AVX512 int64_t resolve_avx512(const Codebook &b, const float *x, int64_t group) {
-  const float *row = b.rows + group * b.dim * LANES;
+MARS_AVX512 int64_t resolve_avx512(const Codebook& b, const float* x, int64_t group) {
+  const float* row = b.rows + group * b.dim * LANES;
   __m512 score = _mm512_load_ps(b.bias + group * LANES);
-  for (int64_t d = 0; d < b.dim; ++d, row += LANES) score = _mm512_fmadd_ps(_mm512_set1_ps(x[d]), _mm512_load_ps(row), score);
+  for (int64_t d = 0; d < b.dim; ++d, row += LANES)
+    score = _mm512_fmadd_ps(_mm512_set1_ps(x[d]), _mm512_load_ps(row), score);
   const float largest = _mm512_reduce_max_ps(score);
   if (largest == -INF || !finite(x, b.dim)) return 0;
   return group * LANES + __builtin_ctz(_mm512_cmp_ps_mask(score, _mm512_set1_ps(largest), _CMP_EQ_OQ) | 0x10000);
@@ -286,7 +290,8 @@ MARS_AVX512 int64_t resolve_avx512(const Codebook &b, const float *x, int64_t gr
 // Both exact kernels: `width` rows against RUN groups at a time, which stay in L1 while the rows of a chunk go by; per
 // row the largest score and the first group that has it, in which `resolve` finds the code.
 template <class Kernel, class Resolve>
-void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids, int width, Kernel kernel, Resolve resolve) {
+void search_exact(const Codebook& b, const float* x, int64_t rows, int64_t* ids, int width, Kernel kernel,
+                  Resolve resolve) {
   constexpr int64_t chunk = 768;  // a multiple of both widths
   Buffer<float> panels(std::min(chunk, ceil_div(rows, width) * width) * b.dim), best(chunk);
   Buffer<int32_t> groups(chunk);
@@ -294,8 +299,8 @@ void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids,
     const int64_t count = std::min(chunk, rows - first);
     for (int64_t n = 0; n < count; n += width)
       transpose(x + (first + n) * b.dim, count - n, b.dim, width, panels + n * b.dim);
-    std::fill_n(static_cast<float *>(best), chunk, -INF);
-    std::fill_n(static_cast<int32_t *>(groups), chunk, 0);
+    std::fill_n(static_cast<float*>(best), chunk, -INF);
+    std::fill_n(static_cast<int32_t*>(groups), chunk, 0);
     for (int64_t g = 0; g < b.groups; g += RUN)
       for (int64_t n = 0; n < count; n += width)
         kernel(b, panels + n * b.dim, g, std::min(g + RUN, b.groups), best + n, groups + n);
@@ -310,7 +315,8 @@ void search_exact(const Codebook &b, const float *x, int64_t rows, int64_t *ids,
 #define MARS_MAX4(max, p) max(max(p##0, p##1), max(p##2, p##3))
 
 // 48 rows x 8 codes.
-MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *groups) {
+MARS_AVX512 void exact_avx512(const Codebook& b, const float* panel, int64_t g0, int64_t g1, float* best,
+                              int32_t* groups) {
   for (int64_t h = 2 * g0; h < 2 * g1; ++h) {
     const float *c = b.rows + h / 2 * b.dim * LANES + h % 2 * 8, *bias = b.bias + h * 8, *x = panel;
 #define START(r) __m512 s##r = _mm512_set1_ps(bias[r]), t##r = s##r, u##r = s##r;
@@ -328,12 +334,12 @@ MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0,
       MARS_EACH8(STEP)
 #undef STEP
     }
-#define KEEP(p, at)                                                                                 \
-  {                                                                                                 \
-    const __m512 largest = MARS_MAX8(_mm512_max_ps, p);                                             \
-    const __mmask16 larger = _mm512_cmp_ps_mask(largest, _mm512_load_ps(best + at), _CMP_GT_OQ);    \
-    _mm512_mask_store_ps(best + at, larger, largest);                                               \
-    _mm512_mask_store_epi32(groups + at, larger, _mm512_set1_epi32(static_cast<int>(h / 2)));       \
+#define KEEP(p, at)                                                                              \
+  {                                                                                              \
+    const __m512 largest = MARS_MAX8(_mm512_max_ps, p);                                          \
+    const __mmask16 larger = _mm512_cmp_ps_mask(largest, _mm512_load_ps(best + at), _CMP_GT_OQ); \
+    _mm512_mask_store_ps(best + at, larger, largest);                                            \
+    _mm512_mask_store_epi32(groups + at, larger, _mm512_set1_epi32(static_cast<int>(h / 2)));    \
   }
     KEEP(s, 0) KEEP(t, 16) KEEP(u, 32)
 #undef KEEP
@@ -341,7 +347,7 @@ MARS_AVX512 void exact_avx512(const Codebook &b, const float *panel, int64_t g0,
 }
 
 // 24 rows x 4 codes.
-MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int64_t g1, float *best, int32_t *groups) {
+MARS_AVX2 void exact_avx2(const Codebook& b, const float* panel, int64_t g0, int64_t g1, float* best, int32_t* groups) {
   for (int64_t h = 4 * g0; h < 4 * g1; ++h) {
     const float *c = b.rows + h / 4 * b.dim * LANES + h % 4 * 4, *bias = b.bias + h * 4, *x = panel;
 #define START(r) __m256 s##r = _mm256_set1_ps(bias[r]), t##r = s##r, u##r = s##r;
@@ -359,11 +365,11 @@ MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int
       MARS_EACH4(STEP)
 #undef STEP
     }
-#define KEEP(p, at)                                                                              \
-  {                                                                                              \
-    const __m256 largest = MARS_MAX4(_mm256_max_ps, p);                                          \
-    const __m256 larger = _mm256_cmp_ps(largest, _mm256_load_ps(best + at), _CMP_GT_OQ);         \
-    _mm256_maskstore_ps(best + at, _mm256_castps_si256(larger), largest);                        \
+#define KEEP(p, at)                                                                                               \
+  {                                                                                                               \
+    const __m256 largest = MARS_MAX4(_mm256_max_ps, p);                                                           \
+    const __m256 larger = _mm256_cmp_ps(largest, _mm256_load_ps(best + at), _CMP_GT_OQ);                          \
+    _mm256_maskstore_ps(best + at, _mm256_castps_si256(larger), largest);                                         \
     _mm256_maskstore_epi32(groups + at, _mm256_castps_si256(larger), _mm256_set1_epi32(static_cast<int>(h / 4))); \
   }
     KEEP(s, 0) KEEP(t, 8) KEEP(u, 16)
@@ -371,7 +377,8 @@ MARS_AVX2 void exact_avx2(const Codebook &b, const float *panel, int64_t g0, int
   }
 }
 
-// ---- Filters. What they keep of a row: its operand, and the norms of what that holds and misses and of the row itself.
+// ---- Filters. What they keep of a row: its operand, and the norms of what that holds and misses and of the row
+// itself.
 
 struct Rows {
   Buffer<uint32_t> operand;  // (CHUNK, steps)
@@ -380,22 +387,22 @@ struct Rows {
 };
 
 // What all three filters share: the row less the mean, 16 entries at a time.
-MARS_AVX512 MARS_INLINE __mmask16 entries(const Codebook &b, const float *x, int64_t d, __m512 &raw, __m512 &centred) {
+MARS_AVX512 MARS_INLINE __mmask16 entries(const Codebook& b, const float* x, int64_t d, __m512& raw, __m512& centred) {
   const __mmask16 mask = static_cast<__mmask16>(b.dim - d >= 16 ? 0xffff : (1 << (b.dim - d)) - 1);
   raw = _mm512_maskz_loadu_ps(mask, x + d);
   centred = b.normalized ? raw : _mm512_sub_ps(raw, _mm512_maskz_loadu_ps(mask, b.mean + d));
   return mask;
 }
 
-MARS_AVX512 MARS_INLINE void measure(Rows &r, int64_t n, __m512 held, __m512 missed, __m512 raw) {
+MARS_AVX512 MARS_INLINE void measure(Rows& r, int64_t n, __m512 held, __m512 missed, __m512 raw) {
   r.norm[n] = std::sqrt(_mm512_reduce_add_ps(held));
   r.error[n] = std::sqrt(_mm512_reduce_add_ps(missed)) + 2e-7f * r.norm[n];  // and the rounding of x - mean
   r.original[n] = std::sqrt(_mm512_reduce_add_ps(raw));
 }
 
-MARS_BF16 void halve_rows(const Codebook &b, const float *x, int64_t count, Rows &r) {
+MARS_BF16 void halve_rows(const Codebook& b, const float* x, int64_t count, Rows& r) {
   for (int64_t n = 0; n < count; ++n, x += b.dim) {
-    auto *operand = reinterpret_cast<uint16_t *>(r.operand + n * b.steps);
+    auto* operand = reinterpret_cast<uint16_t*>(r.operand + n * b.steps);
     __m512 held = _mm512_setzero_ps(), missed = held, original = held, raw, centred;
     for (int64_t d = 0; d < b.dim; d += 16) {
       const __mmask16 mask = entries(b, x, d, raw, centred);
@@ -410,9 +417,9 @@ MARS_BF16 void halve_rows(const Codebook &b, const float *x, int64_t count, Rows
   }
 }
 
-MARS_VNNI void quarter_rows(const Codebook &b, const float *x, int64_t count, Rows &r) {
+MARS_VNNI void quarter_rows(const Codebook& b, const float* x, int64_t count, Rows& r) {
   for (int64_t n = 0; n < count; ++n, x += b.dim) {
-    auto *operand = reinterpret_cast<uint8_t *>(r.operand + n * b.steps);
+    auto* operand = reinterpret_cast<uint8_t*>(r.operand + n * b.steps);
     __m512 held = _mm512_setzero_ps(), missed = held, original = held, largest = held, raw, centred;
     for (int64_t d = 0; d < b.dim; d += 16) {
       entries(b, x, d, raw, centred);
@@ -436,9 +443,9 @@ MARS_VNNI void quarter_rows(const Codebook &b, const float *x, int64_t count, Ro
 // The filters proper: largest products per lane of one block, for all rows: maxima (count, groups).
 
 // 8 rows x 2 tiles.
-MARS_BF16 void score_bf16(const Codebook &b, const Rows &r, int64_t count, int64_t block, float *maxima) {
+MARS_BF16 void score_bf16(const Codebook& b, const Rows& r, int64_t count, int64_t block, float* maxima) {
   for (int64_t n = 0; n < count; n += 8) {
-    const uint32_t *x = r.operand + n * b.steps;
+    const uint32_t* x = r.operand + n * b.steps;
 #define START(i) __m512 m##i = _mm512_set1_ps(-INF);
     MARS_EACH8(START)
 #undef START
@@ -449,10 +456,10 @@ MARS_BF16 void score_bf16(const Codebook &b, const Rows &r, int64_t count, int64
 #undef START
       for (int64_t k = 0; k < b.steps; ++k, c += LANES, e += LANES) {
         const auto c0 = (__m512bh)_mm512_load_si512(c), c1 = (__m512bh)_mm512_load_si512(e);
-#define STEP(i)                                                                        \
-  {                                                                                    \
+#define STEP(i)                                                                         \
+  {                                                                                     \
     const auto row = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[i * b.steps + k])); \
-    s##i = _mm512_dpbf16_ps(s##i, row, c0), t##i = _mm512_dpbf16_ps(t##i, row, c1);    \
+    s##i = _mm512_dpbf16_ps(s##i, row, c0), t##i = _mm512_dpbf16_ps(t##i, row, c1);     \
   }
         MARS_EACH8(STEP)
 #undef STEP
@@ -468,9 +475,9 @@ MARS_BF16 void score_bf16(const Codebook &b, const Rows &r, int64_t count, int64
 }
 
 // 8 rows x 2 tiles. Inline assembly, because GCC 12 moves the accumulators of the intrinsic through memory.
-MARS_VNNI void score_vnni(const Codebook &b, const Rows &r, int64_t count, int64_t block, float *maxima) {
+MARS_VNNI void score_vnni(const Codebook& b, const Rows& r, int64_t count, int64_t block, float* maxima) {
   for (int64_t n = 0; n < count; n += 8) {
-    const uint32_t *x = r.operand + n * b.steps;
+    const uint32_t* x = r.operand + n * b.steps;
 #define START(i) __m512i m##i = _mm512_set1_epi32(std::numeric_limits<int32_t>::min());
     MARS_EACH8(START)
 #undef START
@@ -496,8 +503,8 @@ MARS_VNNI void score_vnni(const Codebook &b, const Rows &r, int64_t count, int64
       MARS_EACH8(KEEP)
 #undef KEEP
     }
-#define STORE(i)                                                                                 \
-  _mm512_store_ps(maxima + ((n + i) * b.blocks + block) * LANES,                                 \
+#define STORE(i)                                                 \
+  _mm512_store_ps(maxima + ((n + i) * b.blocks + block) * LANES, \
                   _mm512_mul_ps(_mm512_cvtepi32_ps(m##i), _mm512_set1_ps(r.scale[n + i] * b.scale[block])));
     MARS_EACH8(STORE)
 #undef STORE
@@ -516,28 +523,28 @@ MARS_AMX void start_tiles() { _tile_loadconfig(&TILES); }
 MARS_AMX void stop_tiles() { _tile_release(); }
 
 // Products of 16 rows with two tiles of codes, in the tile registers p and q.
-#define MARS_MULTIPLY(p, q, tile)                                \
-  {                                                              \
-    const uint32_t *c = b.coded + (tile) * LANES * b.steps;      \
-    _tile_zero(p);                                               \
-    _tile_zero(q);                                               \
-    for (int64_t k = 0; k < b.steps; k += 16) {                  \
-      _tile_loadd(4, x + k, b.steps * 4);                        \
-      _tile_loadd(5, c + k * LANES, LANES * 4);                  \
-      _tile_loadd(6, c + (b.steps + k) * LANES, LANES * 4);      \
-      _tile_dpbf16ps(p, 4, 5);                                   \
-      _tile_dpbf16ps(q, 4, 6);                                   \
-    }                                                            \
+#define MARS_MULTIPLY(p, q, tile)                           \
+  {                                                         \
+    const uint32_t* c = b.coded + (tile) * LANES * b.steps; \
+    _tile_zero(p);                                          \
+    _tile_zero(q);                                          \
+    for (int64_t k = 0; k < b.steps; k += 16) {             \
+      _tile_loadd(4, x + k, b.steps * 4);                   \
+      _tile_loadd(5, c + k * LANES, LANES * 4);             \
+      _tile_loadd(6, c + (b.steps + k) * LANES, LANES * 4); \
+      _tile_dpbf16ps(p, 4, 5);                              \
+      _tile_dpbf16ps(q, 4, 6);                              \
+    }                                                       \
   }
-#define MARS_STORE(p, q, at)                     \
-  _tile_stored(p, products[at], LANES * 4);      \
+#define MARS_STORE(p, q, at)                \
+  _tile_stored(p, products[at], LANES * 4); \
   _tile_stored(q, products[at + 1], LANES * 4);
 
 // 16 rows x 4 tiles. A pair of tiles is stored while the next pair is multiplied: done at once, each would wait.
-MARS_AMX void score_amx(const Codebook &b, const Rows &r, int64_t count, int64_t block, float *maxima) {
+MARS_AMX void score_amx(const Codebook& b, const Rows& r, int64_t count, int64_t block, float* maxima) {
   alignas(64) float products[4][16][LANES];
   for (int64_t n = 0; n < count; n += 16) {
-    const uint32_t *x = r.operand + n * b.steps;
+    const uint32_t* x = r.operand + n * b.steps;
     const int64_t first = block * GROUP, last = first + GROUP;
     __m512 m[16];
 #pragma GCC unroll 16
@@ -561,8 +568,9 @@ MARS_AMX void score_amx(const Codebook &b, const Rows &r, int64_t count, int64_t
 }
 
 // Best code of a group of GROUP by the definition; here codes are not in their own order, so ties look at the index.
-MARS_AVX512 MARS_INLINE void exact_candidate(const Codebook &b, const float *x, int64_t group, float &best, int32_t &id) {
-  const float *row = b.sorted + group * b.dim * GROUP;
+MARS_AVX512 MARS_INLINE void exact_candidate(const Codebook& b, const float* x, int64_t group, float& best,
+                                             int32_t& id) {
+  const float* row = b.sorted + group * b.dim * GROUP;
   __m512 s = _mm512_load_ps(b.sorted_bias + group * GROUP), t = _mm512_load_ps(b.sorted_bias + group * GROUP + 16);
   for (int64_t d = 0; d < b.dim; ++d, row += GROUP) {
     const __m512 entry = _mm512_set1_ps(x[d]);
@@ -572,7 +580,7 @@ MARS_AVX512 MARS_INLINE void exact_candidate(const Codebook &b, const float *x, 
   if (largest < best) return;
   const __m512 top = _mm512_set1_ps(largest);
   const __m512i none = _mm512_set1_epi32(std::numeric_limits<int32_t>::max());
-  const int32_t *index = b.index + group * GROUP;
+  const int32_t* index = b.index + group * GROUP;
   const __m512i first = _mm512_min_epi32(
       _mm512_mask_mov_epi32(none, _mm512_cmp_ps_mask(s, top, _CMP_EQ_OQ), _mm512_load_si512(index)),
       _mm512_mask_mov_epi32(none, _mm512_cmp_ps_mask(t, top, _CMP_EQ_OQ), _mm512_load_si512(index + 16)));
@@ -581,7 +589,8 @@ MARS_AVX512 MARS_INLINE void exact_candidate(const Codebook &b, const float *x, 
 }
 
 // The id of a row from its group maxima, or -1 where more groups are left than the exact search would cost.
-MARS_AVX512 int64_t resolve(const Codebook &b, const Rows &r, int64_t n, const float *x, const float *maxima, float *slack) {
+MARS_AVX512 int64_t resolve(const Codebook& b, const Rows& r, int64_t n, const float* x, const float* maxima,
+                            float* slack) {
   if (!(r.original[n] < INF)) return -1;  // no bound holds, and a row that is not finite is the exact search's business
   // How far a filter's score can be from the definition's, less what is the same for all codes: what the operands miss
   // (Cauchy-Schwarz), and float32 rounding in the filter and in the definition.
@@ -617,7 +626,7 @@ MARS_AVX512 int64_t resolve(const Codebook &b, const Rows &r, int64_t n, const f
   return id;
 }
 
-void search_filtered(const Codebook &b, const float *x, int64_t rows, int64_t *ids) {
+void search_filtered(const Codebook& b, const float* x, int64_t rows, int64_t* ids) {
   Rows r;
   r.operand = Buffer<uint32_t>(CHUNK * b.steps);
   r.scale = Buffer<float>(CHUNK);
@@ -627,7 +636,7 @@ void search_filtered(const Codebook &b, const float *x, int64_t rows, int64_t *i
   if (b.filter == mars::AMX) start_tiles();
   for (int64_t first = 0; first < rows; first += CHUNK) {
     const int64_t count = std::min(CHUNK, rows - first);
-    const float *chunk = x + first * b.dim;
+    const float* chunk = x + first * b.dim;
     if (b.filter == mars::VNNI)
       quarter_rows(b, chunk, count, r);
     else
@@ -650,7 +659,7 @@ void search_filtered(const Codebook &b, const float *x, int64_t rows, int64_t *i
 
 #endif  // MARS_X86
 
-void search(const Codebook &b, const float *x, int64_t rows, int64_t *ids) {
+void search(const Codebook& b, const float* x, int64_t rows, int64_t* ids) {
 #if defined(MARS_X86)
   if (b.blocks) return search_filtered(b, x, rows, ids);
   if (mars::vectors() == mars::AVX512) return search_exact(b, x, rows, ids, 48, exact_avx512, resolve_avx512);
@@ -661,9 +670,9 @@ void search(const Codebook &b, const float *x, int64_t rows, int64_t *ids) {
 
 }  // namespace
 
-void *mars_codebook_pack(const float *codebook, int64_t codes, int64_t dim, int normalized) {
+void* mars_codebook_pack(const float* codebook, int64_t codes, int64_t dim, int normalized) {
   try {
-    auto *b = new Codebook;
+    auto* b = new Codebook;
     b->codes = codes, b->dim = dim, b->normalized = normalized;
     std::vector<char> usable(codes);
     pack_rows(*b, codebook, usable);
@@ -672,15 +681,15 @@ void *mars_codebook_pack(const float *codebook, int64_t codes, int64_t dim, int 
       pack_filter(*b, codebook, usable);
     }
     return b;
-  } catch (const std::bad_alloc &) {
+  } catch (const std::bad_alloc&) {
     return nullptr;
   }
 }
 
-void mars_codebook_free(void *packed) { delete static_cast<Codebook *>(packed); }
+void mars_codebook_free(void* packed) { delete static_cast<Codebook*>(packed); }
 
-int mars_nearest_code(const void *packed, const float *x, int64_t rows, int64_t *ids, int threads) {
-  const auto &b = *static_cast<const Codebook *>(packed);
+int mars_nearest_code(const void* packed, const float* x, int64_t rows, int64_t* ids, int threads) {
+  const auto& b = *static_cast<const Codebook*>(packed);
   // Runs of whole panels, so that no thread works on padding while another has rows left.
   const int64_t share = ceil_div(ceil_div(rows, std::max(threads, 1)), 16) * 16;
   int failed = 0;
@@ -690,7 +699,7 @@ int mars_nearest_code(const void *packed, const float *x, int64_t rows, int64_t 
     if (count <= 0) continue;
     try {
       search(b, x + first * b.dim, count, ids + first);
-    } catch (const std::bad_alloc &) {
+    } catch (const std::bad_alloc&) {
       failed = 1;
     }
   }
