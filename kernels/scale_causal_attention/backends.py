@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mars.kernels.scale_causal_attention import hybrid, reference
+from mars.kernels.scale_causal_attention import reference
 
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int], float], Tensor]
+
+GROUP = 160  # tokens: scales are joined up to here, since many small calls cost more than a mask
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
@@ -35,7 +37,7 @@ def per_scale(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: fl
 def grouped(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """A `scaled_dot_product_attention` for each group of scales, masked inside the group."""
     parts = []
-    for start, end, group in hybrid.groups(lengths):
+    for start, end, group in groups(lengths):
         mask = None
         if len(group) > 1:
             own = reference.mask(group, q.device)
@@ -77,6 +79,17 @@ def flex(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) 
     attend, block_mask = _compiled_flex(), _block_mask(tuple(lengths), q.device)
     out: Tensor = attend(q, k, v, block_mask=block_mask, scale=scale)
     return out
+
+
+def groups(lengths: Sequence[int]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(start, end, lengths of its scales) of consecutive groups of at least `GROUP` tokens, but for the last."""
+    found: list[tuple[int, ...]] = [()]
+    for n in lengths:
+        if sum(found[-1]) >= GROUP:
+            found.append(())
+        found[-1] += (n,)
+    ends = (0, *accumulate(map(sum, found)))
+    return [(start, end, group) for (start, end), group in zip(pairwise(ends), found, strict=True)]
 
 
 @cache

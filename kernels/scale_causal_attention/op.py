@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Literal, get_args
@@ -182,7 +183,7 @@ def _chosen(backend: str | None, q: Tensor, scales: int) -> str:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
     name, device = backend or _choice, q.device.type
     if name != "auto":
-        if (why := _missing(name, device, q.dtype)) is not None:
+        if not torch.compiler.is_compiling() and (why := _missing(name, device, q.dtype)) is not None:
             raise RuntimeError(f"scale_causal_attention: {name} cannot run: {why}")
         if name == "triton" and not _fits_triton(q):
             raise ValueError(
@@ -190,7 +191,7 @@ def _chosen(backend: str | None, q: Tensor, scales: int) -> str:
                 f"in float32, float16 or bfloat16; got {q.shape[3]} in {q.dtype}"
             )
         return name
-    kernels = _kernels(_backend.choice(), device)
+    kernels = _kernels(device)
     if kernels == "reference":
         return kernels
     if kernels == "triton" and _fits_triton(q):
@@ -203,13 +204,16 @@ def _fits_triton(q: Tensor) -> bool:
     return q.shape[3] in _HEAD_SIZES and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _kernels(choice: str, device: str) -> str:
+def _kernels(device: str) -> str:
     """What MARS_KERNELS means here: "triton", "reference" or, where PyTorch's own kernels are used, "native"."""
-    return "native" if device == "cpu" and choice in ("auto", "native") else _backend.backend(device)
+    choice = _backend.choice()
+    if device == "cpu" and choice in ("auto", "native"):
+        return "native"
+    if torch.compiler.is_compiling():  # which on CUDA needs Triton itself, and cannot trace the search for it
+        return "triton" if choice == "auto" and device == "cuda" else choice
+    return _backend.backend(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing(name: str, device: str, dtype: torch.dtype) -> str | None:
     if name == "triton":
         return _backend.missing("triton", device)
@@ -229,7 +233,12 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Call a backend forward and backward beside the reference; why it does not work, or None where it does."""
     generator = torch.Generator().manual_seed(0)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+            warnings.catch_warnings(action="ignore"),
+        ):
             qkv, do = (torch.randn(2, 32, n, 2, 64, generator=generator).to(device, dtype) for n in (3, 1))
 
             def outcome(attend: backends.Attend, leaf: Tensor) -> tuple[Tensor, ...]:
@@ -248,7 +257,7 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 _IMPLEMENTATIONS: dict[str, backends.Attend] = {
-    "hybrid": lambda q, k, v, lengths, scale: registered.hybrid_attention(q, k, v, lengths, scale)[0],
+    "hybrid": registered.hybrid_attention,
     "grouped": backends.grouped,
     "per_scale": backends.per_scale,
     "dense": backends.dense,

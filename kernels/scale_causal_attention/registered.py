@@ -1,7 +1,7 @@
 """The implementations of our own as PyTorch ops: schema, shapes without data, gradients.
 
-`mars::scale_causal_attention` is the Triton kernels', with the l2-normalisation; `mars::hybrid_attention` the CPU's.
-Each returns what its backward needs besides the attention, which has no gradient.
+`mars::scale_causal_attention` is the Triton kernels', with the l2-normalisation; it also returns what its backward
+needs, which has no gradient. `mars::hybrid_attention` is the CPU's.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _save_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _fused_gradients(ctx: Any, do: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
+def _fused_gradients(ctx: Any, do: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 6
     dq, dk, dv, dgain = fused_attention_backward(do, *ctx.saved_tensors, ctx.lengths, ctx.scale)
     return dq, dk, dv, dgain if ctx.needs_input_grad[3] else None, None, None
 
@@ -83,36 +85,34 @@ fused_attention.register_autograd(_fused_gradients, setup_context=_save_fused)
 
 
 @torch.library.custom_op("mars::hybrid_attention", mutates_args=())
-def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    """Attention, and log-sum-exp of the scores."""
+def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     return hybrid.forward(q, k, v, lengths, scale)
 
 
 @torch.library.custom_op("mars::hybrid_attention_backward", mutates_args=())
 def hybrid_attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, lengths: Sequence[int], scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    return hybrid.backward(do, q, k, v, lse, lengths, scale)
+    return hybrid.backward(do, q, k, v, lengths, scale)
 
 
 @hybrid_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    return empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    return empty_like_heads(q)
 
 
 @hybrid_attention_backward.register_fake
-def _(do: Tensor, q: Tensor, *saved: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(do: Tensor, q: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
-def _save_hybrid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_hybrid(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, ctx.lengths, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, output[1])
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v)
 
 
-def _hybrid_gradients(ctx: Any, do: Tensor, unused: None) -> tuple[Tensor | None, ...]:
+def _hybrid_gradients(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
     return *hybrid_attention_backward(do, *ctx.saved_tensors, ctx.lengths, ctx.scale), None, None
 
 

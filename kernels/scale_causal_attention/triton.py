@@ -92,9 +92,10 @@ def _attend(
             visible = cols[None, :] < kv_end[:, None]
             s = tl.where(visible, s, _LOW)
         new = tl.maximum(shift, tl.max(s, 1) * factor)
-        p = tl.exp2(s * factor[:, None] - new[:, None])
+        s = s * factor[:, None] - new[:, None]
         if MASKED:
-            p = tl.where(visible, p, 0.0)
+            s = tl.where(visible, s, -float("inf"))
+        p = tl.exp2(s)
         alpha = tl.exp2(shift - new)
         l = l * alpha + tl.sum(p, 1)
         v = _load(v_base, start, v_n, L, D, BLOCK_N, MASKED, UPCAST)
@@ -155,9 +156,10 @@ def _accumulate_dq(
         if NORM:
             inverse = tl.load(k_inverse + cols, mask=cols < L, other=0.0)
             s *= (inverse * sign)[None, :]
-        p = tl.exp2(s * factor[:, None] - lse[:, None])
+        s = s * factor[:, None] - lse[:, None]
         if MASKED:
-            p = tl.where(cols[None, :] < kv_end[:, None], p, 0.0)
+            s = tl.where(cols[None, :] < kv_end[:, None], s, -float("inf"))
+        p = tl.exp2(s)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         if NORM:
             ds *= inverse[None, :]
@@ -227,11 +229,11 @@ def _accumulate_dkdv(
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * factor[:, None]
         if NORM:
             inverse = tl.load(q_inverse + rows, mask=rows < L, other=0.0)
-            p = tl.exp2(s * (inverse * gain)[None, :] - lse[None, :])
-        else:
-            p = tl.exp2(s - lse[None, :])
+            s *= (inverse * gain)[None, :]
+        s -= lse[None, :]
         if MASKED:
-            p = tl.where(rows[None, :] >= q_start[:, None], p, 0.0)
+            s = tl.where(rows[None, :] >= q_start[:, None], s, -float("inf"))
+        p = tl.exp2(s)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
         if NORM:
