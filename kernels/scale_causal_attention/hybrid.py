@@ -1,65 +1,122 @@
-"""Scale-causal attention on a CPU: PyTorch's fused forward, and a backward of plain matrix products.
+"""Scale-causal attention on a CPU: PyTorch's fused forward, or matrix products where a backward will follow.
 
 The fused forward reads q, k and v once and keeps its scores in float32, in bfloat16 too. Its backward is the slow half,
-in bfloat16 above all, where it does not reach the matrix units. Here the weights P are computed again, in float32, and
-the rest is the softmax's gradient (Dao et al. 2022, arXiv:2205.14135, appendix B.2):
-dV = P' dO, dP = dO V', dS = P (dP - sum P dP), dQ = dS K, dK = dS' Q.
+in bfloat16 above all, where it does not reach the matrix units. Matrix products do (Dao et al. 2022, arXiv:2205.14135,
+appendix B.2): P = softmax(S), dV = P' dO, dP = dO V', dS = P (dP - sum P dP), dQ = dS K, dK = dS' Q. S and its softmax
+are in float32, since scores rounded to bfloat16 would be off by 0.25 at the sharpest that a VAR learns.
+
+P is kept from the forward where it is small, and otherwise computed again.
 
 Letters: B batch, H heads, L tokens, D values per head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mars.kernels.scale_causal_attention import backends, reference
 
+KEPT = 1 << 26  # bytes of P, at most, that a call keeps for its backward
 _SCORES = {4: 1 << 20, 2: 1 << 22}  # held at a time, by bytes of a value: a product in bfloat16 costs more to start
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """(B, H, L, D), laid out as (B, L, H, D)."""
+def kept(q: Tensor, lengths: Sequence[int]) -> int:
+    """Values of P that `forward` keeps: only in 16 bits, where they save the most, and none if above `KEPT` bytes."""
+    values = q.shape[0] * q.shape[1] * sum((end - start) * end for start, end, _ in backends.groups(lengths))
+    return values if q.element_size() == 2 and 2 * values <= KEPT else 0
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """(B, H, L, D), laid out as (B, L, H, D), and P for `backward`, empty if it is not to be kept or not small."""
     B, H, L, D = q.shape
     out = q.new_empty(B, L, H, D).transpose(1, 2)
-    return out.copy_(backends.grouped(q, k, v, lengths, scale))
+    weights = q.new_empty(kept(q, lengths) if keep else 0)
+    if len(weights) == 0:
+        return out.copy_(backends.grouped(q, k, v, lengths, scale)), weights
+    slabs, done = _Slabs(q, lengths), 0
+    with torch.autocast("cpu", enabled=False):
+        for part in slabs:
+            qh, kh, vh = slabs.of(part, q, k, v)
+            outh = torch.empty_like(qh)
+            for start, end, S in slabs.softmax(qh, kh, scale):
+                P = weights[done : done + S.numel()].view(S.shape).copy_(S)
+                outh[:, start:end] = torch.bmm(P, vh[:, :end])
+                done += S.numel()
+            out[part] = outh.view(out[part].shape)
+    return out, weights
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, H, L, D)."""
-    B, H, L, D = q.shape
-    dq, dk, dv = (q.new_empty(B, H, L, D) for _ in range(3))
+    """Gradients of q, k and v, each (B, H, L, D); weights: of `forward`."""
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     if q.numel() == 0:
         return dq, dk, dv
-    exact = torch.promote_types(q.dtype, torch.float32)
-    parts = [(start, end, ~reference.mask(group)) for start, end, group in backends.groups(lengths)][::-1]
-    most = max((end - start) * end for start, end, _ in parts)
-    heads = min(H, max(1, _SCORES.get(q.element_size(), 1 << 20) // most))
-    scores = q.new_empty(heads * most, dtype=exact)
-    weights, products = (q.new_empty(heads * most) for _ in range(2))
+    slabs, done = _Slabs(q, lengths), 0
+    products = q.new_empty(slabs.size)
     with torch.autocast("cpu", enabled=False):
-        for b in range(B):
-            for h in range(0, H, heads):
-                n = min(heads, H - h)
-                qh, kh, vh, doh, dqh, dkh, dvh = (x[b, h : h + n] for x in (q, k, v, do, dq, dk, dv))
-                queries, keys = qh.to(exact), kh.to(exact)
-                for i, (start, end, hidden) in enumerate(parts):
-                    rows, seen, shape = slice(start, end), slice(end), (n, end - start, end)
-                    size = n * (end - start) * end
-                    S = scores[:size].view(shape)
-                    S.baddbmm_(queries[:, rows], keys[:, seen].mT, beta=0, alpha=scale)
-                    S[:, :, start:].masked_fill_(hidden, float("-inf"))
-                    torch.softmax(S, dim=-1, out=S)
-                    P = S if q.dtype == exact else weights[:size].view(shape).copy_(S)
-                    dS = products[:size].view(shape)
-                    torch.bmm(doh[:, rows], vh[:, seen].mT, out=dS)
-                    torch._softmax_backward_data(dS, P, -1, q.dtype, grad_input=dS)
-                    dqh[:, rows].baddbmm_(dS, kh[:, seen], beta=0, alpha=scale)
-                    beta = min(i, 1)  # the first group sees every key, so it writes and the others add
-                    dvh[:, seen].baddbmm_(P.mT, doh[:, rows], beta=beta)
-                    dkh[:, seen].baddbmm_(dS.mT, qh[:, rows], beta=beta, alpha=scale)
+        for part in slabs:
+            doh, qh, kh, vh = slabs.of(part, do, q, k, v)
+            dqh, dkh, dvh = (x[part].flatten(0, 1) for x in (dq, dk, dv))
+            steps = slabs.cut(weights[done:], len(qh)) if len(weights) else slabs.softmax(qh, kh, scale)
+            for start, end, S in steps:
+                P = S.to(q.dtype)
+                dS = torch.bmm(doh[:, start:end], vh[:, :end].mT, out=products[: S.numel()].view(S.shape))
+                torch._softmax_backward_data(dS, P, -1, q.dtype, grad_input=dS)
+                beta = int(end < q.shape[2])  # the last group comes first and sees every key: it writes, the rest add
+                dqh[:, start:end].baddbmm_(dS, kh[:, :end], beta=0, alpha=scale)
+                dkh[:, :end].baddbmm_(dS.mT, qh[:, start:end], beta=beta, alpha=scale)
+                dvh[:, :end].baddbmm_(P.mT, doh[:, start:end], beta=beta)
+                done += S.numel()
     return dq, dk, dv
+
+
+_Step = tuple[int, int, Tensor]  # a group's queries start:end, which see the keys :end, and (heads, queries, keys)
+
+
+class _Slabs:
+    """A tensor (B, H, ...) cut into parts of a few heads, whose scores stay in the cache."""
+
+    def __init__(self, q: Tensor, lengths: Sequence[int]) -> None:
+        self.groups = backends.groups(lengths)[::-1]
+        most = max((end - start) * end for start, end, _ in self.groups)
+        heads = max(1, _SCORES.get(q.element_size(), 1 << 18) // most)
+        self.shape = q.shape[:2]
+        # Products in bfloat16 want few calls on contiguous matrices; those in float32 take them as they lie.
+        self.contiguous = q.element_size() == 2
+        self.samples = max(1, heads // q.shape[1]) if self.contiguous else 1
+        self.heads = min(heads, q.shape[1])
+        self.size = most * self.heads * self.samples
+        self.scores = q.new_empty(self.size, dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        B, H = self.shape
+        for b in range(0, B, self.samples):
+            for h in range(0, H, self.heads):
+                yield slice(b, b + self.samples), slice(h, h + self.heads)
+
+    def of(self, part: tuple[slice, slice], *tensors: Tensor) -> list[Tensor]:
+        """The part of each tensor (B, H, L, D), as (heads, L, D)."""
+        cut = [x[part].flatten(0, 1) for x in tensors]
+        return [x.contiguous() for x in cut] if self.contiguous else cut
+
+    def softmax(self, q: Tensor, k: Tensor, scale: float) -> Iterator[_Step]:
+        """The weights of each group, the last first; each is overwritten by the next."""
+        q, k = q.to(self.scores.dtype), k.to(self.scores.dtype)
+        for start, end, group in self.groups:
+            S = self.scores[: len(q) * (end - start) * end].view(len(q), end - start, end)
+            S.baddbmm_(q[:, start:end], k[:, :end].mT, beta=0, alpha=scale)
+            if len(group) > 1:
+                S[:, :, start:].masked_fill_(~reference.mask(group), float("-inf"))
+            yield start, end, torch.softmax(S, dim=-1, out=S)
+
+    def cut(self, values: Tensor, heads: int) -> Iterator[_Step]:
+        """The same, from kept weights."""
+        for start, end, _ in self.groups:
+            size = heads * (end - start) * end
+            yield start, end, values[:size].view(heads, end - start, end)
+            values = values[size:]

@@ -5,7 +5,7 @@ is read when this module is imported. "auto" follows MARS_KERNELS, and is otherw
 
 - on CUDA "triton", which needs no mask and fuses the normalisation; "dense" (without a mask) for a single scale, and
   "grouped" for what the Triton kernels do not take: heads of other than 16, 32, 64 or 128 values, float64;
-- on a CPU "hybrid"; "grouped" in float16, whose matrix products are slow there;
+- on a CPU "hybrid" in bfloat16, and in float32 where the scales make more than one group; else "grouped";
 - "grouped" elsewhere.
 
 There is no native kernel in C++: PyTorch's fused forward and oneDNN's matrix products are near what the CPU can do.
@@ -79,7 +79,7 @@ def scale_causal_attention(
             f"each 1 or more; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     q, k, v = _autocast(q, k, v)
-    name = _chosen(backend, q, len(lengths))
+    name = _chosen(backend, q, lengths)
     if name == "triton":
         return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
     if name == "reference":
@@ -178,7 +178,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _chosen(backend: str | None, q: Tensor, scales: int) -> str:
+def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int]) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
     name, device = backend or _choice, q.device.type
@@ -196,8 +196,10 @@ def _chosen(backend: str | None, q: Tensor, scales: int) -> str:
         return kernels
     if kernels == "triton" and _fits_triton(q):
         # Not measured on a GPU. With a single scale nothing is masked, which is what PyTorch's own kernels are best at.
-        return "triton" if scales > 1 or device != "cuda" else "dense"
-    return "hybrid" if device == "cpu" and q.dtype != torch.float16 else "grouped"
+        return "triton" if len(lengths) > 1 or device != "cuda" else "dense"
+    if device == "cpu" and (q.dtype == torch.bfloat16 or len(backends.groups(lengths)) > 1):
+        return "hybrid" if q.dtype != torch.float16 else "grouped"  # whose matrix products are slow on most CPUs
+    return "grouped"
 
 
 def _fits_triton(q: Tensor) -> bool:
@@ -256,8 +258,13 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
     return None if worst <= allowed else f"it is off by {worst:.1e} from the reference, where {allowed:.1e} is rounding"
 
 
+def _hybrid(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return registered.hybrid_attention(q, k, v, lengths, scale, keep)[0]
+
+
 _IMPLEMENTATIONS: dict[str, backends.Attend] = {
-    "hybrid": registered.hybrid_attention,
+    "hybrid": _hybrid,
     "grouped": backends.grouped,
     "per_scale": backends.per_scale,
     "dense": backends.dense,
