@@ -27,7 +27,6 @@ from mars.kernels.scale_causal_attention.reference import kv_end as kv_end_of
 from mars.kernels.scale_causal_attention.registered import empty_like_heads
 
 HEAD_SIZES = (16, 32, 64, 128)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _EPS: tl.constexpr = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
 _LOW: tl.constexpr = tl.constexpr(-1e20)  # below any score; finite, since a factor of 0 would make NaN of -inf
@@ -295,14 +294,21 @@ class Tile(NamedTuple):
     stages: int
 
 
+_TILES = {  # bits of a value and D: of the forward, the dq and the dkdv kernel; larger ones spill on some GPU
+    (16, 16): (Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
+    (16, 32): (Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
+    (16, 64): (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
+    (16, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    (32, 16): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (32, 32): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (32, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (32, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+
+
 def tile(kernel: str, D: int, bits: int) -> Tile:
-    """The tile of the "forward", "dq" or "dkdv" kernel for heads of D values: the largest that does not spill."""
-    if bits == 32:
-        side = 32 if D <= 64 else 16
-        return Tile(side, side, 8, 1)
-    warps, stages = (4, 3) if D <= 64 else (8, 2)
-    queries, keys = {"forward": (64, 64), "dq": (64, 32 if D <= 64 else 64), "dkdv": (32, 64)}[kernel]
-    return Tile(queries, keys, warps, stages)
+    """The tile of the "forward", "dq" or "dkdv" kernel for heads of D values of 16 or 32 bits."""
+    return _TILES[bits, D][("forward", "dq", "dkdv").index(kernel)]
 
 
 def forward(
