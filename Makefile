@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench pretrained venv clean
+.PHONY: demo test bench sanitize pretrained venv clean
 
 demo: $(VENV)/.mars
 	out=generated/$$(date +%Y%m%d-%H%M%S) && $(BIN)/mars-generate -n 64 --out $$out && echo "64 notes: $$out"
@@ -20,6 +20,13 @@ test: $(VENV)/.mars-dev
 
 bench: $(VENV)/.mars-dev
 	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/python scripts/bench_report.py
+
+sanitize: $(VENV)/.mars-dev  # the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/sanitize -DMARS_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	MARS_NATIVE_LIBRARY=build/sanitize/libmars_native.so $(BIN)/pytest -q tests/kernels -k "native and not stack"
 
 pretrained: $(VENV)/.mars-dev  # trains the weights in mars/assets anew
 	PATH="$(abspath $(BIN)):$$PATH" bash scripts/train_pretrained.sh
@@ -42,5 +49,5 @@ $(VENV)/.mars: $(VENV)/.mars-torch $(BUILT_FROM)
 	touch $@
 
 $(VENV)/.mars-dev: $(VENV)/.mars-torch $(BUILT_FROM)
-	$(BIN)/pip install -e '.[data,test,lint]'
+	$(BIN)/pip install -e '.[data,test,lint,bench]'
 	touch $@ $(VENV)/.mars

@@ -1,19 +1,43 @@
-"""Machine, threads and dtype go into every result."""
+"""Where benchmarks run, what goes into every result, and the ceilings that they are measured against."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.contenders import Contender, Place
 
-@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
-def threads(request: pytest.FixtureRequest) -> Any:
-    """Run with one and with two threads."""
+RESULTS = Path(".benchmarks/latest.json")
+PLACES = [Place("cpu", 1), Place("cpu", 2)]
+if torch.cuda.is_available():
+    PLACES.append(Place("cuda", 1))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the results where scripts/bench_report.py looks for them."""
+    if config.getoption("benchmark_json") is None and not config.getoption("benchmark_disable"):
+        RESULTS.parent.mkdir(exist_ok=True)
+        config.option.benchmark_json = str(RESULTS)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("benchmarks: no CUDA device, so nothing was measured on a GPU")
+
+
+@pytest.fixture(params=PLACES, ids=str)
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Run with one and with two threads, and on the GPU where there is one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(request.param.threads)
     yield request.param
     torch.set_num_threads(before)
 
@@ -22,5 +46,28 @@ def threads(request: pytest.FixtureRequest) -> Any:
 def machine(benchmark: Any) -> None:
     """Record where the benchmark ran; empty tensors are not filled, as they are in the tests."""
     torch.use_deterministic_algorithms(False)
-    cpu = torch.cpu.get_capabilities()
-    benchmark.extra_info |= {"machine": platform.machine(), "cpu": cpu.get("cpu_name"), "torch": torch.__version__}
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    benchmark.extra_info |= {"cpu": str(name), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        benchmark.extra_info |= {"gpu": torch.cuda.get_device_name()}
+
+
+@pytest.fixture(scope="session")
+def fma_peak(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Place, float], Contender | None]:
+    """A contender that makes multiply-adds in registers only; None where there is no compiler or no FMA."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    library = tmp_path_factory.mktemp("peak") / "peak.so"
+    source = Path(__file__).with_name("peak.cpp")
+    if compiler is None or platform.machine() != "x86_64":
+        return lambda place, flop: None
+    subprocess.run([compiler, "-O2", "-fopenmp", "-shared", "-fPIC", source, "-o", library], check=True)
+    function = ctypes.CDLL(str(library)).fma_peak
+    function.argtypes, function.restype = [ctypes.c_double, ctypes.c_int, ctypes.c_void_p], ctypes.c_double
+
+    def contender(place: Place, flop: float) -> Contender | None:
+        sink = torch.zeros(place.threads)
+        done = function(flop / place.threads, place.threads, sink.data_ptr())
+        run = lambda: function(flop / place.threads, place.threads, sink.data_ptr())  # noqa: E731
+        return Contender(run, flop=done) if done else None
+
+    return contender

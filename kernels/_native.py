@@ -20,11 +20,23 @@ ABI = 1  # MARS_ABI of native/mars_native.h
 LEVELS = ("portable", "avx2", "avx512", "bf16", "vnni", "amx")  # enum Level of native/simd.h
 _NAMES = ("libmars_native.so", "libmars_native.dylib", "mars_native.dll")
 
-_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_P, _I64, _I32, _F32, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "mars_level": (_I32, []),
     "mars_level_supported": (_I32, [_I32]),
     "mars_set_level": (_I32, [_I32]),
+    "mars_codebook_pack": (_P, [_P, _I64, _I64, _I32]),
+    "mars_codebook_free": (None, [_P]),
+    "mars_nearest_code": (_I32, [_P, _P, _I64, _P, _I32]),
+    "mars_multiscale_quantize": (_I32, [_P, *[_I64] * 4, *[_P] * 4, _I64, *[_P] * 6, _I32]),
+    "mars_cmx": (_I32, [*[_I64] * 6, _P, _P, _I32]),
+    "mars_inverse_cmx": (_I32, [*[_I64] * 6, _P, _P, _I32]),
+    "mars_spectrogram_cmx": (_I32, [*[_I64] * 5, _F64, _F64, _P, *[_I64] * 3, _P, _I32]),
+    "mars_spectrogram_cmx_backward": (
+        _I32,
+        [*[_I64] * 5, _F64, _F64, _P, _P, *[_I64] * 3, _P, *[_I64] * 3, _I32],
+    ),
+    "mars_inverse_spectrogram_cmx": (_I32, [*[_I64] * 7, _F64, _F64, _P, _P, _I32]),
 }
 
 

@@ -66,10 +66,7 @@ def spectrogram(waveform: Tensor, config: AudioConfig) -> Tensor:
     added and not a floor, silence is exactly -1 and `magnitudes` recovers every m below max_db, zero
     included: a floor would come back as hiss.
     """
-    first = 1 if config.drop == "dc" else 0
-    magnitude = stft(waveform, config)[..., first : first + config.bins, :].abs()
-    epsilon, scale = _normalisation(config)
-    return (scale * torch.log1p(magnitude / epsilon) - 1).clamp(max=1)  # log1p: exact at 0, accurate near it
+    return kernels.spectrogram_cmx(_kept_bins(waveform, config), (1, 1), *_normalisation(config)).squeeze(-3)
 
 
 def magnitudes(spectrogram: Tensor, config: AudioConfig) -> Tensor:
@@ -78,21 +75,26 @@ def magnitudes(spectrogram: Tensor, config: AudioConfig) -> Tensor:
     The bins that were dropped come back as zeros.
     """
     _check_shape("audio.magnitudes", spectrogram, config.bins, config.frames)
-    epsilon, scale = _normalisation(config)
-    kept = epsilon * torch.expm1((_as_float32("audio.magnitudes", spectrogram).clamp(-1, 1) + 1) / scale)
-    below = 1 if config.drop == "dc" else 0
-    return F.pad(kept, (0, 0, below, config.n_fft // 2 + 1 - below - config.bins))
+    x = _as_float32("audio.magnitudes", spectrogram).unsqueeze(-3)
+    return kernels.inverse_spectrogram_cmx(x, (1, 1), *_normalisation(config), _dropped_bins(config))
 
 
 def multiplexed(waveform: Tensor, config: AudioConfig) -> Tensor:
     """CMX tensor (..., C, F, T), of shape config.shape, of the spectrogram of a waveform (..., samples)."""
-    return kernels.cmx(spectrogram(waveform, config), config.cmx)
+    return kernels.spectrogram_cmx(_kept_bins(waveform, config), config.cmx, *_normalisation(config))
 
 
 def demultiplexed(x: Tensor, config: AudioConfig) -> Tensor:
     """Spectrogram (..., bins, frames) held by a CMX tensor (..., C, F, T)."""
     _check_shape("audio.demultiplexed", x, *config.shape)
     return kernels.inverse_cmx(x, config.cmx)
+
+
+def demultiplexed_magnitudes(x: Tensor, config: AudioConfig) -> Tensor:
+    """`magnitudes` (..., n_fft / 2 + 1, frames) of the spectrogram held by a CMX tensor (..., C, F, T)."""
+    _check_shape("audio.demultiplexed_magnitudes", x, *config.shape)
+    x = _as_float32("audio.demultiplexed_magnitudes", x)
+    return kernels.inverse_spectrogram_cmx(x, config.cmx, *_normalisation(config), _dropped_bins(config))
 
 
 def griffin_lim(
@@ -258,6 +260,18 @@ def _turns(
         generator = generators
     device = None if generator is None else generator.device
     return torch.rand(config.frames, config.n_fft // 2 + 1, generator=generator, device=device)
+
+
+def _dropped_bins(config: AudioConfig) -> tuple[int, int]:
+    """How many of the n_fft / 2 + 1 bins are left out below and above those kept."""
+    below = 1 if config.drop == "dc" else 0
+    return below, config.n_fft // 2 + 1 - below - config.bins
+
+
+def _kept_bins(waveform: Tensor, config: AudioConfig) -> Tensor:
+    """`stft` without the bins that are left out: complex64 (..., bins, frames)."""
+    below, _ = _dropped_bins(config)
+    return stft(waveform, config)[..., below : below + config.bins, :]
 
 
 def _normalisation(config: AudioConfig) -> tuple[float, float]:

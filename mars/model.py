@@ -44,8 +44,7 @@ class Model:
     @torch.inference_mode()
     def decode(self, ids: Tensor, *, iterations: int = 32, seed: int = 0) -> Tensor:
         """Waveforms (B, samples) of tokens (B, L); the phase is Griffin-Lim's, started at random from `seed`."""
-        spectrogram = audio.demultiplexed(self.tokenizer.decode(ids.to(self.device)), self.config.audio)
-        magnitudes = audio.magnitudes(spectrogram, self.config.audio)
+        magnitudes = audio.demultiplexed_magnitudes(self.tokenizer.decode(ids.to(self.device)), self.config.audio)
         streams = [torch.Generator().manual_seed(seed) for _ in ids]
         return audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=streams)
 

@@ -3,13 +3,24 @@
 Ristori et al., "MARS", arXiv:2509.26007: a spectrogram gets shorter along both axes, with more channels, so
 that a tokeniser can afford it. Channel c = i_f * r_t + i_t holds the bins i_f, i_f + r_f, ... and the frames
 i_t, i_t + r_t, ...: the order of `torch.nn.PixelUnshuffle`, with a factor for each axis.
+
+`spectrogram_cmx` and `inverse_spectrogram_cmx` take the logarithm of a spectrum, or undo it, in the same pass.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from mars.kernels import _backend, _native
 from mars.kernels.cmx import reference
+
+# Within these float32 neither overflows below the clipping nor loses silence.
+_EPSILONS = (1e-25, 1e25)
+_SCALES = (0.05, 1e6)
 
 
 def cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
@@ -20,12 +31,8 @@ def cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     Raises ValueError naming the factors and the sizes that would fit.
     """
     r_f, r_t = _checked("cmx", factors)
-    if x.ndim < 2:
-        raise ValueError(f"cmx: want x (..., F, T), got shape {tuple(x.shape)}")
-    F, T = x.shape[-2:]
-    _check_divides("r_f", r_f, "F", F)
-    _check_divides("r_t", r_t, "T", T)
-    return reference.cmx(x, (r_f, r_t))
+    _check_divides("cmx", "x", x, r_f, r_t)
+    return x.contiguous().unsqueeze(-3) if r_f == r_t == 1 else torch.ops.mars.cmx(x, r_f, r_t)
 
 
 def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
@@ -36,16 +43,244 @@ def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     Raises ValueError naming the factors that fit the channels of x.
     """
     r_f, r_t = _checked("inverse_cmx", factors)
-    if x.ndim < 3:
-        raise ValueError(f"inverse_cmx: want x (..., channels, F, T), got shape {tuple(x.shape)}")
-    channels = x.shape[-3]
-    if channels != r_f * r_t:
-        fitting = ", ".join(f"({d}, {channels // d})" for d in _divisors(channels)) or "none"
-        raise ValueError(
-            f"inverse_cmx: factors ({r_f}, {r_t}) want {r_f * r_t} channels, got {channels}; "
-            f"factors that fit {channels}: {fitting}"
-        )
-    return reference.inverse_cmx(x, (r_f, r_t))
+    _check_channels("inverse_cmx", x, r_f, r_t)
+    return x.contiguous().squeeze(-3) if r_f == r_t == 1 else torch.ops.mars.inverse_cmx(x, r_f, r_t)
+
+
+def spectrogram_cmx(spectrum: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
+    """`cmx` of the normalised log magnitude min(scale * log(1 + |z| / epsilon) - 1, 1) of a spectrum, in one pass.
+
+    spectrum: (..., F, T), complex64 (fastest where frames or bins are contiguous) or complex128 (plain PyTorch).
+    factors: (r_f, r_t), which must divide (F, T). epsilon: 1e-25..1e25, in units of the spectrum. scale: 0.05..1e6.
+    Returns (..., r_f * r_t, F / r_f, T / r_t), contiguous, float32 or float64; 0 becomes -1 exactly. An element's
+    bits depend on its value alone, not on its place or the factors. The gradient is 0 where the spectrum is 0 and
+    where its magnitude is epsilon * expm1(2 / scale) or more, which is clipped to 1.
+    Raises ValueError.
+    """
+    r_f, r_t = _checked("spectrogram_cmx", factors)
+    if spectrum.dtype not in (torch.complex64, torch.complex128):
+        raise ValueError(f"spectrogram_cmx: want a spectrum in complex64 or complex128, got {spectrum.dtype}")
+    _check_divides("spectrogram_cmx", "a spectrum", spectrum, r_f, r_t)
+    _check_normalisation("spectrogram_cmx", epsilon, scale)
+    return torch.ops.mars.spectrogram_cmx(spectrum, r_f, r_t, epsilon, scale)
+
+
+def inverse_spectrogram_cmx(
+    x: Tensor, factors: tuple[int, int], epsilon: float, scale: float, zeros: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """Magnitudes of a spectrogram in CMX, undoing `spectrogram_cmx`: epsilon * expm1((x + 1) / scale) in one pass.
+
+    x: (..., r_f * r_t, F, T), float32 or float64 (plain PyTorch), clamped to [-1, 1]. zeros: how many bins of
+    zeros to add below and above. factors, epsilon and scale: those given to `spectrogram_cmx`.
+    Returns (..., zeros[0] + F * r_f + zeros[1], T * r_t), contiguous, of the dtype of x; -1 becomes 0 exactly. An
+    element's bits depend on its value alone. The gradient is 0 outside [-1, 1].
+    Raises ValueError.
+    """
+    r_f, r_t = _checked("inverse_spectrogram_cmx", factors)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"inverse_spectrogram_cmx: want x in float32 or float64, got {x.dtype}")
+    _check_channels("inverse_spectrogram_cmx", x, r_f, r_t)
+    _check_normalisation("inverse_spectrogram_cmx", epsilon, scale)
+    below, above = zeros
+    if below < 0 or above < 0:
+        raise ValueError(f"inverse_spectrogram_cmx: zeros (below, above) must be 0 or more, got ({below}, {above})")
+    return torch.ops.mars.inverse_spectrogram_cmx(x, r_f, r_t, epsilon, scale, below, above)
+
+
+@torch.library.custom_op("mars::cmx", mutates_args=())
+def _cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
+    backend = _backend.backend(x.device.type)
+    if backend == "reference":
+        return reference.cmx(x, (r_f, r_t))
+    x = _plain(x)
+    y = x.new_empty(_multiplexed(x, r_f, r_t))
+    if backend == "native":
+        run = _native.functions().mars_cmx
+        _native.check(run(*_sizes(x), r_f, r_t, x.element_size(), x.data_ptr(), y.data_ptr(), _native.threads()))
+    else:
+        from mars.kernels.cmx import triton
+
+        with torch.cuda.device_of(x):
+            triton.cmx(x, y, r_f, r_t)
+    return y
+
+
+@_cmx.register_fake
+def _cmx_fake(x: Tensor, r_f: int, r_t: int) -> Tensor:
+    return x.new_empty(_multiplexed(x, r_f, r_t))
+
+
+@torch.library.custom_op("mars::inverse_cmx", mutates_args=())
+def _inverse_cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
+    backend = _backend.backend(x.device.type)
+    if backend == "reference":
+        return reference.inverse_cmx(x, (r_f, r_t))
+    x = _plain(x)
+    y = x.new_empty(_demultiplexed(x, r_f, r_t))
+    if backend == "native":
+        run = _native.functions().mars_inverse_cmx
+        _native.check(run(*_sizes(y), r_f, r_t, x.element_size(), x.data_ptr(), y.data_ptr(), _native.threads()))
+    else:
+        from mars.kernels.cmx import triton
+
+        with torch.cuda.device_of(x):
+            triton.inverse_cmx(x, y, r_f, r_t)
+    return y
+
+
+@_inverse_cmx.register_fake
+def _inverse_cmx_fake(x: Tensor, r_f: int, r_t: int) -> Tensor:
+    return x.new_empty(_demultiplexed(x, r_f, r_t))
+
+
+@torch.library.custom_op("mars::spectrogram_cmx", mutates_args=())
+def _spectrogram_cmx(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+    backend = _backend.backend(z.device.type)
+    if backend == "reference" or z.dtype == torch.complex128:
+        return reference.spectrogram_cmx(z, (r_f, r_t), epsilon, scale)
+    x = z.new_empty(_multiplexed(z, r_f, r_t), dtype=torch.float32)
+    z = _batched(z)
+    if backend == "native":
+        run = _native.functions().mars_spectrogram_cmx
+        pointers = z.data_ptr(), *z.stride(), x.data_ptr()
+        _native.check(run(*z.shape, r_f, r_t, epsilon, scale, *pointers, _native.threads()))
+    else:
+        from mars.kernels.cmx import triton
+
+        with torch.cuda.device_of(z):
+            triton.spectrogram_cmx(z, x, r_f, r_t, epsilon, scale)
+    return x
+
+
+@_spectrogram_cmx.register_fake
+def _spectrogram_cmx_fake(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+    return z.new_empty(_multiplexed(z, r_f, r_t), dtype=z.dtype.to_real())
+
+
+@torch.library.custom_op("mars::spectrogram_cmx_backward", mutates_args=())
+def _spectrogram_cmx_backward(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+    backend = _backend.backend(z.device.type)
+    grad_z = _empty_like(z)
+    if backend == "reference" or z.dtype == torch.complex128:
+        return grad_z.copy_(reference.spectrogram_cmx_backward(grad, z, (r_f, r_t), epsilon, scale))
+    grad, z, to = _plain(grad), _batched(z), _batched(grad_z)
+    if backend == "native":
+        run = _native.functions().mars_spectrogram_cmx_backward
+        pointers = grad.data_ptr(), z.data_ptr(), *z.stride(), to.data_ptr(), *to.stride()
+        _native.check(run(*z.shape, r_f, r_t, epsilon, scale, *pointers, _native.threads()))
+    else:
+        from mars.kernels.cmx import triton
+
+        with torch.cuda.device_of(grad):
+            triton.spectrogram_cmx_backward(grad, z, to, r_f, r_t, epsilon, scale)
+    return grad_z
+
+
+@_spectrogram_cmx_backward.register_fake
+def _spectrogram_cmx_backward_fake(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+    return _empty_like(z)
+
+
+@torch.library.custom_op("mars::inverse_spectrogram_cmx", mutates_args=())
+def _inverse_spectrogram_cmx(
+    x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int
+) -> Tensor:
+    backend = _backend.backend(x.device.type)
+    if backend == "reference" or x.dtype == torch.float64:
+        return reference.inverse_spectrogram_cmx(x, (r_f, r_t), epsilon, scale, (below, above))
+    x = _plain(x)
+    m = x.new_empty(_demultiplexed(x, r_f, r_t, below + above))
+    n, bins, frames = _sizes(m)
+    bins -= below + above
+    if backend == "native":
+        run = _native.functions().mars_inverse_spectrogram_cmx
+        size = n, bins, frames, r_f, r_t, below, above
+        _native.check(run(*size, epsilon, scale, x.data_ptr(), m.data_ptr(), _native.threads()))
+    else:
+        from mars.kernels.cmx import triton
+
+        with torch.cuda.device_of(x):
+            triton.inverse_spectrogram_cmx(x, m, r_f, r_t, epsilon, scale, below, above)
+    return m
+
+
+@_inverse_spectrogram_cmx.register_fake
+def _inverse_spectrogram_cmx_fake(
+    x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int
+) -> Tensor:
+    return x.new_empty(_demultiplexed(x, r_f, r_t, below + above))
+
+
+def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.factors = inputs[1:]
+
+
+def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.settings = inputs[1:]
+
+
+def _backward_cmx(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.mars.inverse_cmx(grad, *ctx.factors), None, None
+
+
+def _backward_inverse_cmx(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.mars.cmx(grad, *ctx.factors), None, None
+
+
+def _backward_spectrogram_cmx(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return torch.ops.mars.spectrogram_cmx_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+def _backward_inverse_spectrogram_cmx(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x,), (r_f, r_t, epsilon, scale, below, above) = ctx.saved_tensors, ctx.settings
+    grad_x = reference.inverse_spectrogram_cmx_backward(grad, x, (r_f, r_t), epsilon, scale, (below, above))
+    return grad_x, None, None, None, None, None, None
+
+
+_cmx.register_autograd(_backward_cmx, setup_context=_save_factors)
+_inverse_cmx.register_autograd(_backward_inverse_cmx, setup_context=_save_factors)
+_spectrogram_cmx.register_autograd(_backward_spectrogram_cmx, setup_context=_save_all)
+_inverse_spectrogram_cmx.register_autograd(_backward_inverse_spectrogram_cmx, setup_context=_save_all)
+
+
+def _multiplexed(x: Tensor, r_f: int, r_t: int) -> tuple[int, ...]:
+    *lead, F, T = x.shape
+    return *lead, r_f * r_t, F // r_f, T // r_t
+
+
+def _demultiplexed(x: Tensor, r_f: int, r_t: int, more_bins: int = 0) -> tuple[int, ...]:
+    *lead, _, F, T = x.shape
+    return *lead, F * r_f + more_bins, T * r_t
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """(samples, bins, frames) of (..., bins, frames)."""
+    *lead, F, T = x.shape
+    return math.prod(lead), F, T
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Contiguous, and its memory its values: no lazy conjugation or negation."""
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def _bins_contiguous(z: Tensor) -> bool:
+    return z.stride(-2) == 1 and z.stride(-1) != 1
+
+
+def _empty_like(z: Tensor) -> Tensor:
+    """New memory with bins contiguous where those of z are, else frames."""
+    return z.new_empty(z.mT.shape).mT if _bins_contiguous(z) else z.new_empty(z.shape)
+
+
+def _batched(z: Tensor) -> Tensor:
+    """(samples, bins, frames) with contiguous bins or frames; copied where the strides do not allow a view."""
+    n, F, T = _sizes(z)
+    z = z.resolve_conj()
+    if _bins_contiguous(z):
+        return z.mT.reshape(n, T, F).mT
+    return (z if z.stride(-1) == 1 else z.contiguous()).reshape(n, F, T)
 
 
 def _checked(name: str, factors: tuple[int, int]) -> tuple[int, int]:
@@ -55,13 +290,34 @@ def _checked(name: str, factors: tuple[int, int]) -> tuple[int, int]:
     return r_f, r_t
 
 
-def _check_divides(factor_name: str, factor: int, size_name: str, size: int) -> None:
-    if size % factor:
-        smaller, larger = size // factor * factor, -(-size // factor) * factor
-        resized = f"pad/crop {size_name} to {smaller} or {larger}" if smaller else f"pad {size_name} to {larger}"
+def _check_normalisation(name: str, epsilon: float, scale: float) -> None:
+    for what, value, (least, most) in (("epsilon", epsilon, _EPSILONS), ("scale", scale, _SCALES)):
+        if not least <= value <= most:
+            raise ValueError(f"{name}: want {what} in {least:g}..{most:g}, got {value}")
+
+
+def _check_divides(name: str, what: str, x: Tensor, r_f: int, r_t: int) -> None:
+    if x.ndim < 2:
+        raise ValueError(f"{name}: want {what} (..., F, T), got shape {tuple(x.shape)}")
+    for factor_name, factor, size_name, size in (("r_f", r_f, "F", x.shape[-2]), ("r_t", r_t, "T", x.shape[-1])):
+        if size % factor:
+            smaller, larger = size // factor * factor, -(-size // factor) * factor
+            resized = f"pad/crop {size_name} to {smaller} or {larger}" if smaller else f"pad {size_name} to {larger}"
+            raise ValueError(
+                f"{name}: factor {factor_name}={factor} does not divide {size_name}={size}; "
+                f"use one of {', '.join(map(str, _divisors(size)))}, or {resized}"
+            )
+
+
+def _check_channels(name: str, x: Tensor, r_f: int, r_t: int) -> None:
+    if x.ndim < 3:
+        raise ValueError(f"{name}: want x (..., channels, F, T), got shape {tuple(x.shape)}")
+    channels = x.shape[-3]
+    if channels != r_f * r_t:
+        fitting = ", ".join(f"({d}, {channels // d})" for d in _divisors(channels)) or "none"
         raise ValueError(
-            f"cmx: factor {factor_name}={factor} does not divide {size_name}={size}; "
-            f"use one of {', '.join(map(str, _divisors(size)))}, or {resized}"
+            f"{name}: factors ({r_f}, {r_t}) want {r_f * r_t} channels, got {channels}; "
+            f"factors that fit {channels}: {fitting}"
         )
 
 

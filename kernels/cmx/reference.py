@@ -1,7 +1,11 @@
-"""Definition of channel multiplexing in plain PyTorch; sizes are assumed to fit (op.py checks them)."""
+"""Definitions in plain PyTorch; arguments are assumed to fit (op.py checks them). Every result is new memory."""
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -12,7 +16,7 @@ def cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     n = len(lead)
     blocks = x.reshape(*lead, F // r_f, r_f, T // r_t, r_t)
     blocks = blocks.permute(*range(n), n + 1, n + 3, n, n + 2)
-    return blocks.reshape(*lead, r_f * r_t, F // r_f, T // r_t).contiguous()
+    return blocks.clone(memory_format=torch.contiguous_format).view(*lead, r_f * r_t, F // r_f, T // r_t)
 
 
 def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
@@ -22,4 +26,39 @@ def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     n = len(lead)
     blocks = x.reshape(*lead, r_f, r_t, F, T)
     blocks = blocks.permute(*range(n), n + 2, n, n + 3, n + 1)
-    return blocks.reshape(*lead, F * r_f, T * r_t).contiguous()
+    return blocks.clone(memory_format=torch.contiguous_format).view(*lead, F * r_f, T * r_t)
+
+
+def spectrogram_cmx(z: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
+    """`cmx` of min(scale log(1 + |z| / epsilon) - 1, 1)."""
+    x = (scale * torch.log1p(z.abs() / epsilon) - 1).clamp(max=1)  # log1p: exact at 0, accurate near it
+    return cmx(x, factors)
+
+
+def spectrogram_cmx_backward(grad: Tensor, z: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
+    """Gradient to z: scale / (epsilon + |z|) along z / |z|; 0 where z = 0 and where |z| >= `limit`."""
+    magnitude = z.abs()
+    slope = inverse_cmx(grad, factors) * scale / (epsilon + magnitude)
+    return torch.where((magnitude == 0) | (magnitude >= limit(epsilon, scale)), 0, slope * z.sgn())
+
+
+def limit(epsilon: float, scale: float) -> float:
+    """The magnitude from which on `spectrogram_cmx` is 1."""
+    return epsilon * math.expm1(2 / scale)
+
+
+def inverse_spectrogram_cmx(
+    x: Tensor, factors: tuple[int, int], epsilon: float, scale: float, zeros: tuple[int, int]
+) -> Tensor:
+    """epsilon (exp((x + 1) / scale) - 1) of `inverse_cmx`, x clamped to [-1, 1], between bins of zeros."""
+    magnitude = epsilon * torch.expm1((inverse_cmx(x, factors).clamp(-1, 1) + 1) / scale)
+    return F.pad(magnitude, (0, 0, *zeros))
+
+
+def inverse_spectrogram_cmx_backward(
+    grad: Tensor, x: Tensor, factors: tuple[int, int], epsilon: float, scale: float, zeros: tuple[int, int]
+) -> Tensor:
+    """Gradient to x: epsilon / scale exp((x + 1) / scale) in [-1, 1], 0 elsewhere."""
+    kept = cmx(grad[..., zeros[0] : grad.shape[-2] - zeros[1], :], factors)
+    slope = epsilon / scale * torch.exp((x + 1) / scale)
+    return torch.where(x.abs() > 1, 0, kept * slope)

@@ -11,8 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mars.kernels.nearest_code import nearest_code
+from mars.kernels.nearest_code import PackedCodebook
 from mars.kernels.nearest_code.op import Metric
+
+
+def area_downsample(x: Tensor, scale: tuple[int, int]) -> Tensor:
+    """x (B, D, H, W) at a coarser grid (B, D, *scale): the mean of the cells that each new one touches."""
+    return x if tuple(x.shape[2:]) == tuple(scale) else F.interpolate(x, size=tuple(scale), mode="area")
+
+
+def look_up(ids: Tensor, codebook: Tensor, scale: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The codes of one scale, up-sampled bicubically. ids: (B, h w). Returns (B, D, H, W)."""
+    h = F.embedding(ids, codebook).transpose(1, 2).unflatten(2, scale)
+    return h if scale == grid else F.interpolate(h, size=grid, mode="bicubic", align_corners=False)
 
 
 def dequantize_scale(
@@ -28,10 +39,18 @@ def dequantize_scale(
 
     ids: (B, h w); weight: (D, D, 3, 3); bias: (D,). Returns (B, D, H, W).
     """
-    h = F.embedding(ids, codebook).transpose(1, 2).unflatten(2, scale)
-    if scale != grid:
-        h = F.interpolate(h, size=grid, mode="bicubic", align_corners=False)
+    h = look_up(ids, codebook, scale, grid)
     return torch.lerp(h, F.conv2d(h, weight, bias, padding=1), ratio)
+
+
+def fold(weight: Tensor, ratio: float) -> Tensor:
+    """The mix (1 - ratio) h + ratio phi(h) as one convolution, for the kernels; its bias is ratio times phi's.
+
+    weight: (Q, D, D, 3, 3). Returns its taps (Q, 3, 3, D, D), the last dimension the output's.
+    """
+    one = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    identity = F.pad(one[None, None], [0] * 4 + [1] * 4)
+    return (weight.permute(0, 3, 4, 2, 1) * ratio + identity * (1 - ratio)).contiguous()
 
 
 def multiscale_quantize(
@@ -47,16 +66,16 @@ def multiscale_quantize(
 ) -> tuple[Tensor, Tensor]:
     """See `op.multiscale_quantize`."""
     grid = (f.shape[2], f.shape[3])
-    residual = f.detach().clone()
+    packed = PackedCodebook(codebook.detach().float(), metric, "reference")
+    residual = f.detach()
     total = torch.zeros_like(residual)
     ids, totals = [], []
     for k, scale in enumerate(scales):
-        z = residual if scale == grid else F.interpolate(residual, size=scale, mode="area")
-        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-        ids_k = nearest_code(rows, codebook.detach(), metric).view(len(f), -1)
+        rows = area_downsample(residual, scale).permute(0, 2, 3, 1).reshape(-1, f.shape[1])
+        ids_k = packed.search(rows).view(len(f), scale[0] * scale[1])
         h = dequantize_scale(ids_k, codebook, weight[phi_index[k]], bias[phi_index[k]], scale, grid, ratio)
         residual = residual - h.detach()  # the whole chain, also of what `keep` leaves out
-        total = total + (h if keep is None else h * (keep > k).view(-1, 1, 1, 1))
+        total = total + (h if keep is None else h.where((keep > k).view(-1, 1, 1, 1), 0))
         ids.append(ids_k)
         totals.append(total)
     return torch.cat(ids, dim=1), torch.stack(totals)

@@ -12,6 +12,12 @@
 #define MARS_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 #endif
 
+#if defined(__GNUC__)
+#define MARS_INLINE inline __attribute__((always_inline))  // so that the code takes on its caller's instruction set
+#else
+#define MARS_INLINE inline
+#endif
+
 namespace mars {
 
 // In the order of preference: the last one that is supported is used unless mars_set_level says otherwise.

@@ -1,74 +1,138 @@
-"""Contract of `nearest_code`: the vector quantiser's search (van den Oord et al. 2017, eq. 1)."""
+"""Contract of `nearest_code`: the vector quantiser's search (van den Oord et al. 2017, eq. 1).
+
+What is computed, in float32 and in this order: the score of code v starts at -|c_v|^2 / 2 ("l2", summed in float64 and
+then rounded) or at 0 ("cosine", on rows of the codebook divided by their length), and x_d c_vd is added to it with one
+rounding (a fused multiply-add) for d = 0, 1, ...; the index of the largest score is the answer, the lowest one on ties.
+The length of x and |x|^2 do not enter, because they do not change the choice. The native and the Triton kernels give
+that index exactly, at every level and tile size; plain PyTorch, whose matrix products leave the order open, can differ
+from it where two scores are within rounding of each other.
+
+NaN and infinity: a row of x that holds one gets index 0; a row of the codebook that holds one, or whose squared length
+is not a float32, is never chosen unless no other is left.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+import weakref
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mars.kernels import _native
+from mars.kernels._backend import Backend, backend
+from mars.kernels.nearest_code import reference
+
 Metric = Literal["l2", "cosine"]
-_SCORES = 1 << 24  # scores held at a time: 64 MiB of float32
-_GROUP = 64  # codes per group in the two-level argmax
+_TRITON_DIM = 256  # a row of x is held in registers
 
 
-@torch.no_grad()
-def nearest_code(x: Tensor, codebook: Tensor, metric: Metric = "l2") -> Tensor:
-    """Index of the codebook row nearest to each row of x, the lowest index on ties.
+def nearest_code(x: Tensor, codebook: Tensor | PackedCodebook, metric: Metric = "l2") -> Tensor:
+    """Index of the codebook row nearest to each row of x, the lowest index on ties. Never holds an (N, V) matrix.
 
     Args:
-        x: (N, D), any float dtype; the search is in float32.
-        codebook: (V, D).
+        x: (N, D), any float dtype and strides; the search is in float32. No gradient.
+        codebook: (V, D), or what `pack_codebook` made of it, whose metric then holds.
         metric: "l2", the smallest squared distance, or "cosine", the largest cosine.
 
     Returns:
         int64 (N,).
 
     Raises:
-        ValueError: the shapes do not fit or the metric is unknown.
+        ValueError: shapes, dtypes or devices do not fit, or the metric is unknown.
     """
-    if x.ndim != 2 or codebook.ndim != 2 or x.shape[1] != codebook.shape[1] or len(codebook) == 0:
-        raise ValueError(
-            f"nearest_code: want x (N, D) and codebook (V, D); got {tuple(x.shape)}, {tuple(codebook.shape)}"
+    if isinstance(codebook, PackedCodebook):
+        return codebook.search(x)
+    _check(x, codebook.shape, codebook.device)
+    _check_codebook(codebook, metric)
+    return _nearest_code(x.detach().float().contiguous(), codebook.detach().float().contiguous(), metric)
+
+
+@torch.library.custom_op("mars::nearest_code", mutates_args=())
+def _nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    return PackedCodebook(codebook, metric, backend(x.device.type)).search(x)
+
+
+@_nearest_code.register_fake
+def _fake(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def pack_codebook(codebook: Tensor, metric: Metric = "l2") -> PackedCodebook:
+    """Prepare a codebook (V, D) once for many calls of `nearest_code`; later changes to it are not seen.
+
+    Raises:
+        ValueError: as `nearest_code`.
+    """
+    _check_codebook(codebook, metric)
+    return PackedCodebook(codebook.detach().float().contiguous(), metric, backend(codebook.device.type))
+
+
+class PackedCodebook:
+    """A codebook in the layout of the kernel that will search it. See `pack_codebook`."""
+
+    def __init__(self, codebook: Tensor, metric: str, chosen: Backend) -> None:
+        if chosen == "triton" and codebook.shape[1] > _TRITON_DIM:
+            chosen = "reference"
+        self.shape, self.device, self.metric, self.backend = codebook.shape, codebook.device, metric, chosen
+        self._packed: Any
+        if chosen == "reference":
+            self._packed = codebook.clone()
+            return
+        if metric == "cosine":
+            codebook = F.normalize(codebook, dim=-1)
+        if chosen == "triton":
+            from mars.kernels.nearest_code import triton
+
+            with torch.cuda.device_of(codebook):
+                self._packed = triton.prepare(codebook, biased=metric == "l2")
+        else:
+            lib = _native.functions()
+            self._packed = lib.mars_codebook_pack(codebook.data_ptr(), *codebook.shape, metric == "cosine")
+            if not self._packed:
+                raise MemoryError(f"nearest_code: no memory to pack a codebook {tuple(codebook.shape)}")
+            weakref.finalize(self, lib.mars_codebook_free, self._packed)
+
+    def search(self, x: Tensor) -> Tensor:
+        """int64 (N,): see `nearest_code`. x: (N, D)."""
+        _check(x, self.shape, self.device)
+        x = x.detach().float().contiguous()
+        if self.backend == "reference":
+            return reference.nearest_code(x, self._packed, self.metric)
+        if self.backend == "triton":
+            from mars.kernels.nearest_code import triton
+
+            with torch.cuda.device_of(x):
+                return triton.search(x, self._packed)
+        ids = torch.empty(len(x), dtype=torch.int64)
+        _native.check(
+            _native.functions().mars_nearest_code(self._packed, x.data_ptr(), len(x), ids.data_ptr(), _native.threads())
         )
-    if metric not in ("l2", "cosine"):
-        raise ValueError(f"nearest_code: metric must be l2 or cosine, got {metric!r}")
-    rows, codebook = max(1, _SCORES // len(codebook)), codebook.float()
-    if metric == "cosine":
-        codebook, bias = F.normalize(codebook, dim=-1), None  # the length of x does not change the choice
-    else:
-        bias = -0.5 * codebook.square().sum(-1)  # neither does |x|^2
-    found = []
-    with _float32(x.device.type):
-        for part in x.float().split(rows):
-            scores = part @ codebook.T if bias is None else torch.addmm(bias, part, codebook.T)
-            found.append(_argmax(scores))
-    return torch.cat(found) if len(found) != 1 else found[0]
+        return ids
+
+    @property
+    def pointer(self) -> int:
+        """The packed form for the library's own functions ("native" only)."""
+        assert self.backend == "native"
+        return self._packed
 
 
-def _argmax(scores: Tensor) -> Tensor:
-    """`scores.argmax(1)`, lowest index on ties: PyTorch's argmax reads at a fifth of the speed of its amax."""
-    rows, columns = scores.shape
-    if columns % _GROUP or columns == _GROUP:
-        return scores.argmax(dim=1)
-    groups = scores.view(rows, columns // _GROUP, _GROUP)
-    best = groups.amax(dim=2).argmax(dim=1)
-    inside = groups[torch.arange(rows, device=scores.device), best].argmax(dim=1)
-    return best * _GROUP + inside
+def _check(x: Tensor, shape: torch.Size, device: torch.device) -> None:
+    if x.ndim != 2 or len(shape) != 2 or x.shape[1] != shape[1]:
+        raise ValueError(f"nearest_code: want x (N, D) and codebook (V, D); got {tuple(x.shape)}, {tuple(shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"nearest_code: want x of a floating-point dtype, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"nearest_code: want x and codebook on one device; got {x.device}, {device}")
 
 
-@contextmanager
-def _float32(device: str) -> Iterator[None]:
-    """Products in full float32: neither autocast, nor the TF32 or bfloat16 that a lower matmul precision allows."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+def _check_codebook(codebook: Tensor, metric: str) -> None:
+    if codebook.ndim != 2 or 0 in codebook.shape or len(codebook) >= 2**31:
+        raise ValueError(
+            f"nearest_code: want a codebook (V, D) with 1 <= V < 2**31 and D >= 1, got {tuple(codebook.shape)}"
+        )
+    if not codebook.is_floating_point():
+        raise ValueError(f"nearest_code: want a codebook of a floating-point dtype, got {codebook.dtype}")
+    if metric not in get_args(Metric):
+        raise ValueError(f"nearest_code: metric must be one of {', '.join(get_args(Metric))}; got {metric!r}")

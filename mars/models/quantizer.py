@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mars.config import TokenizerConfig
-from mars.kernels import dequantize_scale, multiscale_quantize
+from mars.kernels import area_downsample, dequantize_scale, multiscale_quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,7 @@ class Quantizer(nn.Module):
 
     def next_input(self, k: int, total: Tensor) -> Tensor:
         """VAR's input (B, h w, D) for scale k >= 1: the running sum, area-down-sampled to that scale."""
-        if self.scales[k] != self.scales[-1]:
-            total = F.interpolate(total, size=self.scales[k], mode="area")
-        return total.flatten(2).transpose(1, 2)
+        return area_downsample(total, self.scales[k]).flatten(2).transpose(1, 2)
 
     def teacher_inputs(self, ids: Tensor) -> Tensor:
         """VAR's inputs (B, L - n_1, D) for all scales but the first, from the true tokens (B, L)."""

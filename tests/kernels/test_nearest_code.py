@@ -1,14 +1,21 @@
-"""Nearest code: compared by the distance at the index in float64, and by the index where ties are made on purpose."""
+"""Nearest code: exactly the index that the contract's float32 arithmetic gives, on every implementation but PyTorch's.
+
+PyTorch's matrix products leave the order of the additions open; the reference is compared by the distance at its index.
+"""
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mars.kernels import nearest_code
-from mars.kernels.nearest_code import op, reference
+from mars import kernels
+from mars.kernels import _backend, _native, nearest_code, pack_codebook
 
 METRICS = ["l2", "cosine"]
+NATIVE = [] if _backend.missing("native", "cpu") else [f"native {level}" for level in _native.LEVELS]
 SHAPES = [
     (1, 1, 2),
     (3, 2, 1),
@@ -17,29 +24,69 @@ SHAPES = [
     (130, 33, 257),
     (31, 32, 1000),
     (9, 4, 64),
-    (40, 7, 128),
-    (33, 8, 4096),
+    (97, 33, 1500),  # from 1024 codes on, filters
+    (129, 8, 2049),
+    (50, 100, 1024),
+    (17, 1, 3000),
+    (800, 16, 1100),
 ]
 # N, D, V
 
 
-def costs(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
-    """(N, V) by brute force in float64: squared distance, or minus the cosine."""
-    x, codebook = x.double(), codebook.double()
-    if metric == "l2":
-        return (x[:, None] - codebook).square().sum(-1)
-    return -torch.cosine_similarity(x[:, None], codebook[None], dim=-1, eps=0)
+@contextmanager
+def running(implementation):
+    """Run on "reference", "native <level>" or "triton"."""
+    name, _, level = implementation.partition(" ")
+    with ExitStack() as stack:
+        stack.enter_context(kernels.use(name))
+        if level:
+            if level not in _native.levels():
+                pytest.skip(f"this processor has no {level}")
+            stack.enter_context(_native.use_level(level))
+        yield
+
+
+@pytest.fixture(params=NATIVE)
+def native(request):
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", *NATIVE])
+def implementation(request):
+    with running(request.param):
+        yield request.param
+
+
+def scores(x, codebook, metric):
+    """(N, V) by the contract: one rounding to float32 after each product and sum, both exact in float64."""
+    if metric == "cosine":
+        codebook = F.normalize(codebook, dim=-1)
+        score = torch.zeros(len(codebook))
+    else:
+        score = codebook.double().square().sum(1).mul(-0.5).float()
+    score = score.expand(len(x), -1)
+    for x_d, c_d in zip(x.double().T, codebook.double().T, strict=True):
+        score = (score.double() + x_d[:, None] * c_d).float()
+    return score
+
+
+def exact(x, codebook, metric):
+    """The index that the contract names; argmax takes the lowest."""
+    return scores(x, codebook, metric).argmax(1)
 
 
 def assert_nearest(ids, x, codebook, metric):
     """No code is nearer than the chosen one by more than float32 rounding of the scores."""
     assert ids.dtype == torch.int64
     assert ids.shape == x.shape[:1]
-    cost = costs(x, codebook, metric)
-    chosen = cost.gather(1, ids[:, None])[:, 0]
-    size = 1.0
+    x, codebook = x.double(), codebook.double()
     if metric == "l2":
-        size = (x.double().norm(dim=1) + codebook.double().norm(dim=1).max()) * codebook.double().norm(dim=1).max()
+        cost = (x[:, None] - codebook).square().sum(-1)
+        size = (x.norm(dim=1) + codebook.norm(dim=1).max()) * codebook.norm(dim=1).max()
+    else:
+        cost, size = -torch.cosine_similarity(x[:, None], codebook[None], dim=-1, eps=0), 1.0
+    chosen = cost.gather(1, ids[:, None])[:, 0]
     assert (chosen - cost.min(1).values <= 1e-6 * size).all()
 
 
@@ -47,35 +94,91 @@ def inputs(n, d, v):
     return torch.randn(n, d), torch.randn(v, d) * torch.rand(v, 1).add(0.3)
 
 
+def adversarial(n=150, d=24, v=1700):
+    """Codebooks on which a filter's bounds are of no use, unless it is careful."""
+    x, codebook = inputs(n, d, v)
+    outlier = codebook.clone()
+    outlier[5] *= 1e4
+    half_equal = codebook.clone()
+    half_equal[v // 2 :] = codebook[3]
+    grid = torch.randint(-2, 3, codebook.shape).float()
+    return {
+        "outlier": (x, outlier),
+        "log-normal norms": (x, codebook * torch.randn(len(codebook), 1).mul(2).exp()),
+        "shifted": (x + 10, codebook + 10),
+        "far shifted": (x + 1e4, codebook + 1e4),
+        "all equal": (x, codebook[:1].expand(v, -1).contiguous()),
+        "half equal": (x, half_equal),
+        "all zero": (x, torch.zeros_like(codebook)),
+        "ties on a grid": (torch.randint(-1, 2, x.shape).float(), grid),
+        "constant rows": (torch.ones_like(x), codebook),
+        "zero rows": (torch.zeros_like(x), codebook),
+        "rows are codes": (codebook[::11].contiguous(), codebook),
+        "one long row": (torch.cat((x, 1e5 * x[:1])), codebook),
+        "tiny": (x * 1e-18, codebook * 1e-18),
+        "denormal products": (x * 1e-21, codebook * 1e-21),
+        "huge": (x * 1e17, codebook * 1e17),
+        "overflowing": (x * 1e25, codebook * 1e15),
+        "rows overflow a square": (x * 1e30, codebook),
+    }
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_finds_the_nearest(shape, metric):
+def test_native_is_exact(shape, metric, native):
     x, codebook = inputs(*shape)
-    ids = nearest_code(x, codebook, metric)
-    assert_nearest(ids, x, codebook, metric)
-    agree = (ids == costs(x, codebook, metric).argmin(1)).double().mean()
-    assert agree > 0.98  # ties apart, which are rare
-
-
-def test_l2_is_the_default_and_differs_from_cosine():
-    x, codebook = inputs(200, 4, 50)
-    assert torch.equal(nearest_code(x, codebook), nearest_code(x, codebook, "l2"))
-    assert not torch.equal(nearest_code(x, codebook), nearest_code(x, codebook, "cosine"))
+    assert torch.equal(nearest_code(x, codebook, metric), exact(x, codebook, metric))
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("v", [2, 16, 50, 64, 128, 1001])
-def test_ties_go_to_the_lowest_index(metric, v):
-    x, half = inputs(67, 8, v)
-    codebook = torch.cat((half, half, half))
+@pytest.mark.parametrize("case", adversarial())
+def test_native_is_exact_on_adversarial_codebooks(case, metric, native):
+    x, codebook = adversarial()[case]
+    assert torch.equal(nearest_code(x, codebook, metric), exact(x, codebook, metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reference_finds_the_nearest(shape, metric):
+    x, codebook = inputs(*shape)
+    with running("reference"):
+        ids = nearest_code(x, codebook, metric)
+    assert_nearest(ids, x, codebook, metric)
+    assert (ids == exact(x, codebook, metric)).double().mean() > 0.98  # but for ties, which are rare
+
+
+def test_the_default_is_native_and_l2():
+    x, codebook = inputs(200, 4, 1050)
+    assert torch.equal(nearest_code(x, codebook), exact(x, codebook, "l2"))
+    assert not torch.equal(nearest_code(x, codebook), nearest_code(x, codebook, "cosine"))
+    assert pack_codebook(codebook).backend == ("native" if NATIVE else "reference")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 49, 300])
+def test_threads_do_not_show(n, threads, native):
+    x, codebook = inputs(n, 20, 1200)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(nearest_code(x, codebook), exact(x, codebook, "l2"))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("v", [2, 16, 50, 128, 1001])
+def test_ties_go_to_the_lowest_index(metric, v, implementation):
+    x, part = inputs(67, 8, v)
+    codebook = part.repeat(3, 1)
     ids = nearest_code(x, codebook, metric)
     assert ids.max() < v
-    assert torch.equal(ids, nearest_code(x, half, metric))
-    assert not nearest_code(x, half[:1].expand(9, -1), metric).any()
-    assert not nearest_code(x, half[:1].expand(256, -1), metric).any()
+    assert torch.equal(ids, nearest_code(x, part, metric))
+    assert not nearest_code(x, part[:1].expand(9, -1), metric).any()
+    assert not nearest_code(x, part[:1].expand(1300, -1), metric).any()
 
 
-def test_ties_between_different_codes_go_to_the_lowest_index():
+def test_ties_between_different_codes_go_to_the_lowest_index(implementation):
     codebook = torch.tensor([[9.0, 9.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     assert nearest_code(torch.zeros(1, 2), codebook).item() == 1
     assert nearest_code(torch.tensor([[0.0, -0.5]]), codebook).item() == 4
@@ -83,23 +186,33 @@ def test_ties_between_different_codes_go_to_the_lowest_index():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("size", "codes"), [(1e-20, 1), (1e4, 1), (1e4, 1e4), (1, 1e-4), (1, 1e4), (1e6, 1)])
-def test_extreme_sizes(metric, size, codes):
-    x, codebook = inputs(40, 16, 300)
-    x, codebook = x * size, codebook * codes
-    assert_nearest(nearest_code(x, codebook, metric), x, codebook, metric)
+@pytest.mark.parametrize("v", [40, 1500])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_get_index_0(bad, v, metric, implementation):
+    x, codebook = inputs(33, 6, v)
+    wanted = nearest_code(x, codebook, metric)
+    rows = torch.arange(0, 33, 4)
+    x[rows, 2] = bad
+    wanted[rows] = 0
+    assert torch.equal(nearest_code(x, codebook, metric), wanted)
 
 
-def test_long_vectors_do_not_drown_the_differences_between_codes():
-    x, codebook = inputs(200, 16, 300)
-    x *= 1e6
-    wanted = costs(x, codebook, "l2").argmin(1)
-    assert (nearest_code(x, codebook) == wanted).double().mean() > 0.98
+@pytest.mark.parametrize("v", [40, 1500])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_codes_that_are_not_finite_are_never_chosen(bad, v, implementation):
+    x, codebook = inputs(33, 6, v)
+    codebook[::3, 1] = bad  # 1e30: its square is not a float32
+    usable = torch.ones(v, dtype=torch.bool)
+    usable[::3] = False
+    wanted = usable.nonzero()[:, 0][nearest_code(x, codebook[usable].contiguous())]
+    assert torch.equal(nearest_code(x, codebook), wanted)
+    codebook[:, 1] = bad
+    assert not nearest_code(x, codebook).any()
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_strided_inputs_are_read_as_their_values(metric):
-    x, codebook = torch.randn(12, 40).T[::2], torch.randn(36, 99).T[:, ::3]
+def test_strided_inputs_are_read_as_their_values(metric, implementation):
+    x, codebook = torch.randn(12, 40).T[::2], torch.randn(36, 1100 * 3).T[:, ::3]
     assert not x.is_contiguous()
     assert not codebook.is_contiguous()
     ids = nearest_code(x, codebook, metric)
@@ -107,24 +220,23 @@ def test_strided_inputs_are_read_as_their_values(metric):
     assert torch.equal(ids, nearest_code(x.contiguous(), codebook.contiguous(), metric))
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_an_empty_batch_gives_no_indices(metric):
-    ids = nearest_code(torch.zeros(0, 4), torch.randn(7, 4), metric)
+@pytest.mark.parametrize("v", [7, 2000])
+def test_an_empty_batch_gives_no_indices(v, implementation):
+    ids = nearest_code(torch.zeros(0, 4), torch.randn(v, 4))
     assert ids.shape == (0,)
     assert ids.dtype == torch.int64
 
 
-@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_other_dtypes_are_searched_in_float32(metric, dtype):
-    x, codebook = (t.to(dtype) for t in inputs(90, 12, 200))
-    ids = nearest_code(x, codebook, metric)
-    assert torch.equal(ids, nearest_code(x.float(), codebook.float(), metric))
-    assert_nearest(ids, x, codebook, metric)
+def test_other_dtypes_are_searched_in_float32(dtype, implementation):
+    x, codebook = (t.to(dtype) for t in inputs(90, 12, 1200))
+    ids = nearest_code(x, codebook)
+    assert torch.equal(ids, nearest_code(x.float(), codebook.float()))
+    assert_nearest(ids, x, codebook, "l2")
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_neither_autocast_nor_the_matmul_precision_lowers_the_search(metric):
+def test_neither_autocast_nor_the_matmul_precision_lowers_the_search(metric, implementation):
     x, codebook = inputs(3000, 32, 500)
     wanted = nearest_code(x, codebook, metric)
     before = torch.get_float32_matmul_precision()
@@ -138,26 +250,37 @@ def test_neither_autocast_nor_the_matmul_precision_lowers_the_search(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_the_definition(shape, metric):
-    x, codebook = inputs(*shape)
-    ids, wanted = nearest_code(x, codebook, metric), reference.nearest_code(x, codebook, metric)
-    assert_nearest(wanted, x, codebook, metric)
-    assert (ids == wanted).double().mean() > 0.98
+def test_a_packed_codebook_gives_the_same_and_keeps_its_values(metric, implementation):
+    x, codebook = inputs(70, 9, 1300)
+    wanted = nearest_code(x, codebook, metric)
+    packed = pack_codebook(codebook, metric)
+    codebook.zero_()
+    for part, ids in zip(x.split(30), wanted.split(30), strict=True):
+        assert torch.equal(nearest_code(part, packed), ids)
+    with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got \(2, 3\), \(1300, 9\)"):
+        nearest_code(torch.zeros(2, 3), packed)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("scores", [1, 50, 149, 1000])
-def test_chunks_do_not_show(metric, scores, monkeypatch):
-    x, codebook = inputs(101, 8, 50)
-    whole = nearest_code(x, codebook, metric)
-    sizes = []
-    original = op._argmax
-    monkeypatch.setattr(op, "_SCORES", scores)
-    monkeypatch.setattr(op, "_argmax", lambda scores: sizes.append(len(scores)) or original(scores))
-    assert torch.equal(nearest_code(x, codebook, metric), whole)
-    assert max(sizes) == max(1, scores // 50)
-    assert sum(sizes) == 101
+def test_a_codebook_packed_for_one_level_works_at_another():
+    if not NATIVE:
+        pytest.skip("no native library")
+    x, codebook = inputs(70, 9, 1300)
+    for level in _native.levels():
+        with _native.use_level(level):
+            packed = pack_codebook(codebook)
+        assert torch.equal(nearest_code(x, packed), exact(x, codebook, "l2"))
+
+
+def test_the_op_is_well_formed(implementation):
+    x, codebook = inputs(20, 5, 30)
+    torch.library.opcheck(torch.ops.mars.nearest_code.default, (x, codebook, "l2"))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_the_op_compiles(compiler):
+    x, codebook = inputs(20, 5, 30)
+    compiled = torch.compile(lambda a, b: nearest_code(a * 2, b, "cosine") + 1, fullgraph=True, backend=compiler)
+    assert torch.equal(compiled(x, codebook), nearest_code(x * 2, codebook, "cosine") + 1)
 
 
 def test_no_gradient_is_recorded():
@@ -165,14 +288,29 @@ def test_no_gradient_is_recorded():
     assert not nearest_code(x, codebook).requires_grad
 
 
-@pytest.mark.parametrize(
-    ("x", "codebook"), [((3,), (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 2)), ((2, 3), (0, 3)), ((1, 2, 3), (4, 3))]
-)
+@pytest.mark.parametrize(("x", "codebook"), [((3,), (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 2)), ((1, 2, 3), (4, 3))])
 def test_shapes_that_do_not_fit_are_refused(x, codebook):
     with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got"):
         nearest_code(torch.zeros(x), torch.zeros(codebook))
 
 
-def test_an_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match="metric must be l2 or cosine, got 'dot'"):
+@pytest.mark.parametrize("codebook", [(0, 3), (3, 0)])
+def test_empty_codebooks_are_refused(codebook):
+    with pytest.raises(ValueError, match=r"1 <= V < 2\*\*31 and D >= 1, got"):
+        nearest_code(torch.zeros(2, codebook[1]), torch.zeros(codebook))
+
+
+def test_a_codebook_of_too_many_rows_is_refused():
+    with pytest.raises(ValueError, match=r"V < 2\*\*31"):
+        nearest_code(torch.zeros(2, 1), torch.zeros(1, 1).expand(2**31, 1))
+
+
+def test_integers_and_unknown_metrics_are_refused():
+    with pytest.raises(ValueError, match="want x of a floating-point dtype, got torch"):
+        nearest_code(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="want a codebook of a floating-point dtype, got torch"):
+        nearest_code(torch.zeros(1, 2), torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="metric must be one of l2, cosine; got 'dot'"):
         nearest_code(torch.zeros(1, 2), torch.zeros(3, 2), "dot")
+    with pytest.raises(ValueError, match="one device; got cpu, meta"):
+        nearest_code(torch.zeros(1, 2), torch.zeros(3, 2, device="meta"))

@@ -1,0 +1,31 @@
+"""`python -m mars.kernels`: which implementations of the ops this machine has, and why not the others."""
+
+from __future__ import annotations
+
+import sys
+from typing import get_args
+
+import torch
+
+from mars.kernels import _backend, _native
+from mars.kernels._backend import Backend
+
+
+def main() -> None:
+    write = sys.stdout.write
+    devices = ["cpu"] + [d for d in ("cuda", "mps") if getattr(torch, d).is_available()]
+    for device in devices:
+        write(f"{device}: {_backend.backend(device)}\n")
+        for backend in get_args(Backend):
+            write(f"  {backend:<10} {_backend.missing(backend, device) or 'yes'}\n")
+    library = _native.library()
+    if not isinstance(library, str):
+        have = _native.levels()
+        lacking = [level for level in _native.LEVELS if level not in have]
+        write(f"instruction set: {_native.level()} (of {', '.join(have)}")
+        write(f"; this processor lacks {', '.join(lacking)})\n" if lacking else ")\n")
+        write(f"threads: {_native.threads()}\n")
+
+
+if __name__ == "__main__":
+    main()

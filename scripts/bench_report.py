@@ -1,0 +1,57 @@
+"""Print the last benchmark results as Markdown: `python scripts/bench_report.py [results.json]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+
+def main(path: Path) -> None:
+    results = json.loads(path.read_text())
+    found = [b for b in results["benchmarks"] if "contenders" in b["extra_info"]]
+    if not found:
+        sys.exit(f"{path}: no results; run pytest benchmarks --benchmark-only first")
+    about = found[0]["extra_info"]
+    machine = ", ".join(str(about[key]) for key in ("cpu", "gpu") if key in about)
+    print(f"{results['datetime'][:10]}, {machine}, torch {about['torch']}. Medians (smallest to largest).\n")
+    for group, members in groupby(found, key=lambda b: b["group"]):
+        print(f"**{group}**\n")
+        print("| case | contender | ms | times the first | target | rate |\n|---|---|---|---|---|---|")
+        for benchmark in members:
+            print_case(benchmark)
+        print()
+
+
+def print_case(benchmark: dict[str, Any]) -> None:
+    """One line for each contender; the first of them is ours."""
+    info = benchmark["extra_info"]
+    contenders = info["contenders"]
+    first = next(iter(contenders.values()))
+    case = benchmark["name"].partition("[")[2].rstrip("]") or info["place"]
+    for name, c in contenders.items():
+        ms = f"{c['median'] * 1e3:.3g} ({c['min'] * 1e3:.3g}-{c['max'] * 1e3:.3g})"
+        ratio = c["median"] / first["median"]
+        target = info["targets"].get(name)
+        notes = []
+        if c["flop"]:
+            notes.append(f"{c['flop'] / c['median'] / 1e9:.0f} GFLOP/s")
+        if c["bytes"]:
+            notes.append(f"{c['bytes'] / c['median'] / 1e9:.1f} GB/s")
+        if c["peak_memory"]:
+            notes.append(f"{c['peak_memory'] / 2**20:.0f} MiB")
+        wanted = "" if target is None else f"≥ {target:.3g}"
+        if c is first and "rate" in info["targets"]:
+            last = list(contenders.values())[-1]
+            rate = "flop" if c["flop"] else "bytes"
+            fraction = c[rate] / c["median"] / (last[rate] / last["median"])
+            notes.append(f"{fraction:.2f} of the last")
+            wanted = f"≥ {info['targets']['rate']:.3g} of the last's rate"
+        print(f"| {case} | {name} | {ms} | {ratio:.3g} | {wanted} | {', '.join(notes)} |")
+        case = ""
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".benchmarks/latest.json"))
