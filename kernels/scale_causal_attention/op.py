@@ -83,7 +83,7 @@ def scale_causal_attention(
     if name == "triton":
         return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
     if name == "reference":
-        return reference.scale_causal_attention(q, k, v, lengths, scale, head_scale)
+        return reference.scale_causal_attention(q, k, v, lengths, scale, head_scale=head_scale)
     if head_scale is not None:
         q, k = reference.normalize(q, k, head_scale)
     return _IMPLEMENTATIONS[name](q, k, v, lengths, scale)

@@ -29,7 +29,7 @@ def normalize(q: Tensor, k: Tensor, head_scale: Tensor) -> tuple[Tensor, Tensor]
 
 
 def scale_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, head_scale: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, *, head_scale: Tensor | None = None
 ) -> Tensor:
     """See `op.scale_causal_attention`."""
     if head_scale is not None:
