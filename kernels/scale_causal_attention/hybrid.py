@@ -5,7 +5,8 @@ in bfloat16 above all, where it does not reach the matrix units. Matrix products
 appendix B.2): P = softmax(S), dV = P' dO, dP = dO V', dS = P (dP - sum P dP), dQ = dS K, dK = dS' Q. S and its softmax
 are in float32, since scores rounded to bfloat16 would be off by 0.25 at the sharpest that a VAR learns.
 
-P is kept from the forward where it is small, and otherwise computed again.
+P is kept from the forward where it is small, and otherwise computed again. The normalisation of q and k is part of both
+passes, done on what lies in the cache: for x^ = x / |x| and the gradient u of x^, dx = (u - x^ (x^ . u)) / |x|.
 
 Letters: B batch, H heads, L tokens, D values per head.
 """
@@ -21,6 +22,7 @@ from mars.kernels.scale_causal_attention import backends, reference
 
 KEPT = 1 << 26  # bytes of P, at most, that a call keeps for its backward
 _SCORES = {4: 1 << 20, 2: 1 << 22}  # held at a time, by bytes of a value: a product in bfloat16 costs more to start
+_EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 def kept(q: Tensor, lengths: Sequence[int]) -> int:
@@ -29,18 +31,24 @@ def kept(q: Tensor, lengths: Sequence[int]) -> int:
     return values if q.element_size() == 2 and 2 * values <= KEPT else 0
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
+) -> tuple[Tensor, Tensor]:
     """(B, H, L, D), laid out as (B, L, H, D), and P for `backward`, empty if it is not to be kept or not small."""
     B, H, L, D = q.shape
     out = q.new_empty(B, L, H, D).transpose(1, 2)
     weights = q.new_empty(kept(q, lengths) if keep else 0)
     if len(weights) == 0:
+        if head_scale is not None:
+            q, k = reference.normalize(q, k, head_scale)
         return out.copy_(backends.grouped(q, k, v, lengths, scale)), weights
     slabs, done = _Slabs(q, lengths), 0
     with torch.autocast("cpu", enabled=False):
         for part in slabs:
             qh, kh, vh = slabs.of(part, q, k, v)
-            outh = torch.empty_like(qh)
+            if head_scale is not None:
+                qh, kh = _Normalized(qh, head_scale[part[1]]).value, _Normalized(kh).value
+            outh = torch.empty_like(vh)
             for start, end, S in slabs.softmax(qh, kh, scale):
                 P = weights[done : done + S.numel()].view(S.shape).copy_(S)
                 outh[:, start:end] = torch.bmm(P, vh[:, :end])
@@ -50,19 +58,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: floa
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, lengths: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, H, L, D); weights: of `forward`."""
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_scale: Tensor | None,
+    weights: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it); weights: of `forward`."""
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    dgain = q.new_zeros(0 if head_scale is None else q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
     if q.numel() == 0:
-        return dq, dk, dv
+        return dq, dk, dv, dgain
     slabs, done = _Slabs(q, lengths), 0
     products = q.new_empty(slabs.size)
     with torch.autocast("cpu", enabled=False):
         for part in slabs:
             doh, qh, kh, vh = slabs.of(part, do, q, k, v)
             dqh, dkh, dvh = (x[part].flatten(0, 1) for x in (dq, dk, dv))
-            steps = slabs.cut(weights[done:], len(qh)) if len(weights) else slabs.softmax(qh, kh, scale)
+            exact = qh, kh
+            if head_scale is not None:
+                q_hat, k_hat = _Normalized(qh, head_scale[part[1]]), _Normalized(kh)
+                exact = q_hat.value, k_hat.value
+                qh, kh = exact[0].to(q.dtype), exact[1].to(q.dtype)
+            steps = slabs.cut(weights[done:], len(qh)) if len(weights) else slabs.softmax(*exact, scale)
             for start, end, S in steps:
                 P = S.to(q.dtype)
                 dS = torch.bmm(doh[:, start:end], vh[:, :end].mT, out=products[: S.numel()].view(S.shape))
@@ -72,7 +93,33 @@ def backward(
                 dkh[:, :end].baddbmm_(dS.mT, qh[:, start:end], beta=beta, alpha=scale)
                 dvh[:, :end].baddbmm_(P.mT, doh[:, start:end], beta=beta)
                 done += S.numel()
-    return dq, dk, dv
+            if head_scale is not None:
+                dgain[part[1]] += q_hat.backward_(dqh)
+                k_hat.backward_(dkh)
+    return dq, dk, dv, dgain if head_scale is None else dgain.to(head_scale.dtype)
+
+
+class _Normalized:
+    """x / |x| of (n, L, D) in float32 or better, times a gain per head: n is a multiple of the heads."""
+
+    def __init__(self, x: Tensor, gain: Tensor | None = None) -> None:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        self.unit = x / self.norm.clamp_min(_EPS)
+        self.heads = 1 if gain is None else len(gain)
+        self.gain = None if gain is None else gain.to(x.dtype).repeat(len(x) // len(gain))[:, None, None]
+        self.value = self.unit if self.gain is None else self.unit * self.gain
+
+    def backward_(self, u: Tensor) -> Tensor:
+        """Turn the gradient of `value` into that of x, in place; returns that of the gain."""
+        exact = u.to(self.unit.dtype)
+        along = (self.unit * exact).sum(-1, keepdim=True)
+        factor = self.norm.clamp_min(_EPS).reciprocal_()
+        if self.gain is not None:
+            factor *= self.gain
+        projected = torch.where(self.norm > _EPS, along, 0)
+        u.copy_(torch.addcmul(exact, self.unit, projected, value=-1).mul_(factor))
+        return along.view(-1, self.heads, along.shape[1]).sum((0, 2))
 
 
 _Step = tuple[int, int, Tensor]  # a group's queries start:end, which see the keys :end, and (heads, queries, keys)

@@ -82,11 +82,14 @@ def scale_causal_attention(
     name = _chosen(backend, q, lengths)
     if name == "triton":
         return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
+    if name == "hybrid":
+        keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return registered.hybrid_attention(q, k, v, head_scale, lengths, scale, keep)[0]
     if name == "reference":
         return reference.scale_causal_attention(q, k, v, lengths, scale, head_scale=head_scale)
     if head_scale is not None:
         q, k = reference.normalize(q, k, head_scale)
-    return _IMPLEMENTATIONS[name](q, k, v, lengths, scale)
+    return _FUNCTIONS[name](q, k, v, lengths, scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, *, backend: str | None = None) -> Tensor:
@@ -250,7 +253,7 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
                 return out.detach(), *torch.autograd.grad(out, leaf, do[:, :, 0].transpose(1, 2).to(out.dtype))
 
             wanted = outcome(reference.scale_causal_attention, qkv.double())
-            found = outcome(_IMPLEMENTATIONS[name], qkv)
+            found = outcome(_FUNCTIONS[name], qkv)
     except Exception as error:  # whatever goes wrong in another package is the reason
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     worst = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
@@ -258,13 +261,7 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
     return None if worst <= allowed else f"it is off by {worst:.1e} from the reference, where {allowed:.1e} is rounding"
 
 
-def _hybrid(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return registered.hybrid_attention(q, k, v, lengths, scale, keep)[0]
-
-
-_IMPLEMENTATIONS: dict[str, backends.Attend] = {
-    "hybrid": _hybrid,
+_FUNCTIONS: dict[str, backends.Attend] = {
     "grouped": backends.grouped,
     "per_scale": backends.per_scale,
     "dense": backends.dense,

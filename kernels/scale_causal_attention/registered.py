@@ -86,40 +86,54 @@ fused_attention.register_autograd(_fused_gradients, setup_context=_save_fused)
 
 @torch.library.custom_op("mars::hybrid_attention", mutates_args=())
 def hybrid_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention and, with keep and while they are small, its weights (else empty)."""
-    return hybrid.forward(q, k, v, lengths, scale, keep)
+    return hybrid.forward(q, k, v, head_scale, lengths, scale, keep)
 
 
 @torch.library.custom_op("mars::hybrid_attention_backward", mutates_args=())
 def hybrid_attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, lengths: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    return hybrid.backward(do, q, k, v, weights, lengths, scale)
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_scale: Tensor | None,
+    weights: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and, with head_scale, of that (else empty)."""
+    return hybrid.backward(do, q, k, v, head_scale, weights, lengths, scale)
 
 
 @hybrid_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
+) -> tuple[Tensor, Tensor]:
     return empty_like_heads(q), q.new_empty(hybrid.kept(q, lengths) if keep else 0)
 
 
 @hybrid_attention_backward.register_fake
-def _(do: Tensor, q: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, *others: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    dgain = q.new_empty(0, dtype=exact) if head_scale is None else head_scale.new_empty(head_scale.shape)
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dgain
 
 
 def _save_hybrid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.lengths, ctx.scale, _ = inputs
-    ctx.save_for_backward(q, k, v, output[1])
+    *tensors, ctx.lengths, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _hybrid_gradients(ctx: Any, do: Tensor | None, unused: None) -> tuple[Tensor | None, ...]:
     if do is None:
-        return (None,) * 6
-    return *hybrid_attention_backward(do, *ctx.saved_tensors, ctx.lengths, ctx.scale), None, None, None
+        return (None,) * 7
+    dq, dk, dv, dgain = hybrid_attention_backward(do, *ctx.saved_tensors, ctx.lengths, ctx.scale)
+    return dq, dk, dv, dgain if ctx.needs_input_grad[3] else None, None, None, None
 
 
 hybrid_attention.register_autograd(_hybrid_gradients, setup_context=_save_hybrid)

@@ -235,18 +235,20 @@ def test_heads_at_a_time_do_not_show(scores, kept, monkeypatch):
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         tensors = inputs(lengths, dtype, heads=5, batch=3)
         do = torch.randn(tensors[0].shape).to(dtype)
-        exact = outcome(dense, [t.double() for t in tensors], lengths, 0.3, None, do)
-        rounded = outcome(eager, tensors, lengths, 0.3, None, do)
-        found = outcome(
-            lambda *a, **kw: scale_causal_attention(*a, backend="hybrid", **kw), tensors, lengths, 0.3, None, do
-        )
-        assert_all_as_accurate(found, rounded, exact)
+        for gain in (None, torch.tensor([3.0, -1.0, 2.0, 0.1, 5.0])):
+            exact_gain = None if gain is None else gain.double()
+            exact = outcome(dense, [t.double() for t in tensors], lengths, 0.3, exact_gain, do)
+            rounded = outcome(eager, tensors, lengths, 0.3, gain, do)
+            found = outcome(
+                lambda *a, **kw: scale_causal_attention(*a, backend="hybrid", **kw), tensors, lengths, 0.3, gain, do
+            )
+            assert_all_as_accurate(found, rounded, exact)
 
 
 def test_weights_are_kept_for_a_backward_only():
     q, k, v = (t.bfloat16() for t in inputs((1, 4)))
     for keep, values in ((False, 0), (True, 2 * 3 * 5 * 5)):
-        assert len(registered.hybrid_attention(q, k, v, (1, 4), 1.0, keep)[1]) == values
+        assert len(registered.hybrid_attention(q, k, v, None, (1, 4), 1.0, keep)[1]) == values
     called = []
     original = registered.hybrid_attention
 
@@ -317,9 +319,10 @@ def test_ops_are_well_formed(name, normalised):
     q, k, v = (t.detach().requires_grad_() for t in inputs(lengths, batch=1, heads=2))
     if name == "hybrid":
         q, k, v = (t.detach().bfloat16().requires_grad_() for t in (q, k, v))
+        gain = torch.rand(2, requires_grad=True) if normalised else None
         for keep in (True, False):
             torch.library.opcheck(
-                torch.ops.mars.hybrid_attention.default, (q, k, v, lengths, 0.5, keep), atol=1e-2, rtol=0
+                torch.ops.mars.hybrid_attention.default, (q, k, v, gain, lengths, 0.5, keep), atol=1e-2, rtol=0
             )
         return
     head_scale = torch.rand(2, requires_grad=True) if normalised else None
