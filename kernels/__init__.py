@@ -11,4 +11,5 @@ from mars.kernels.multiscale_quantize import multiscale_quantize as multiscale_q
 from mars.kernels.nearest_code import nearest_code as nearest_code
 from mars.kernels.nearest_code import pack_codebook as pack_codebook
 from mars.kernels.scale_causal_attention import attention as attention
+from mars.kernels.scale_causal_attention import cached_attention as cached_attention
 from mars.kernels.scale_causal_attention import scale_causal_attention as scale_causal_attention

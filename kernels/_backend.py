@@ -38,6 +38,11 @@ def use(name: str) -> Iterator[None]:
         _choice = before
 
 
+def choice() -> str:
+    """What MARS_KERNELS or `use` asks for, "auto" included: for an op with implementations of its own."""
+    return _choice
+
+
 def missing(backend: Backend, device: str) -> str | None:
     """Why an implementation cannot run on tensors of a device type; None where it can."""
     if backend == "native":

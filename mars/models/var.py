@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mars.config import CLASSES, TokenizerConfig, VARConfig
-from mars.kernels import attention, scale_causal_attention
+from mars.kernels import cached_attention, scale_causal_attention
 from mars.models.tokenizer import drop_path
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, n, d) and head_scale (H,) to (B, H, n, d)
 Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values (B, H, L, d), filled from the front
 
 
@@ -35,14 +36,13 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """x: (B, n, W); attend maps q, k, v (B, H, n, d) to (B, H, n, d)."""
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """x: (B, n, W); attend normalises its queries and keys."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        scale = self.log_scale.clamp_max(math.log(100)).exp()
-        q, k = (F.normalize(q.float(), dim=-1) * scale).to(v.dtype), F.normalize(k.float(), dim=-1).to(v.dtype)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        head_scale = self.log_scale.clamp_max(math.log(100)).exp().flatten()
+        return self.proj(attend(q, k, v, head_scale).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -64,9 +64,7 @@ class Block(nn.Module):
             return self.offset + condition
         return self.ada(condition).view(len(condition), 1, 6, -1)
 
-    def forward(
-        self, x: Tensor, modulation: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor], keep: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
         """x: (B, n, W); keep: (2, B, 1, 1) as in the tokenizer's block."""
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         y = self.attn(_norm(x) * (scale1 + 1) + shift1, attend) * gain1
@@ -175,8 +173,8 @@ class VAR(nn.Module):
         if self.training:
             keep = drop_path(len(self.blocks), len(x), self.config.drop_path, generator)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return scale_causal_attention(q, k, v, self.lengths)
+        def attend(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
+            return scale_causal_attention(q, k, v, self.lengths, head_scale=head_scale)
 
         for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(embedded), strict=True)):
             x = block(x, modulation, attend, None if keep is None else keep[i].to(x))
@@ -208,9 +206,10 @@ class VAR(nn.Module):
         x = x + self.position[:, start:end] + self.level.weight[k]
         for block, modulation, (keys, values) in zip(self.blocks, modulations, cache, strict=True):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values) -> Tensor:
-                keys[:, :, start:end], values[:, :, start:end] = k, v
-                return attention(q, keys[:, :, :end], values[:, :, :end])
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, keys: Tensor = keys, values: Tensor = values
+            ) -> Tensor:
+                return cached_attention(q, k, v, keys, values, start, head_scale=head_scale)
 
             x = block(x, modulation, attend, None)
         return self.logits(x, embedded)

@@ -1,0 +1,115 @@
+"""Scale-causal attention by PyTorch's own functions and by packages that may be installed.
+
+Each takes q, k, v (B, H, L, D), normalised already where that is wanted, the lengths of the scales and the factor on
+the scores, and returns (B, H, L, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mars.kernels.scale_causal_attention import reference
+
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int], float], Tensor]
+
+GROUP = 160  # tokens: scales are joined up to here, since many small calls cost more than a mask
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """One `scaled_dot_product_attention`, masked where there is more than one scale."""
+    mask = reference.mask(lengths, q.device) if len(lengths) > 1 else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def per_scale(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """A `scaled_dot_product_attention` for each scale, on the keys up to its own end: no mask."""
+    parts = (F.scaled_dot_product_attention(*part, scale=scale) for part in _scales(q, k, v, lengths, dim=2))
+    return torch.cat(list(parts), dim=2)
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """A `scaled_dot_product_attention` for each group of scales, masked inside the group."""
+    parts = []
+    for start, end, group in groups(lengths):
+        mask = None
+        if len(group) > 1:
+            own = reference.mask(group, q.device)
+            mask = torch.cat((own.new_ones(end - start, start), own), dim=1)
+        rows = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        parts.append(F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def math(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """Two matrix products and a softmax in float32, on all keys."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(dtype), k.to(dtype).mT) * scale
+    if len(lengths) > 1:
+        scores = scores.masked_fill(~reference.mask(lengths, q.device), float("-inf"))
+    return torch.matmul(scores.softmax(dim=-1).to(v.dtype), v)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """The flash-attn package, a call for each scale."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    parts = [flash_attn_func(*part, softmax_scale=scale) for part in _scales(q, k, v, lengths, dim=1)]
+    return torch.cat(parts, dim=1).transpose(1, 2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """The xformers package, a call for each scale."""
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    parts = [memory_efficient_attention(*part, scale=scale) for part in _scales(q, k, v, lengths, dim=1)]
+    return torch.cat(parts, dim=1).transpose(1, 2)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """FlexAttention (Dong et al. 2024, arXiv:2412.05496), compiled."""
+    attend, block_mask = _compiled_flex(), _block_mask(tuple(lengths), q.device)
+    out: Tensor = attend(q, k, v, block_mask=block_mask, scale=scale)
+    return out
+
+
+def groups(lengths: Sequence[int]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(start, end, lengths of its scales) of consecutive groups of at least `GROUP` tokens, but for the last."""
+    found: list[tuple[int, ...]] = [()]
+    for n in lengths:
+        if sum(found[-1]) >= GROUP:
+            found.append(())
+        found[-1] += (n,)
+    ends = (0, *accumulate(map(sum, found)))
+    return [(start, end, group) for (start, end), group in zip(pairwise(ends), found, strict=True)]
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@cache
+def _block_mask(lengths: tuple[int, ...], device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ends, L = reference.kv_end(lengths, device), sum(lengths)
+    return create_block_mask(lambda b, h, i, j: j < ends[i], None, None, L, L, device=device.type)
+
+
+def _scales(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dim: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The queries of each scale and the keys and values up to its end; dim: that of the tokens."""
+    for n, end in zip(lengths, accumulate(lengths), strict=True):
+        yield q.narrow(dim, end - n, n), k.narrow(dim, 0, end), v.narrow(dim, 0, end)

@@ -1,0 +1,169 @@
+"""Scale-causal attention on a CPU: PyTorch's fused forward, or matrix products where a backward will follow.
+
+The fused forward reads q, k and v once and keeps its scores in float32, in bfloat16 too. Its backward is the slow half,
+in bfloat16 above all, where it does not reach the matrix units. Matrix products do (Dao et al. 2022, arXiv:2205.14135,
+appendix B.2): P = softmax(S), dV = P' dO, dP = dO V', dS = P (dP - sum P dP), dQ = dS K, dK = dS' Q. S and its softmax
+are in float32, since scores rounded to bfloat16 would be off by 0.25 at the sharpest that a VAR learns.
+
+P is kept from the forward where it is small, and otherwise computed again. The normalisation of q and k is part of both
+passes, done on what lies in the cache: for x^ = x / |x| and the gradient u of x^, dx = (u - x^ (x^ . u)) / |x|.
+
+Letters: B batch, H heads, L tokens, D values per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mars.kernels.scale_causal_attention import backends, reference
+
+KEPT = 1 << 26  # bytes of P, at most, that a call keeps for its backward
+_SCORES = {4: 1 << 20, 2: 1 << 22}  # held at a time, by bytes of a value: a product in bfloat16 costs more to start
+_EPS = 1e-12  # torch.nn.functional.normalize's
+
+
+def kept(q: Tensor, lengths: Sequence[int]) -> int:
+    """Values of P that `forward` keeps: only in 16 bits, where they save the most, and none if above `KEPT` bytes."""
+    values = q.shape[0] * q.shape[1] * sum((end - start) * end for start, end, _ in backends.groups(lengths))
+    return values if q.element_size() == 2 and 2 * values <= KEPT else 0
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """(B, H, L, D), laid out as (B, L, H, D), and P for `backward`, empty if it is not to be kept or not small."""
+    B, H, L, D = q.shape
+    out = q.new_empty(B, L, H, D).transpose(1, 2)
+    weights = q.new_empty(kept(q, lengths) if keep else 0)
+    if len(weights) == 0:
+        if head_scale is not None:
+            q, k = reference.normalize(q, k, head_scale)
+        return out.copy_(backends.grouped(q, k, v, lengths, scale)), weights
+    slabs, done = _Slabs(q, lengths), 0
+    with torch.autocast("cpu", enabled=False):
+        for part in slabs:
+            qh, kh, vh = slabs.of(part, q, k, v)
+            if head_scale is not None:
+                qh, kh = _Normalized(qh, head_scale[part[1]]).value, _Normalized(kh).value
+            outh = torch.empty_like(vh)
+            for start, end, S in slabs.softmax(qh, kh, scale):
+                P = weights[done : done + S.numel()].view(S.shape).copy_(S)
+                outh[:, start:end] = torch.bmm(P, vh[:, :end])
+                done += S.numel()
+            out[part] = outh.view(out[part].shape)
+    return out, weights
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_scale: Tensor | None,
+    weights: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it); weights: of `forward`."""
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    dgain = q.new_zeros(0 if head_scale is None else q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
+    if q.numel() == 0:
+        return dq, dk, dv, dgain
+    slabs, done = _Slabs(q, lengths), 0
+    products = q.new_empty(slabs.size)
+    with torch.autocast("cpu", enabled=False):
+        for part in slabs:
+            doh, qh, kh, vh = slabs.of(part, do, q, k, v)
+            dqh, dkh, dvh = (x[part].flatten(0, 1) for x in (dq, dk, dv))
+            exact = qh, kh
+            if head_scale is not None:
+                q_hat, k_hat = _Normalized(qh, head_scale[part[1]]), _Normalized(kh)
+                exact = q_hat.value, k_hat.value
+                qh, kh = exact[0].to(q.dtype), exact[1].to(q.dtype)
+            steps = slabs.cut(weights[done:], len(qh)) if len(weights) else slabs.softmax(*exact, scale)
+            for start, end, S in steps:
+                P = S.to(q.dtype)
+                dS = torch.bmm(doh[:, start:end], vh[:, :end].mT, out=products[: S.numel()].view(S.shape))
+                torch._softmax_backward_data(dS, P, -1, q.dtype, grad_input=dS)
+                beta = int(end < q.shape[2])  # the last group comes first and sees every key: it writes, the rest add
+                dqh[:, start:end].baddbmm_(dS, kh[:, :end], beta=0, alpha=scale)
+                dkh[:, :end].baddbmm_(dS.mT, qh[:, start:end], beta=beta, alpha=scale)
+                dvh[:, :end].baddbmm_(P.mT, doh[:, start:end], beta=beta)
+                done += S.numel()
+            if head_scale is not None:
+                dgain[part[1]] += q_hat.backward_(dqh)
+                k_hat.backward_(dkh)
+    return dq, dk, dv, dgain if head_scale is None else dgain.to(head_scale.dtype)
+
+
+class _Normalized:
+    """x / |x| of (n, L, D) in float32 or better, times a gain per head: n is a multiple of the heads."""
+
+    def __init__(self, x: Tensor, gain: Tensor | None = None) -> None:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        self.unit = x / self.norm.clamp_min(_EPS)
+        self.heads = 1 if gain is None else len(gain)
+        self.gain = None if gain is None else gain.to(x.dtype).repeat(len(x) // len(gain))[:, None, None]
+        self.value = self.unit if self.gain is None else self.unit * self.gain
+
+    def backward_(self, u: Tensor) -> Tensor:
+        """Turn the gradient of `value` into that of x, in place; returns that of the gain."""
+        exact = u.to(self.unit.dtype)
+        along = (self.unit * exact).sum(-1, keepdim=True)
+        factor = self.norm.clamp_min(_EPS).reciprocal_()
+        if self.gain is not None:
+            factor *= self.gain
+        projected = torch.where(self.norm > _EPS, along, 0)
+        u.copy_(torch.addcmul(exact, self.unit, projected, value=-1).mul_(factor))
+        return along.view(-1, self.heads, along.shape[1]).sum((0, 2))
+
+
+_Step = tuple[int, int, Tensor]  # a group's queries start:end, which see the keys :end, and (heads, queries, keys)
+
+
+class _Slabs:
+    """A tensor (B, H, ...) cut into parts of a few heads, whose scores stay in the cache."""
+
+    def __init__(self, q: Tensor, lengths: Sequence[int]) -> None:
+        self.groups = backends.groups(lengths)[::-1]
+        most = max((end - start) * end for start, end, _ in self.groups)
+        heads = max(1, _SCORES.get(q.element_size(), 1 << 18) // most)
+        self.shape = q.shape[:2]
+        # Products in bfloat16 want few calls on contiguous matrices; those in float32 take them as they lie.
+        self.contiguous = q.element_size() == 2
+        self.samples = max(1, heads // q.shape[1]) if self.contiguous else 1
+        self.heads = min(heads, q.shape[1])
+        self.size = most * self.heads * self.samples
+        self.scores = q.new_empty(self.size, dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        B, H = self.shape
+        for b in range(0, B, self.samples):
+            for h in range(0, H, self.heads):
+                yield slice(b, b + self.samples), slice(h, h + self.heads)
+
+    def of(self, part: tuple[slice, slice], *tensors: Tensor) -> list[Tensor]:
+        """The part of each tensor (B, H, L, D), as (heads, L, D)."""
+        cut = [x[part].flatten(0, 1) for x in tensors]
+        return [x.contiguous() for x in cut] if self.contiguous else cut
+
+    def softmax(self, q: Tensor, k: Tensor, scale: float) -> Iterator[_Step]:
+        """The weights of each group, the last first; each is overwritten by the next."""
+        q, k = q.to(self.scores.dtype), k.to(self.scores.dtype)
+        for start, end, group in self.groups:
+            S = self.scores[: len(q) * (end - start) * end].view(len(q), end - start, end)
+            S.baddbmm_(q[:, start:end], k[:, :end].mT, beta=0, alpha=scale)
+            if len(group) > 1:
+                S[:, :, start:].masked_fill_(~reference.mask(group), float("-inf"))
+            yield start, end, torch.softmax(S, dim=-1, out=S)
+
+    def cut(self, values: Tensor, heads: int) -> Iterator[_Step]:
+        """The same, from kept weights."""
+        for start, end, _ in self.groups:
+            size = heads * (end - start) * end
+            yield start, end, values[:size].view(heads, end - start, end)
+            values = values[size:]
