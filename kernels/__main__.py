@@ -9,6 +9,7 @@ import torch
 
 from mars.kernels import _backend, _native
 from mars.kernels._backend import Backend
+from mars.kernels.scale_causal_attention.op import availability
 
 
 def main() -> None:
@@ -18,6 +19,9 @@ def main() -> None:
         write(f"{device}: {_backend.backend(device)}\n")
         for backend in get_args(Backend):
             write(f"  {backend:<10} {_backend.missing(backend, device) or 'yes'}\n")
+        write("  attention:\n")
+        for backend, why in availability(device).items():
+            write(f"    {backend:<10} {why or 'yes'}\n")
     library = _native.library()
     if not isinstance(library, str):
         have = _native.levels()
