@@ -20,7 +20,7 @@ test: $(VENV)/.mars-dev
 
 bench: $(VENV)/.mars-dev
 	$(BIN)/pytest benchmarks --benchmark-only
-	$(BIN)/python scripts/bench_report.py
+	$(BIN)/python -m scripts.bench_report
 
 sanitize: $(VENV)/.mars-dev  # the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -DMARS_SANITIZE=ON

@@ -22,7 +22,7 @@ if torch.cuda.is_available():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the results where scripts/bench_report.py looks for them."""
+    """Keep the results where scripts.bench_report looks for them."""
     if config.getoption("benchmark_json") is None and not config.getoption("benchmark_disable"):
         RESULTS.parent.mkdir(exist_ok=True)
         config.option.benchmark_json = str(RESULTS)

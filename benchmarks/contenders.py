@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+COPY, PRODUCT = "copy of 256 MiB", "bfloat16 product of 8192 x 8192"  # a GPU's ceilings
+
 
 @dataclass(frozen=True)
 class Place:
@@ -54,12 +56,13 @@ def race(
     rounds: int = 5,
     targets: dict[str, float] | None = None,
 ) -> None:
-    """Check all contenders against the first, then time them in turn, `rounds` times each.
+    """Check all contenders against the first, then time them in turn, `rounds` times each; on a GPU its ceilings too.
 
     The first one is also what pytest-benchmark shows. Everything goes into the result's `extra_info`, from which
-    scripts/bench_report.py makes the table. targets: for a contender's name, how many times as long as the first it is
+    scripts.bench_report makes the table. targets: for a contender's name, how many times as long as the first it is
     meant to take at least; for the first one's own name, the fraction of the last contender's rate ("peak").
     """
+    contenders = contenders | _ceilings(place)
     first, *peers = contenders.values()
     result = first.run()
     for peer in peers:
@@ -92,6 +95,7 @@ def race(
     benchmark.extra_info |= {
         "place": str(place),
         "targets": targets or {},
+        "device_memory": _device_memory(place),
         "contenders": {
             name: {
                 "median": statistics.median(c.seconds),
@@ -104,3 +108,27 @@ def race(
             for name, c in contenders.items()
         },
     }
+
+
+def _ceilings(place: Place) -> dict[str, Contender]:
+    """On a GPU, how fast it copies and multiplies: what the rates of the others are fractions of."""
+    if place.device != "cuda":
+        return {}
+    source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    matrix = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    return {
+        COPY: Contender(lambda: target.copy_(source), bytes=2 * source.numel()),
+        PRODUCT: Contender(lambda: matrix @ matrix, flop=2 * len(matrix) ** 3),
+    }
+
+
+def _device_memory(place: Place) -> int:
+    """Bytes in use on the GPU as its driver counts them; 0 on a CPU."""
+    if place.device != "cuda":
+        return 0
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)

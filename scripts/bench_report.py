@@ -1,4 +1,4 @@
-"""Print the last benchmark results as Markdown: `python scripts/bench_report.py [results.json]`."""
+"""Print the last benchmark results as Markdown: `python -m scripts.bench_report [results.json]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from benchmarks.contenders import COPY, PRODUCT
 
 
 def main(path: Path) -> None:
@@ -22,6 +24,8 @@ def main(path: Path) -> None:
         print("| case | contender | ms | times the first | target | rate |\n|---|---|---|---|---|---|")
         for benchmark in members:
             print_case(benchmark)
+            if used := benchmark["extra_info"]["device_memory"]:
+                print(f"| | *the driver's count afterwards* | | | | {used / 2**20:.0f} MiB |")
         print()
 
 
@@ -40,8 +44,15 @@ def print_case(benchmark: dict[str, Any]) -> None:
             notes.append(f"{c['flop'] / c['median'] / 1e9:.0f} GFLOP/s")
         if c["bytes"]:
             notes.append(f"{c['bytes'] / c['median'] / 1e9:.1f} GB/s")
+        ceilings = [
+            c[unit] / c["median"] / (contenders[of][unit] / contenders[of]["median"])
+            for of, unit in ((COPY, "bytes"), (PRODUCT, "flop"))
+            if of in contenders and c[unit]
+        ]
+        if ceilings and name not in (COPY, PRODUCT):
+            notes.append(f"{max(ceilings):.2f} of the roofline")
         if c["peak_memory"]:
-            notes.append(f"{c['peak_memory'] / 2**20:.0f} MiB")
+            notes.append(f"peak {c['peak_memory'] / 2**20:.0f} MiB")
         wanted = "" if target is None else f"≥ {target:.3g}"
         if c is first and "rate" in info["targets"]:
             last = list(contenders.values())[-1]
