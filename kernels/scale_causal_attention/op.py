@@ -5,12 +5,14 @@ is read when this module is imported. "auto" follows MARS_KERNELS, and is otherw
 
 - on CUDA "triton", which needs no mask and fuses the normalisation; "dense" (without a mask) for a single scale, and
   "grouped" for what the Triton kernels do not take: heads of other than 16, 32, 64 or 128 values, float64;
-- on a CPU "hybrid" in bfloat16, and in float32 where the scales make more than one group; else "grouped";
+- on a CPU "hybrid", but for float16, whose products are slow there, and for what gains nothing by it, float32 in a
+  single group without `head_scale`: both "grouped";
 - "grouped" elsewhere.
 
 There is no native kernel in C++: PyTorch's fused forward and oneDNN's matrix products are near what the CPU can do.
-On one core of a Xeon with AMX, forward and backward at L = 680, D = 64, B = 2, H = 16, "hybrid" takes 134 ms in float32
-and 80 ms in bfloat16, where one masked `scaled_dot_product_attention` takes 185 and 168.
+On one core of a Xeon with AMX, forward and backward at L = 680, D = 64, B = 2, H = 16, "hybrid" takes 119 ms in float32
+and 60 ms in bfloat16, where one masked `scaled_dot_product_attention` takes 162 and 125; with the normalisation 130
+and 78 against 183 and 146.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def scale_causal_attention(
             f"each 1 or more; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     q, k, v = _autocast(q, k, v)
-    name = _chosen(backend, q, lengths)
+    name = _chosen(backend, q, lengths, head_scale is not None)
     if name == "triton":
         return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
     if name == "hybrid":
@@ -92,15 +94,17 @@ def scale_causal_attention(
     return _FUNCTIONS[name](q, k, v, lengths, scale)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, *, backend: str | None = None) -> Tensor:
-    """Softmax attention of all q (B, H, n, D) to all k, v (B, H, m, D), where n = m as one scale of the above.
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
+    """Softmax attention of all q (B, H, n, D) to all k, v (B, H, m, D).
+
+    With n = m it is `scale_causal_attention` of a single scale, else PyTorch's fused attention.
 
     Raises:
         ValueError, RuntimeError: as `scale_causal_attention`.
     """
     _check("attention", q, k, v, scale, None)
     if 0 < q.shape[2] == k.shape[2]:
-        return scale_causal_attention(q, k, v, (q.shape[2],), scale, backend=backend)
+        return scale_causal_attention(q, k, v, (q.shape[2],), scale)
     q, k, v = _autocast(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
@@ -181,7 +185,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int]) -> str:
+def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: bool) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
     name, device = backend or _choice, q.device.type
@@ -200,9 +204,9 @@ def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int]) -> str:
     if kernels == "triton" and _fits_triton(q):
         # Not measured on a GPU. With a single scale nothing is masked, which is what PyTorch's own kernels are best at.
         return "triton" if len(lengths) > 1 or device != "cuda" else "dense"
-    if device == "cpu" and (q.dtype == torch.bfloat16 or len(backends.groups(lengths)) > 1):
-        return "hybrid" if q.dtype != torch.float16 else "grouped"  # whose matrix products are slow on most CPUs
-    return "grouped"
+    if device != "cpu" or q.dtype == torch.float16:
+        return "grouped"
+    return "hybrid" if q.dtype == torch.bfloat16 or normalised or len(backends.groups(lengths)) > 1 else "grouped"
 
 
 def _fits_triton(q: Tensor) -> bool:
@@ -212,11 +216,14 @@ def _fits_triton(q: Tensor) -> bool:
 def _kernels(device: str) -> str:
     """What MARS_KERNELS means here: "triton", "reference" or, where PyTorch's own kernels are used, "native"."""
     choice = _backend.choice()
+    if choice == "reference":
+        return choice
     if device == "cpu" and choice in ("auto", "native"):
         return "native"
     if torch.compiler.is_compiling():  # which on CUDA needs Triton itself, and cannot trace the search for it
-        return "triton" if choice == "auto" and device == "cuda" else choice
-    return _backend.backend(device)
+        return "triton" if device == "cuda" or choice == "triton" else "native"
+    found = _backend.backend(device)
+    return "native" if found == "reference" else found
 
 
 def _missing(name: str, device: str, dtype: torch.dtype) -> str | None:

@@ -400,7 +400,7 @@ def test_a_backward_under_autocast_keeps_its_dtype():
     ("kernels_of", "dtype", "D", "lengths", "wanted"),
     [
         ("auto", torch.float32, 16, (160, 9), "hybrid"),
-        ("auto", torch.float32, 16, (9, 160), "grouped"),  # a single group
+        ("auto", torch.float32, 16, (9, 160), "grouped"),  # a single group: nothing to gain but the normalisation
         ("auto", torch.bfloat16, 16, (1, 4), "hybrid"),
         ("auto", torch.float64, 16, (160, 9), "hybrid"),
         ("auto", torch.float16, 16, (160, 9), "grouped"),
@@ -414,8 +414,15 @@ def test_a_backward_under_autocast_keeps_its_dtype():
 def test_what_is_chosen_automatically(kernels_of, dtype, D, lengths, wanted):
     q = torch.empty(1, 1, sum(lengths), D, dtype=dtype)
     with kernels.use(kernels_of):
-        assert op._chosen(None, q, lengths) == wanted
-        assert op._chosen("dense", q, lengths) == "dense"
+        assert op._chosen(None, q, lengths, False) == wanted
+        assert op._chosen(None, q, lengths, True) == ("hybrid" if lengths == (9, 160) else wanted)
+        assert op._chosen("dense", q, lengths, False) == "dense"
+
+
+def test_devices_without_kernels_of_our_own_take_pytorchs():
+    q = torch.empty(1, 1, 169, 16, device="meta")
+    assert op._chosen(None, q, (160, 9), True) == "grouped"
+    assert scale_causal_attention(q, q, q, (160, 9), head_scale=q[0, :, 0, 0]).shape == q.shape
 
 
 @pytest.mark.parametrize(
