@@ -42,7 +42,7 @@ $(VENV)/.mars-torch:
 	$(BIN)/pip install $(TORCH)
 	touch $@
 
-BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/*/native.cpp kernels/native/*.h)
+BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/*/native.cpp kernels/native/*)
 
 $(VENV)/.mars: $(VENV)/.mars-torch $(BUILT_FROM)
 	$(BIN)/pip install -e .

@@ -16,7 +16,10 @@ def main() -> None:
     write = sys.stdout.write
     devices = ["cpu"] + [d for d in ("cuda", "mps") if getattr(torch, d).is_available()]
     for device in devices:
-        write(f"{device}: {_backend.backend(device)}\n")
+        try:
+            write(f"{device}: {_backend.backend(device)}\n")
+        except RuntimeError as error:  # MARS_KERNELS asks for one that is missing
+            write(f"{device}: {error}\n")
         for backend in get_args(Backend):
             write(f"  {backend:<10} {_backend.missing(backend, device) or 'yes'}\n")
         write("  attention:\n")

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch  # its OpenMP runtime must be there first, so that the library shares it
 
-ABI = 1  # MARS_ABI of native/mars_native.h
+ABI = 2  # MARS_ABI of native/mars_native.h
 LEVELS = ("portable", "avx2", "avx512", "bf16", "vnni", "amx")  # enum Level of native/simd.h
 _NAMES = ("libmars_native.so", "libmars_native.dylib", "mars_native.dll")
 
 _P, _I64, _I32, _F32, _F64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "mars_threaded": (_I32, []),
     "mars_level": (_I32, []),
     "mars_level_supported": (_I32, [_I32]),
     "mars_set_level": (_I32, [_I32]),
@@ -83,8 +84,8 @@ def check(status: int) -> None:
 
 
 def threads() -> int:
-    """How many threads a call may use: as many as torch."""
-    return torch.get_num_threads()
+    """How many threads a call may use: as many as torch, or one where the library was built without OpenMP."""
+    return torch.get_num_threads() if functions().mars_threaded() else 1
 
 
 def levels() -> list[str]:

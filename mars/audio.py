@@ -34,10 +34,12 @@ def stft(waveform: Tensor, config: AudioConfig) -> Tensor:
     waveform: (..., samples), full scale 1; shorter or longer than config.samples is padded with zeros or cut.
     Returns complex64 (..., n_fft / 2 + 1, frames), scaled as `torch.stft` does.
     """
+    if waveform.ndim == 0:
+        raise ValueError("audio.stft: want a waveform (..., samples), got a single number")
     waveform = _as_float32("audio.stft", waveform)[..., : config.samples]
     before = config.n_fft // 2
     padded = F.pad(waveform, (before, _padded_length(config) - before - waveform.shape[-1]))
-    if not len(padded):  # MKL refuses an empty batch
+    if not padded.numel():  # MKL refuses an empty batch
         bins = config.n_fft // 2 + 1
         return torch.zeros(*padded.shape[:-1], bins, config.frames, dtype=torch.complex64, device=padded.device)
     frames = padded.unfold(-1, config.n_fft, config.hop) * _window(config, waveform.device)
@@ -224,7 +226,7 @@ def _gain(config: AudioConfig, device: torch.device) -> Tensor:
     The zeros are what is known of the signal there; Griffin-Lim imposes them in every iteration.
     """
     squares = _window(config, torch.device("cpu")).square()
-    total = torch.zeros(_padded_length(config))
+    total = torch.zeros(_padded_length(config), device="cpu")
     for frame in range(config.frames):
         total[frame * config.hop :][: config.n_fft] += squares
     gain = torch.zeros_like(total)

@@ -10,10 +10,8 @@
 #include "simd.h"
 
 #if defined(__GNUC__)
-#define MARS_INLINE inline __attribute__((always_inline))
 #define MARS_RESTRICT __restrict__
 #else
-#define MARS_INLINE inline
 #define MARS_RESTRICT
 #endif
 

@@ -2,7 +2,8 @@
 
 A program reads a tile of segments of rows, computes in registers, and writes the frames of each residue modulo r_t as a
 row of their own; where bins and not frames are contiguous, the tile is transposed on the way. All is bound by memory,
-and where sizes and strides are multiples of 16 bytes it moves 16 at a time. Logarithm and exponential are those of
+and where sizes and strides are multiples of 16 bytes it moves 16 at a time (of a spectrum whose bins are contiguous 8:
+its frames are an odd number of complex numbers apart). Logarithm and exponential are those of
 native.cpp, polynomials, since the GPU's own are not as accurate as PyTorch's.
 
 Frame factors other than those of `_SPLITS` take a second pass through a general kernel.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, get_args
 
 import torch
@@ -39,7 +40,7 @@ def multiscale_quantize(
     and subtraction. The search sees no gradient; the running sums are differentiable in codebook, weight and bias.
     The kernels give a sample the same numbers in any batch and on any number of threads. Their sums are as accurate as
     plain PyTorch's without being the same bits, so tokens can differ where two codes are within rounding of each other.
-    float64 is computed in plain PyTorch, but for the search, which is in float32.
+    float64 is computed in plain PyTorch, but for the search, which is in float32. Autocast does not lower anything.
 
     Args:
         f: (B, D, H, W) float32 or float64, any strides; only its values are used. A cell that is not finite makes
@@ -106,6 +107,10 @@ def _check(
         raise ValueError(
             f"multiscale_quantize: want scales within (1, 1)..{(height, width)}, f's grid, got {tuple(scales)}"
         )
+    if any(a > b for coarse, fine in pairwise(scales) for a, b in zip(coarse, fine, strict=True)):
+        raise ValueError(
+            f"multiscale_quantize: want scales coarse to fine, none smaller than the one before; got {scales}"
+        )
     if any(not 0 <= q < len(weight) for q in phi_index):
         raise ValueError(f"multiscale_quantize: want phi_index in 0..{len(weight) - 1}, got {list(phi_index)}")
     if metric not in get_args(Metric):
@@ -133,15 +138,16 @@ def _quantize(
         raise ValueError(f"multiscale_quantize: want keep in 0..{len(grids)}, got {keep.tolist()}")
     arguments: Any = (f, codebook, weight, bias, phi_index, grids, metric, ratio, keep)
     chosen = backend(f.device.type) if f.dtype == torch.float32 else "reference"
-    if chosen == "native":
-        ids, totals = _on_cpu(*arguments)
-    elif chosen == "triton":
-        from mars.kernels.multiscale_quantize import triton
+    with torch.autocast(f.device.type, enabled=False):
+        if chosen == "native":
+            ids, totals = _on_cpu(*arguments)
+        elif chosen == "triton":
+            from mars.kernels.multiscale_quantize import triton
 
-        with torch.cuda.device_of(f):
-            ids, totals = triton.multiscale_quantize(*arguments)
-    else:
-        ids, totals = reference.multiscale_quantize(*arguments)
+            with torch.cuda.device_of(f):
+                ids, totals = triton.multiscale_quantize(*arguments)
+        else:
+            ids, totals = reference.multiscale_quantize(*arguments)
     return totals, ids  # the differentiable one first, as `torch.library.opcheck` needs it
 
 
@@ -205,6 +211,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    with torch.autocast(grad.device.type, enabled=False):
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """No chain through the scales: the tokens are known, and a contribution is part of its own and of all later sums.
 
     A contribution is bias + sum_{s,t} R_s z C_t^T taps[s, t], where R_s and C_t up-sample and shift. So its gradient is

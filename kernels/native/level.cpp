@@ -66,6 +66,13 @@ Level level() { return static_cast<Level>(active().load(std::memory_order_relaxe
 }  // namespace mars
 
 int mars_abi() { return MARS_ABI; }
+int mars_threaded() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
 int mars_level() { return mars::level(); }
 int mars_level_supported(int level) { return mars::supported(level) ? 1 : 0; }
 int mars_set_level(int level) {

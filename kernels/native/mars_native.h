@@ -1,12 +1,12 @@
 // The whole C ABI of the native CPU kernels: raw pointers, sizes in elements, no torch and no Python.
 //
-// Every function returns 0, or -1 where memory ran out. `threads` is how many threads may work on it, the caller's
+// Every function returns 0, or -1 where memory ran out. `threads`, 1 or more, is how many may work on it, the caller's
 // included; they are OpenMP's, which torch uses too. Results do not depend on the number of threads.
 // A change of any signature changes MARS_ABI, here and in kernels/_native.py.
 #pragma once
 #include <cstdint>
 
-#define MARS_ABI 1
+#define MARS_ABI 2
 
 #if defined(_WIN32)
 #define MARS_EXPORT extern "C" __declspec(dllexport)
@@ -15,6 +15,7 @@
 #endif
 
 MARS_EXPORT int mars_abi();
+MARS_EXPORT int mars_threaded();  // 1 where it was built with OpenMP; otherwise one thread does all
 
 // Instruction sets, see Level in simd.h.
 MARS_EXPORT int mars_level();                     // the one in use

@@ -2,7 +2,8 @@
 #pragma once
 #include "mars_native.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// Compilers that know all of these instruction sets; others build the portable code.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define MARS_X86 1
 #include <immintrin.h>
 #define MARS_AVX2 __attribute__((target("avx2,fma")))

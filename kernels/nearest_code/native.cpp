@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <numeric>
 #include <utility>
@@ -25,12 +26,10 @@ using mars::Level;
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int LANES = 16;             // codes in a group of the exact kernels
-constexpr int64_t RUN = 8;            // groups that the exact kernels read again and again from L1
 constexpr int GROUP = 32;             // codes in a group of the filters: what one candidate costs
 constexpr int BLOCK = LANES * GROUP;  // codes that share a bound and a scale; a block also stays in L1
 constexpr int64_t FILTERED = 1024;    // codes from which on a filter pays
-constexpr int CANDIDATES = 48;        // groups left for a row; with more, the exact search is faster
-constexpr int64_t CHUNK = 128;        // rows whose group maxima are kept at a time
+constexpr int64_t LONGEST = 1 << 16;  // dim up to which the integers of a filter cannot overflow
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -222,7 +221,7 @@ MARS_INLINE void exact_group(const Codebook& b, const float* x, int64_t group, f
   const float* row = b.rows + group * b.dim * LANES;
   std::memcpy(score, b.bias + group * LANES, sizeof score);
   for (int64_t d = 0; d < b.dim; ++d, row += LANES)
-    for (int r = 0; r < LANES; ++r) score[r] = __builtin_fmaf(x[d], row[r], score[r]);
+    for (int r = 0; r < LANES; ++r) score[r] = std::fma(x[d], row[r], score[r]);
   float largest = score[0];
   for (int r = 1; r < LANES; ++r) largest = score[r] > largest ? score[r] : largest;
   if (!(largest > best)) return;
@@ -261,6 +260,10 @@ void search_portable(const Codebook& b, const float* x, int64_t rows, int64_t* i
 }
 
 #if defined(MARS_X86)
+
+constexpr int64_t RUN = 8;      // groups that the exact kernels read again and again from L1
+constexpr int CANDIDATES = 48;  // groups left for a row; with more, the exact search is faster
+constexpr int64_t CHUNK = 128;  // rows whose group maxima are kept at a time
 
 // Rows of x transposed, (dim, width), zeros after the last: what the lanes of a register hold are rows.
 MARS_INLINE void transpose(const float* x, int64_t rows, int64_t dim, int width, float* panel) {
@@ -522,6 +525,16 @@ const TileConfig TILES;
 MARS_AMX void start_tiles() { _tile_loadconfig(&TILES); }
 MARS_AMX void stop_tiles() { _tile_release(); }
 
+struct Tiles {
+  explicit Tiles(bool wanted) : on(wanted) {
+    if (on) start_tiles();
+  }
+  ~Tiles() {
+    if (on) stop_tiles();
+  }
+  const bool on;
+};
+
 // Products of 16 rows with two tiles of codes, in the tile registers p and q.
 #define MARS_MULTIPLY(p, q, tile)                           \
   {                                                         \
@@ -633,7 +646,7 @@ void search_filtered(const Codebook& b, const float* x, int64_t rows, int64_t* i
   const int64_t groups = b.blocks * LANES;
   Buffer<float> maxima(std::min(CHUNK, ceil_div(rows, 16) * 16) * groups), slack(ceil_div(b.blocks, LANES) * LANES);
   std::vector<int64_t> open;  // rows for the exact search
-  if (b.filter == mars::AMX) start_tiles();
+  const Tiles tiles(b.filter == mars::AMX);
   for (int64_t first = 0; first < rows; first += CHUNK) {
     const int64_t count = std::min(CHUNK, rows - first);
     const float* chunk = x + first * b.dim;
@@ -648,7 +661,6 @@ void search_filtered(const Codebook& b, const float* x, int64_t rows, int64_t* i
       if (ids[first + n] < 0) open.push_back(first + n);
     }
   }
-  if (b.filter == mars::AMX) stop_tiles();
   if (open.empty()) return;
   std::vector<float> gathered(open.size() * b.dim);
   std::vector<int64_t> found(open.size());
@@ -672,16 +684,16 @@ void search(const Codebook& b, const float* x, int64_t rows, int64_t* ids) {
 
 void* mars_codebook_pack(const float* codebook, int64_t codes, int64_t dim, int normalized) {
   try {
-    auto* b = new Codebook;
+    auto b = std::make_unique<Codebook>();
     b->codes = codes, b->dim = dim, b->normalized = normalized;
     std::vector<char> usable(codes);
     pack_rows(*b, codebook, usable);
-    if (mars::level() > mars::AVX512 && codes >= FILTERED) {
+    if (mars::level() > mars::AVX512 && codes >= FILTERED && dim <= LONGEST) {
       b->filter = mars::level();
       pack_filter(*b, codebook, usable);
     }
-    return b;
-  } catch (const std::bad_alloc&) {
+    return b.release();
+  } catch (const std::exception&) {
     return nullptr;
   }
 }
@@ -699,7 +711,7 @@ int mars_nearest_code(const void* packed, const float* x, int64_t rows, int64_t*
     if (count <= 0) continue;
     try {
       search(b, x + first * b.dim, count, ids + first);
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) {
       failed = 1;
     }
   }

@@ -14,7 +14,7 @@ is not a float32, is never chosen unless no other is left.
 from __future__ import annotations
 
 import weakref
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def nearest_code(x: Tensor, codebook: Tensor | PackedCodebook, metric: Metric = 
 
     Args:
         x: (N, D), any float dtype and strides; the search is in float32. No gradient.
-        codebook: (V, D), or what `pack_codebook` made of it, whose metric then holds.
+        codebook: (V, D), or what `pack_codebook` made of it, whose metric then holds; that form cannot be compiled.
         metric: "l2", the smallest squared distance, or "cosine", the largest cosine.
 
     Returns:
@@ -46,7 +46,7 @@ def nearest_code(x: Tensor, codebook: Tensor | PackedCodebook, metric: Metric = 
         return codebook.search(x)
     _check(x, codebook.shape, codebook.device)
     _check_codebook(codebook, metric)
-    return _nearest_code(x.detach().float().contiguous(), codebook.detach().float().contiguous(), metric)
+    return _nearest_code(_plain(x), _plain(codebook), metric)
 
 
 @torch.library.custom_op("mars::nearest_code", mutates_args=())
@@ -66,11 +66,11 @@ def pack_codebook(codebook: Tensor, metric: Metric = "l2") -> PackedCodebook:
         ValueError: as `nearest_code`.
     """
     _check_codebook(codebook, metric)
-    return PackedCodebook(codebook.detach().float().contiguous(), metric, backend(codebook.device.type))
+    return PackedCodebook(_plain(codebook), metric, backend(codebook.device.type))
 
 
 class PackedCodebook:
-    """A codebook in the layout of the kernel that will search it. See `pack_codebook`."""
+    """A codebook in the layout of the kernel that will search it, unchanging, for this process. See `pack_codebook`."""
 
     def __init__(self, codebook: Tensor, metric: str, chosen: Backend) -> None:
         if chosen == "triton" and codebook.shape[1] > _TRITON_DIM:
@@ -97,7 +97,9 @@ class PackedCodebook:
     def search(self, x: Tensor) -> Tensor:
         """int64 (N,): see `nearest_code`. x: (N, D)."""
         _check(x, self.shape, self.device)
-        x = x.detach().float().contiguous()
+        if torch.compiler.is_compiling():
+            raise RuntimeError("nearest_code: a packed codebook cannot be compiled; give the codebook (V, D) itself")
+        x = _plain(x)
         if self.backend == "reference":
             return reference.nearest_code(x, self._packed, self.metric)
         if self.backend == "triton":
@@ -105,17 +107,31 @@ class PackedCodebook:
 
             with torch.cuda.device_of(x):
                 return triton.search(x, self._packed)
-        ids = torch.empty(len(x), dtype=torch.int64)
+        ids = x.new_empty(len(x), dtype=torch.int64)
         _native.check(
             _native.functions().mars_nearest_code(self._packed, x.data_ptr(), len(x), ids.data_ptr(), _native.threads())
         )
         return ids
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a packed codebook belongs to its process: send the codebook and pack it there")
 
     @property
     def pointer(self) -> int:
         """The packed form for the library's own functions ("native" only)."""
         assert self.backend == "native"
         return self._packed
+
+
+def _plain(x: Tensor) -> Tensor:
+    """What the kernels read: float32, contiguous, and no view that negates on reading."""
+    return x.detach().float().contiguous().resolve_neg()
 
 
 def _check(x: Tensor, shape: torch.Size, device: torch.device) -> None:

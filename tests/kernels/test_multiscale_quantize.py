@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 
 import pytest
@@ -17,8 +16,8 @@ from mars.kernels.multiscale_quantize import op, reference
 from mars.kernels.multiscale_quantize.resampling import bicubic_matrix
 from mars.models.quantizer import phi_index
 from tests import reference_var
+from tests.implementations import NATIVE, running
 
-NATIVE = [] if _backend.missing("native", "cpu") else [f"native {level}" for level in _native.LEVELS]
 TRITON = [] if _backend.missing("triton", "cpu") else ["triton"]
 SCHEDULES = [
     ((1, 1),),
@@ -31,23 +30,33 @@ SCHEDULES = [
 ]
 
 
-@contextmanager
-def running(implementation):
-    """Run on "reference", "native <level>" or "triton"."""
-    name, _, level = implementation.partition(" ")
-    with ExitStack() as stack:
-        stack.enter_context(kernels.use(name))
-        if level:
-            if level not in _native.levels():
-                pytest.skip(f"this processor has no {level}")
-            stack.enter_context(_native.use_level(level))
-        yield
-
-
 @pytest.fixture(params=["reference", *NATIVE])
 def implementation(request):
     with running(request.param):
         yield request.param
+
+
+def test_autocast_lowers_nothing(implementation):
+    f, codebook, weight = torch.randn(2, 8, 4, 4), torch.randn(50, 8), torch.randn(1, 8, 8, 3, 3) / 9
+    bias = torch.zeros(1, 8)
+    for t in (codebook, weight, bias):
+        t.requires_grad_()
+
+    def outcome():
+        ids, totals = multiscale_quantize(f, codebook, weight, bias, [0, 0, 0], [(1, 1), (2, 2), (4, 4)])
+        return ids, totals, *torch.autograd.grad(totals.square().sum(), (codebook, weight, bias))
+
+    wanted = outcome()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_scales_that_shrink_are_refused():
+    f, codebook, weight = torch.randn(1, 8, 4, 4), torch.randn(50, 8), torch.randn(1, 8, 8, 3, 3)
+    for scales in ([(4, 4), (1, 1), (4, 4)], [(2, 3), (3, 2), (4, 4)]):
+        with pytest.raises(ValueError, match="want scales coarse to fine, none smaller than the one before"):
+            multiscale_quantize(f, codebook, weight, torch.zeros(1, 8), [0, 0, 0], scales)
 
 
 @pytest.fixture(params=NATIVE)

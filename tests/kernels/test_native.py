@@ -32,6 +32,7 @@ def test_the_library_is_there():
     assert MISSING is None
     assert _native.levels()[0] == "portable"
     assert _backend.backend("cpu") == "native"
+    assert _native.functions().mars_threaded()
 
 
 @needs_native
@@ -98,6 +99,15 @@ def test_the_command_lists_what_is_there():
     done = subprocess.run([sys.executable, "-m", "mars.kernels"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert re.search(r"^  reference +yes$", done.stdout, re.M)
+    refused = subprocess.run(
+        [sys.executable, "-m", "mars.kernels"],
+        env={**os.environ, "MARS_KERNELS": "triton", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert refused.returncode == 0
+    assert refused.stdout.startswith("cpu: MARS_KERNELS=triton: ")
     if MISSING is None:
         assert f"instruction set: {_native.level()} (of portable" in done.stdout
 

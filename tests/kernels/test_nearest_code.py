@@ -5,17 +5,18 @@ PyTorch's matrix products leave the order of the additions open; the reference i
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+import copy
+import gc
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mars import kernels
-from mars.kernels import _backend, _native, nearest_code, pack_codebook
+from mars.kernels import _native, nearest_code, pack_codebook
+from tests.implementations import NATIVE, running
 
 METRICS = ["l2", "cosine"]
-NATIVE = [] if _backend.missing("native", "cpu") else [f"native {level}" for level in _native.LEVELS]
 SHAPES = [
     (1, 1, 2),
     (3, 2, 1),
@@ -31,19 +32,6 @@ SHAPES = [
     (800, 16, 1100),
 ]
 # N, D, V
-
-
-@contextmanager
-def running(implementation):
-    """Run on "reference", "native <level>" or "triton"."""
-    name, _, level = implementation.partition(" ")
-    with ExitStack() as stack:
-        stack.enter_context(kernels.use(name))
-        if level:
-            if level not in _native.levels():
-                pytest.skip(f"this processor has no {level}")
-            stack.enter_context(_native.use_level(level))
-        yield
 
 
 @pytest.fixture(params=NATIVE)
@@ -259,6 +247,42 @@ def test_a_packed_codebook_gives_the_same_and_keeps_its_values(metric, implement
         assert torch.equal(nearest_code(part, packed), ids)
     with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got \(2, 3\), \(1300, 9\)"):
         nearest_code(torch.zeros(2, 3), packed)
+
+
+def test_copies_of_a_packed_codebook_outlive_it(implementation):
+    x, codebook = inputs(40, 9, 1300)
+    wanted = nearest_code(x, codebook)
+    packed = pack_codebook(codebook)
+    copies = [copy.copy(packed), copy.deepcopy(packed)]
+    del packed
+    gc.collect()
+    assert all(torch.equal(nearest_code(x, each), wanted) for each in copies)
+    with pytest.raises(TypeError, match="belongs to its process"):
+        pickle.dumps(copies[0])
+
+
+def test_a_packed_codebook_is_not_compiled():
+    packed = pack_codebook(torch.randn(5, 3))
+    with pytest.raises(Exception, match="give the codebook"):
+        torch.compile(lambda x: nearest_code(x, packed), fullgraph=True, backend="eager")(torch.randn(2, 3))
+
+
+def test_negated_views_and_default_devices_are_understood(implementation):
+    x, codebook = inputs(40, 9, 1300)
+    wanted = nearest_code(-x, codebook)
+    packed = pack_codebook(codebook)
+    view = torch._neg_view(x)
+    assert torch.equal(nearest_code(view, packed), wanted)
+    assert torch.equal(nearest_code(view, codebook), wanted)
+    with torch.device("meta"):
+        assert torch.equal(nearest_code(view, packed), wanted)
+
+
+def test_long_rows_are_not_filtered_where_integers_could_overflow(native):
+    x, codebook = torch.ones(3, 134_000), torch.ones(1030, 1).repeat(1, 134_000)
+    codebook[337] = 1.01
+    x[1] = 1.01
+    assert nearest_code(x, codebook).tolist() == exact(x, codebook, "l2").tolist()
 
 
 def test_a_codebook_packed_for_one_level_works_at_another():
