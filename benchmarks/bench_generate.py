@@ -31,7 +31,7 @@ def bench_generate(benchmark: Any, place: Place) -> None:
         assert all(torch.equal(a.ids, b.ids) for a, b in zip(notes, ours, strict=True))
 
     contenders = {"ours": Contender(run("auto")), "plain PyTorch kernels": Contender(run("reference"), check=same)}
-    race(benchmark, place, contenders, rounds=3)
+    race(benchmark, place, contenders, rounds=3, wall=True)
 
 
 def by_stft(magnitudes: torch.Tensor, config: AudioConfig, iterations: int = 32) -> torch.Tensor:
@@ -64,4 +64,4 @@ def bench_griffin_lim(benchmark: Any, place: Place) -> None:
         "torch.stft and torch.istft": Contender(lambda: by_stft(magnitudes, config)),
     }
     assert all(torch.isfinite(c.run()).all() for c in contenders.values())
-    race(benchmark, place, contenders, rounds=3)
+    race(benchmark, place, contenders, rounds=3, wall=True)
