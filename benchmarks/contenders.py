@@ -62,8 +62,8 @@ def race(
 
     The first one is also what pytest-benchmark shows. Everything goes into the result's `extra_info`, from which
     scripts.bench_report makes the table. targets: for a contender's name, how many times as long as the first it is
-    meant to take at least; for "rate", which fraction of the last contender's rate the first is meant to reach. wall: by the clock on one thread too, for what works in
-    threads of its own.
+    meant to take at least; for "rate", which fraction of the last contender's rate the first is meant to reach.
+    wall: by the clock on one thread too, for what works in threads of its own.
     """
     contenders = contenders | _ceilings(place)
     first, *peers = contenders.values()
