@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -127,8 +128,8 @@ def _ceilings(place: Place) -> dict[str, Contender]:
 
 
 def _device_memory(place: Place) -> int:
-    """Bytes in use on the GPU as its driver counts them; 0 on a CPU."""
-    if place.device != "cuda":
+    """Bytes in use on the GPU as its driver counts them; 0 on a CPU, or without nvidia-ml-py (the extra `bench`)."""
+    if place.device != "cuda" or importlib.util.find_spec("pynvml") is None:
         return 0
     import pynvml
 

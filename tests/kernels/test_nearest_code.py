@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mars.kernels import _native, nearest_code, pack_codebook
+from mars.kernels import _backend, _native, nearest_code, pack_codebook
 from tests.implementations import NATIVE, running
 
 METRICS = ["l2", "cosine"]
@@ -123,6 +123,18 @@ def test_native_is_exact(shape, metric, native):
 def test_native_is_exact_on_adversarial_codebooks(case, metric, native):
     x, codebook = adversarial()[case]
     assert torch.equal(nearest_code(x, codebook, metric), exact(x, codebook, metric))
+
+
+@pytest.mark.skipif(_backend.missing("triton", "cpu") is not None, reason=str(_backend.missing("triton", "cpu")))
+@pytest.mark.parametrize("metric", METRICS)
+def test_triton_through_the_op(metric):
+    x, codebook = inputs(70, 20, 2500)
+    with running("triton"):
+        assert_nearest(nearest_code(x, codebook, metric), x, codebook, metric)
+        assert pack_codebook(codebook, metric).backend == "triton"
+        wide = torch.randn(7, 257), torch.randn(30, 257)
+        assert_nearest(nearest_code(*wide, metric), *wide, metric)
+        assert pack_codebook(wide[1], metric).backend == "reference"  # more than its registers hold
 
 
 @pytest.mark.parametrize("metric", METRICS)
