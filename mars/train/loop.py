@@ -243,7 +243,7 @@ def run(
         Diverged: ten steps in a row were not finite.
         OSError: a checkpoint could not be written.
     """
-    train, console = stage.train, console or Console(stderr=True)
+    train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
     done = folder.restore(stage, console.print)
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")

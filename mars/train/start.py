@@ -148,7 +148,7 @@ def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Co
     if where.type == "cpu" and not runtime.native_bfloat16(where):
         # oneDNN instead of MKL, twice as fast on some CPUs and as exact; with bfloat16 units it would round to that.
         torch.set_float32_matmul_precision("medium")
-    return Console(stderr=True), parse_time(max_time), where
+    return Console(stderr=True, soft_wrap=True), parse_time(max_time), where
 
 
 def _resumed(out: Path | None, resume: str) -> Path | None:

@@ -252,7 +252,7 @@ def go(tmp_path, output):
     (tmp_path / "run").mkdir()
 
     def go(stage, **settings):
-        console = Console(file=output, width=200)
+        console = Console(file=output, width=200, soft_wrap=True)
         return loop.run(stage, Run(tmp_path / "run"), NOTES, seed=1, console=console, **settings)
 
     go.path = tmp_path / "run"
