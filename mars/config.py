@@ -70,6 +70,11 @@ class AudioConfig:
         )
         _require(0 < self.bins <= self.n_fft // 2, f"audio.bins must be 1..{self.n_fft // 2}, got {self.bins}")
         _require(self.min_db < self.max_db, f"audio: min_db {self.min_db} is not below max_db {self.max_db}")
+        _require(
+            abs(self.min_db) <= 400
+            and self.max_db - self.min_db <= 340,  # beyond float32, and `kernels.spectrogram_cmx`
+            f"audio: want min_db within -400..400 and max_db at most 340 dB above, got {self.min_db} and {self.max_db}",
+        )
         _require(self.drop in ("dc", "nyquist"), f"audio.drop must be dc or nyquist, got {self.drop!r}")
         _require(
             (self.frames - 1) * self.hop >= self.samples,
