@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender, Place, race, sized
-from mars import kernels
-from mars.kernels import _backend, _native, nearest_code
+from mars.kernels import _backend, _native, nearest_code, pack_codebook
 from tests.kernels.test_nearest_code import adversarial
 
 CODES = 16384
@@ -117,8 +116,7 @@ def bench_adversarial(benchmark: Any, place: Place, case: str) -> None:
 @pytest.mark.benchmark(group="nearest_code, one training step's rows")
 def bench_small(benchmark: Any, place: Place) -> None:
     x, codebook = torch.randn(680, 32, device=place.device), torch.randn(CODES, 32, device=place.device)
-    with kernels.use("auto"):
-        packed = kernels.pack_codebook(codebook)
+    packed = pack_codebook(codebook)
     contenders = {
         "ours": Contender(searched(x, codebook)),
         "ours, packed before": Contender(lambda: nearest_code(x, packed), check=same),

@@ -66,8 +66,11 @@ def fma_peak(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Place, float
 
     def contender(place: Place, flop: float) -> Contender | None:
         sink = torch.zeros(place.threads)
-        done = function(flop / place.threads, place.threads, sink.data_ptr())
-        run = lambda: function(flop / place.threads, place.threads, sink.data_ptr())  # noqa: E731
+
+        def run() -> float:
+            return function(flop / place.threads, place.threads, sink.data_ptr())
+
+        done = run()
         return Contender(run, flop=done) if done else None
 
     return contender

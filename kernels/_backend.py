@@ -19,6 +19,7 @@ from mars.kernels import _native
 
 Backend = Literal["reference", "native", "triton"]
 _CHOICES = ("auto", *get_args(Backend))
+_FAST: dict[str, Backend] = {"cpu": "native", "cuda": "triton"}  # what "auto" takes on a device type
 
 _choice = os.environ.get("MARS_KERNELS", "auto")
 if _choice not in _CHOICES:
@@ -64,7 +65,7 @@ def backend(device: str) -> Backend:
     Raises RuntimeError where MARS_KERNELS asks for one that cannot run here.
     """
     if _choice == "auto":
-        fast: Backend | None = {"cpu": "native", "cuda": "triton"}.get(device)  # type: ignore[assignment]
+        fast = _FAST.get(device)
         if fast is None:
             return "reference"
         why = missing(fast, device)
