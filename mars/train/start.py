@@ -16,7 +16,8 @@ from mars import checkpoint, config, model, runtime
 from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError
-from mars.train import loop
+from mars.train import folder, loop
+from mars.train.stage import Stage
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize
 
@@ -49,10 +50,10 @@ def train_tokenizer(
     settings = _settings(out, preset, overrides, "tokenizer")
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, where, seed)
-    folder = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console)
-    loop.run(stage, folder, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
-    console.print(f"next: mars-train var --tokenizer {folder.path}")
-    return folder.path
+    run = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console)
+    loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
+    console.print(f"next: mars-train var --tokenizer {run.path}")
+    return run.path
 
 
 def train_var(
@@ -94,12 +95,12 @@ def train_var(
         tokens = _tokens(trained, settings, dataset, where, console)
     stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    folder = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
-    if not (folder.path / TOKENS).exists():
-        checkpoint.write_directory(folder.path / TOKENS, {"ids": {"ids": tokens}}, {})
-    loop.run(stage, folder, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
-    console.print(f"next: mars-generate -n 64 --model {folder.path}")
-    return folder.path
+    run = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
+    if not (run.path / TOKENS).exists():
+        checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
+    loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
+    console.print(f"next: mars-generate -n 64 --model {run.path}")
+    return run.path
 
 
 def newest_tokenizer(preset: str | None = None) -> Path:
@@ -205,10 +206,10 @@ def _open_run(
     dataset: Dataset,
     seed: int,
     resume: str,
-    stage: loop.Stage,
+    stage: Stage,
     console: Console,
     origin: dict[str, Any] | None = None,
-) -> loop.Run:
+) -> folder.RunFolder:
     """Make the run folder, or check that an existing one is the same run."""
     path = out or RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     record = {
@@ -237,7 +238,7 @@ def _open_run(
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
     size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
-    runtime.free_space(path, 3 * (loop.KEEP + 1) * size)  # the optimiser's two moments come with the first step
+    runtime.free_space(path, 3 * (folder.KEEP + 1) * size)  # the optimiser's two moments come with the first step
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)
         config.save(settings, path / "config.json")
@@ -247,7 +248,7 @@ def _open_run(
     console.print(
         f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
     )
-    return loop.Run(path)
+    return folder.RunFolder(path)
 
 
 def _tokens(

@@ -20,7 +20,7 @@ from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import autocast, stream
-from mars.train.loop import Optimizer
+from mars.train.optimizer import Optimizer
 
 
 class TokenizerStage:
@@ -49,13 +49,13 @@ class TokenizerStage:
         ramp = max(t.adversarial_ramp * t.steps, 1)
         return t.adversarial_weight * min((step - t.adversarial_start * t.steps + 1) / ramp, 1.0)
 
-    def step(self, step: int, batches: list[Tensor], generator: torch.Generator) -> dict[str, float | Tensor]:
+    def step(self, step: int, batches: list[Tensor], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
         """One update of the tokenizer and, once it has joined, of the discriminator."""
         self.model.train()
         weight = self.adversarial_weight(step)
         sums: dict[str, Tensor] = {}
         pairs = []
-        for x in batches:
+        for x, generator in zip(batches, streams, strict=True):
             with autocast(self.device, self.train.precision):
                 y, quantized = self.model(x, generator)
             reconstruction = (y - x).square().mean()

@@ -20,7 +20,7 @@ from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.runtime import autocast, stream
-from mars.train.loop import Optimizer
+from mars.train.optimizer import Optimizer
 from mars.train.tokenizer import held_out
 
 
@@ -47,12 +47,12 @@ class VARStage:
             return ids, self.tokenizer.quantizer.teacher_inputs(ids), self.conditions[indices].to(self.device)
 
     def step(
-        self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], generator: torch.Generator
+        self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], streams: list[torch.Generator]
     ) -> dict[str, float | Tensor]:
         """One update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for ids, inputs, condition in batches:
+        for (ids, inputs, condition), generator in zip(batches, streams, strict=True):
             condition = self._hide(condition, generator)
             with autocast(self.device, self.train.precision):
                 logits = self.model(inputs, condition, generator)

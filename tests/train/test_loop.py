@@ -22,7 +22,9 @@ from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.runtime import stream
 from mars.train import loop
-from mars.train.loop import Optimizer, Run, batch_indices, learning_rate
+from mars.train.folder import RunFolder
+from mars.train.loop import batch_indices
+from mars.train.optimizer import Optimizer, learning_rate
 
 # ---------------------------------------------------------------- which notes
 
@@ -212,7 +214,7 @@ class Counter:
     def __init__(self, **settings) -> None:
         defaults = {"steps": 10, "batch_size": 2, "log_every": 1, "validate_every": 100, "save_every": 4}
         self.train = TrainConfig(**defaults | settings)
-        self.seen: list[tuple[int, list[list[int]], float]] = []
+        self.seen: list[tuple[int, list[list[int]], list[float]]] = []
         self.weight = torch.zeros(())
         self.exports = 0
         self.act: Callable[[int], float | None] = lambda step: None
@@ -220,8 +222,8 @@ class Counter:
     def batch(self, indices):
         return indices.tolist()
 
-    def step(self, step, batches, generator):
-        self.seen.append((step, batches, torch.rand(1, generator=generator).item()))
+    def step(self, step, batches, streams):
+        self.seen.append((step, batches, [torch.rand(1, generator=s).item() for s in streams]))
         self.weight += step
         loss = self.act(step)
         return {"loss": torch.tensor(1.0 if loss is None else loss)}
@@ -253,7 +255,7 @@ def go(tmp_path, output):
 
     def go(stage, **settings):
         console = Console(file=output, width=200, soft_wrap=True)
-        return loop.run(stage, Run(tmp_path / "run"), NOTES, seed=1, console=console, **settings)
+        return loop.run(stage, RunFolder(tmp_path / "run"), NOTES, seed=1, console=console, **settings)
 
     go.path = tmp_path / "run"
     return go
@@ -271,10 +273,10 @@ def test_steps_get_their_batches_and_streams(go):
     stage = Counter(accumulate=3)
     assert go(stage) == 10
     assert [step for step, *_ in stage.seen] == list(range(10))
-    for step, batches, draw in stage.seen:
+    for step, batches, draws in stage.seen:
         assert [n for part in batches for n in part] == batch_indices(1, step, 6, NOTES).tolist()
         assert [len(part) for part in batches] == [2, 2, 2]
-        assert draw == torch.rand(1, generator=stream(1, 1, step)).item()
+        assert draws == [torch.rand(1, generator=stream(1, 1, step, i)).item() for i in range(3)]
 
 
 def test_saves_validates_and_logs_in_time(go):
@@ -300,7 +302,7 @@ def test_stops_and_goes_on_where_it_was(go, output):
     assert "resuming at step 3 of 10" in output.getvalue()
     other = go.path.parent / "other"
     other.mkdir()
-    loop.run(whole, Run(other), NOTES, seed=1, console=Console(file=io.StringIO()))
+    loop.run(whole, RunFolder(other), NOTES, seed=1, console=Console(file=io.StringIO()))
     assert parts.seen + again.seen == whole.seen
     assert torch.equal(again.weight, whole.weight)
     assert go(Counter()) == 10  # nothing left to do
@@ -405,7 +407,7 @@ def test_leftovers_of_a_killed_save_are_ignored(go):
     folder = go.path / "checkpoints"
     for name in (".tmp-step-00000009-123", ".new-step-00000009", ".del-step-00000001", "step-x"):
         (folder / name).mkdir()
-    assert [p.name for p in Run(go.path).checkpoints()] == ["step-00000004"]
+    assert [p.name for p in RunFolder(go.path).checkpoints()] == ["step-00000004"]
     assert go(Counter()) == 10
 
 

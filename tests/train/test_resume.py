@@ -19,7 +19,7 @@ from mars.models.discriminator import Discriminator, hinge_loss
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import stream
 from mars.train import loop
-from mars.train.loop import Run
+from mars.train.folder import RunFolder
 from mars.train.tokenizer import TokenizerStage, codebook_use, held_out
 from mars.train.var import VARStage, condition_ids, ranges, tokenize
 
@@ -59,15 +59,19 @@ def make(name: str, smoke, notes, precision: str = "float32", extra: tuple[str, 
     return VARStage(c, notes, tokenizer, tokens, CPU, seed=4)
 
 
+def streams(step: int = 0, count: int = 2) -> list[torch.Generator]:
+    return [stream(0, 1, step, i) for i in range(count)]
+
+
 def go(stage, path: Path, notes, **settings) -> int:
     path.mkdir(exist_ok=True)
     console = Console(file=io.StringIO())
-    return loop.run(stage, Run(path), notes.split("train"), seed=4, console=console, **settings)
+    return loop.run(stage, RunFolder(path), notes.split("train"), seed=4, console=console, **settings)
 
 
 def contents(path: Path) -> dict[str, bytes]:
     """Every file of the newest checkpoint and of the exported model."""
-    newest = Run(path).checkpoints()[0]
+    newest = RunFolder(path).checkpoints()[0]
     assert newest.name == f"step-{STEPS:08d}"
     return {f"{p.parent.name}/{p.name}": p.read_bytes() for f in (newest, path / "model") for p in f.iterdir()}
 
@@ -100,7 +104,7 @@ def test_a_step_changes_what_it_should(name, smoke, notes):
     before = {g: {k: v.clone() for k, v in t.items()} for g, t in stage.state().items()}
     for step in range(4):
         batches = [stage.batch(np.array([0, 1, 2])), stage.batch(np.array([3, 4, 5]))]
-        metrics = stage.step(step, batches, stream(0, 1, step))
+        metrics = stage.step(step, batches, streams(step))
         assert all(np.isfinite(float(v)) for v in metrics.values())
     after = stage.state()
     changed = {g: {k for k, v in t.items() if not torch.equal(v, before[g][k])} for g, t in after.items() if before[g]}
@@ -116,7 +120,7 @@ def test_a_step_changes_what_it_should(name, smoke, notes):
 def test_a_step_that_is_not_finite_changes_nothing(name, smoke, notes):
     stage = make(name, smoke, notes)
     good = [stage.batch(np.array([0, 1, 2])), stage.batch(np.array([3, 4, 5]))]
-    stage.step(5, good, stream(0, 1, 0))
+    stage.step(5, good, streams(0))
     before = {(g, k): v.clone() for g, t in stage.state().items() for k, v in t.items()}
 
     def spoil(part):
@@ -124,15 +128,15 @@ def test_a_step_that_is_not_finite_changes_nothing(name, smoke, notes):
             return part[0], part[1] * float("nan"), part[2]
         return part * float("nan")
 
-    metrics = stage.step(6, [good[0], spoil(good[1])], stream(0, 1, 1))
+    metrics = stage.step(6, [good[0], spoil(good[1])], streams(1))
     assert np.isnan(float(metrics["loss"]))
     after = {(g, k): v for g, t in stage.state().items() for k, v in t.items()}
     assert after.keys() == before.keys()
     assert [key for key, v in after.items() if not torch.equal(v, before[key])] == []
     clean = make(name, smoke, notes)
-    clean.step(5, good, stream(0, 1, 0))
+    clean.step(5, good, streams(0))
     for s in (stage, clean):  # nothing of the bad gradients is left either
-        s.step(6, good, stream(0, 1, 2))
+        s.step(6, good, streams(2))
     for a, b in zip(stage.model.parameters(), clean.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -197,10 +201,10 @@ def test_the_adversarial_term_joins_at_its_start_and_ramps(smoke, notes):
     assert weights[25:35] == pytest.approx([0.05 * (i + 1) for i in range(10)])
     assert weights[35:] == [0.5] * 65
     parts = [stage.batch(np.arange(3))]
-    early = stage.step(24, parts, stream(0))
+    early = stage.step(24, parts, streams(count=1))
     assert "adversarial" not in early
     assert not stage.d_optimizer.state()
-    late = stage.step(25, parts, stream(0))
+    late = stage.step(25, parts, streams(count=1))
     assert {"adversarial", "adaptive", "discriminator"} <= late.keys()
     assert stage.d_optimizer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
         late["lr"] * 4e-4 / c.train.tokenizer.lr
@@ -212,7 +216,7 @@ def test_the_discriminator_learns_from_its_own_loss_alone(smoke, notes, monkeypa
     twin, seen = copy.deepcopy(stage.discriminator), []
     original = stage._discriminate
     monkeypatch.setattr(stage, "_discriminate", lambda step, pairs: seen.extend(pairs) or original(step, pairs))
-    metrics = stage.step(0, [stage.batch(np.arange(3)), stage.batch(np.arange(3, 6))], stream(0))
+    metrics = stage.step(0, [stage.batch(np.arange(3)), stage.batch(np.arange(3, 6))], streams())
     loss = sum(hinge_loss(twin(real), twin(fake)) for real, fake in seen) / 2
     assert float(metrics["discriminator"]) == pytest.approx(loss.item(), rel=1e-4)
     loss.backward()
@@ -226,8 +230,8 @@ def test_accumulated_batches_are_one_large_batch(name, smoke, notes):
     still = ("tokenizer.quantizer_dropout=0", "tokenizer.drop_path=0", "var.drop_path=0", "var.condition_dropout=0")
     one, two = (make(name, smoke, notes, extra=still) for _ in range(2))
     indices = np.arange(6)
-    a = one.step(0, [one.batch(indices)], stream(0))
-    b = two.step(0, [two.batch(indices[:3]), two.batch(indices[3:])], stream(0))
+    a = one.step(0, [one.batch(indices)], streams(count=1))
+    b = two.step(0, [two.batch(indices[:3]), two.batch(indices[3:])], streams())
     for key in ("loss", "grad_norm"):
         assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
 
@@ -294,7 +298,7 @@ def test_codebook_use_by_hand():
 def test_validation_leaves_training_alone_and_reads_the_average(name, smoke, notes):
     stage = make(name, smoke, notes)
     batches = [stage.batch(np.arange(3))]
-    stage.step(0, batches, stream(0))
+    stage.step(0, batches, streams(count=1))
     before = {(g, k): v.clone() for g, t in stage.state().items() for k, v in t.items()}
     first = stage.validate()
     assert all(torch.equal(v, before[g, k]) for g, t in stage.state().items() for k, v in t.items())

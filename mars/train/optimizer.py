@@ -1,0 +1,116 @@
+"""The learning-rate schedules, and the optimiser with clipping and the average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mars.config import TrainConfig
+from mars.errors import CheckpointError
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of `step`: linear warm-up, then a cosine, or VAR's "lin0" (flat for 5 %, then linear)."""
+    warmup = config.warmup * config.steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = min((step - warmup) / max(config.steps - warmup, 1), 1.0)
+    fall = max(progress - 0.05, 0) / 0.95 if config.schedule == "lin0" else 0.5 - 0.5 * math.cos(math.pi * progress)
+    return config.lr * (1 - (1 - config.final_lr) * fall)
+
+
+class Optimizer:
+    """AdamW with the schedule, gradient clipping and an average of the weights (EMA).
+
+    With "muon" the matrices of the transformer blocks are updated by orthogonalised momentum instead (Jordan et al.
+    2024), scaled so that the same learning rate serves both.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig, averaged: nn.Module | None = None) -> None:
+        self.config = config
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        # As published: only weights of layers decay, not positions, levels, tokens, the codebook or attention scales.
+        decay: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, p in zip(self.names, self.parameters, strict=True):
+            matrix = p.ndim > 1 and name.endswith("weight") and name != "level.weight"
+            (decay if matrix else plain).append(p)
+        groups: list[dict[str, Any]] = [
+            {"params": decay, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        matrices: list[nn.Parameter] = []
+        if config.optimizer == "muon":
+            matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and "blocks." in name]
+            inside = {id(p) for p in matrices}
+            for group in groups:
+                group["params"] = [p for p in group["params"] if id(p) not in inside]
+        adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append(muon)
+        self.averaged = list[Tensor](averaged.parameters()) if averaged is not None else None
+
+    def clip(self) -> Tensor:
+        """Clip the gradients; their global norm before that."""
+        limit = self.config.grad_clip or math.inf
+        return nn.utils.clip_grad_norm_(self.parameters, limit)
+
+    def update(self, step: int, ratio: float = 1.0) -> float:
+        """Apply the gradients with `ratio` times the scheduled rate, which is returned; then forget them."""
+        rate = learning_rate(self.config, step) * ratio
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self.forget()
+        if self.averaged is not None:
+            decay = min(self.config.ema, (1 + step) / (10 + step))  # follows quickly at first
+            torch._foreach_lerp_(self.averaged, list[Tensor](self.parameters), 1 - decay)
+        return rate
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts by parameter name; empty before the first update."""
+        names = {id(p): name for name, p in zip(self.names, self.parameters, strict=True)}
+        return {
+            f"{names[id(p)]}/{key}": value
+            for optimizer in self.optimizers
+            for p, moments in optimizer.state.items()
+            for key, value in moments.items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor], source: Path) -> None:
+        """Restore `state()`.
+
+        Raises:
+            CheckpointError: a moment is missing or has another shape.
+        """
+        if not state:
+            return
+        names = {id(p): name for name, p in zip(self.names, self.parameters, strict=True)}
+        for optimizer in self.optimizers:
+            keys = (
+                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+            )
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                name, moments = names[id(p)], {}
+                for key in keys:
+                    value = state.get(f"{name}/{key}")
+                    if value is None or (key != "step" and value.shape != p.shape):
+                        raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
+                    moments[key] = value.clone().to(p.device)  # the fused kernel wants the step there too
+                optimizer.state[p] = moments

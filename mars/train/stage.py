@@ -1,0 +1,44 @@
+"""What the loop asks of a training stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mars.config import TrainConfig
+
+
+class Stage(Protocol):
+    """What a training stage supplies."""
+
+    train: TrainConfig
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
+    def batch(self, indices: np.ndarray) -> Any:
+        """Inputs for these notes; called on a second thread, one batch ahead."""
+
+    def step(self, step: int, batches: list[Any], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
+        """One optimiser update on micro-batches, each with its own random stream.
+
+        Returns the metrics to log, "loss" among them; nothing is updated if they are not finite.
+        """
+
+    def validate(self) -> dict[str, Any]:
+        """Metrics on held-out notes, of the averaged weights."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors needed to go on."""
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
+        """Restore them; CheckpointError if anything does not fit."""
+
+    def export(self, path: Path) -> None:
+        """Write the model directory."""
