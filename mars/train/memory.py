@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
     """The most bytes that tensors held during `run()`, above what they held before it.
 
-    On a CPU every allocation of PyTorch's is counted, those inside an operation too, so `run` takes longer than usual.
+    On a CPU every allocation of PyTorch's is counted, those inside an operation too, so `run` takes longer than usual;
+    what was held before counts as held throughout.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -23,7 +24,8 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
