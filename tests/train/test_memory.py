@@ -23,4 +23,4 @@ def test_counts_what_is_alive_at_once():
 def test_memory_held_before_does_not_count():
     held = [torch.ones(1_000_000)]
     assert peak_memory(lambda: held.append(torch.ones(500_000)), CPU) == 2_000_000
-    assert peak_memory(lambda: held[0].add_(1), CPU) == 0
+    assert peak_memory(lambda: held[0].add_(1), CPU) < 100  # the 1 as a tensor
