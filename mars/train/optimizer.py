@@ -18,10 +18,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """Learning rate of `step`: linear warm-up, then a cosine, or VAR's "lin0" (flat for 5 %, then linear)."""
     warmup = config.warmup * config.steps
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return config.peak_lr * (step + 1) / (warmup + 1)
     progress = min((step - warmup) / max(config.steps - warmup, 1), 1.0)
     fall = max(progress - 0.05, 0) / 0.95 if config.schedule == "lin0" else 0.5 - 0.5 * math.cos(math.pi * progress)
-    return config.lr * (1 - (1 - config.final_lr) * fall)
+    return config.peak_lr * (1 - (1 - config.final_lr) * fall)
 
 
 class Optimizer:
@@ -59,15 +59,16 @@ class Optimizer:
             )
             self.optimizers.append(muon)
         self.averaged = list[Tensor](averaged.parameters()) if averaged is not None else None
+        self.current = list[Tensor](module.parameters())  # what is averaged: a frozen codebook, too
 
     def clip(self) -> Tensor:
         """Clip the gradients; their global norm before that."""
         limit = self.config.grad_clip or math.inf
         return nn.utils.clip_grad_norm_(self.parameters, limit)
 
-    def update(self, step: int, ratio: float = 1.0) -> float:
-        """Apply the gradients with `ratio` times the scheduled rate, which is returned; then forget them."""
-        rate = learning_rate(self.config, step) * ratio
+    def update(self, step: int) -> float:
+        """Apply the gradients with the scheduled rate, which is returned; then forget them."""
+        rate = learning_rate(self.config, step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -75,13 +76,19 @@ class Optimizer:
         self.forget()
         if self.averaged is not None:
             decay = min(self.config.ema, (1 + step) / (10 + step))  # follows quickly at first
-            torch._foreach_lerp_(self.averaged, list[Tensor](self.parameters), 1 - decay)
+            torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
         return rate
 
     def forget(self) -> None:
         """Drop the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+
+    def restart(self, parameter: nn.Parameter, rows: Tensor) -> None:
+        """Forget the gradient and the moments of the `rows` (a mask) of a parameter that is updated by AdamW."""
+        for value in (parameter.grad, *self.optimizers[0].state.get(parameter, {}).values()):
+            if value is not None and value.shape == parameter.shape:
+                value.masked_fill_(rows[:, None], 0)
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name; empty before the first update."""

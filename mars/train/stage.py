@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,9 @@ class Stage(Protocol):
 
         Returns the metrics to log, "loss" among them; nothing is updated if they are not finite.
         """
+
+    def report(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """What has gathered since the last call, for the log; `say` is given the warnings."""
 
     def validate(self) -> dict[str, Any]:
         """Metrics on held-out notes, of the averaged weights."""

@@ -50,7 +50,7 @@ def train_tokenizer(
     settings = _settings(out, preset, overrides, "tokenizer")
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, where, seed)
-    run = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console)
+    run = _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console)
     loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
     console.print(f"next: mars-train var --tokenizer {run.path}")
     return run.path
@@ -95,7 +95,7 @@ def train_var(
         tokens = _tokens(trained, settings, dataset, where, console)
     stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    run = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
+    run = _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, origin)
     if not (run.path / TOKENS).exists():
         checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
     loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)

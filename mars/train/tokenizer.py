@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ import torch
 from torch import Tensor
 
 from mars import audio, checkpoint
-from mars.config import Config
+from mars.config import Config, TrainConfig
 from mars.data import Dataset
 from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import autocast, stream
+from mars.train.codebook import CodebookTraining, usage
 from mars.train.optimizer import Optimizer
 
 
@@ -27,7 +30,9 @@ class TokenizerStage:
     """Trains a `Tokenizer` on the waveforms of a dataset."""
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device, seed: int) -> None:
-        self.config, self.train, self.dataset, self.device = config, config.train.tokenizer, dataset, device
+        self.train = config.train.tokenizer.resolved(len(dataset.split("train")))
+        self.config = replace(config, train=replace(config.train, tokenizer=self.train))
+        self.dataset, self.device, self.seed = dataset, device, seed
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = Tokenizer(config).to(device)
@@ -35,7 +40,10 @@ class TokenizerStage:
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
         if self.discriminator is not None:
-            self.d_optimizer = Optimizer(self.discriminator, self.train)
+            self.d_start, d_train = discriminator_schedule(self.train)
+            self.d_optimizer = Optimizer(self.discriminator, d_train)
+        per_step = self.train.notes_per_step * config.tokenizer.tokens
+        self.codebook = CodebookTraining(self.model.quantizer, self.averaged.quantizer, self.optimizer, per_step)
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """CMX tensors (B, C, F, T)."""
@@ -44,20 +52,23 @@ class TokenizerStage:
     def adversarial_weight(self, step: int) -> float:
         """Weight of the adversarial term: 0 until its start, then a linear ramp."""
         t = self.train
-        if self.discriminator is None or step < t.adversarial_start * t.steps:
+        if self.discriminator is None or step < self.d_start:
             return 0.0
         ramp = max(t.adversarial_ramp * t.steps, 1)
-        return t.adversarial_weight * min((step - t.adversarial_start * t.steps + 1) / ramp, 1.0)
+        return t.adversarial_weight * min((step - self.d_start + 1) / ramp, 1.0)
 
     def step(self, step: int, batches: list[Tensor], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
         """One update of the tokenizer and, once it has joined, of the discriminator."""
+        if step == 0 and self.config.tokenizer.kmeans_init:
+            self._start_codebook()
         self.model.train()
         weight = self.adversarial_weight(step)
         sums: dict[str, Tensor] = {}
         pairs = []
-        for x, generator in zip(batches, streams, strict=True):
+        for i, (x, generator) in enumerate(zip(batches, streams, strict=True)):
             with autocast(self.device, self.train.precision):
                 y, quantized = self.model(x, generator)
+            self.codebook.gather(quantized, generator, (i, len(batches)))
             reconstruction = (y - x).square().mean()
             loss = reconstruction + quantized.loss
             parts = {"reconstruction": reconstruction, "vq": quantized.loss}
@@ -73,7 +84,9 @@ class TokenizerStage:
             for name, value in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach() / len(batches)
         sums["grad_norm"] = self.optimizer.clip()
-        if not torch.isfinite(sums["loss"] + sums["grad_norm"]):
+        finite = torch.isfinite(sums["loss"] + sums["grad_norm"])
+        self.codebook.update(finite)
+        if not finite:
             self.optimizer.forget()
             return {**sums, "loss": float("nan")}
         rate = self.optimizer.update(step)
@@ -94,10 +107,27 @@ class TokenizerStage:
             loss.backward()
             total += loss.detach()
         if torch.isfinite(total + self.d_optimizer.clip()):
-            self.d_optimizer.update(step, self.train.discriminator_lr / self.train.lr)
+            self.d_optimizer.update(step - self.d_start)
         else:
             self.d_optimizer.forget()
         return {"discriminator": total}
+
+    @torch.no_grad()
+    def _start_codebook(self) -> None:
+        """Let the codebook start from the latents of some training notes."""
+        generator = stream(self.seed, 3)
+        notes = self.dataset.split("train")
+        notes = notes[torch.randperm(len(notes), generator=generator)[: self.config.tokenizer.kmeans_init].numpy()]
+        self.model.eval()
+        latents = []
+        for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
+            with autocast(self.device, self.train.precision):
+                latents.append(self.model.latent(self.batch(part)))
+        self.codebook.start(latents, generator)
+
+    def report(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """Use of the codebook by the training notes; see `CodebookTraining.report`."""
+        return self.codebook.report(say)
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
@@ -119,11 +149,12 @@ class TokenizerStage:
         return {"val_mse": squared, "val_mae": absolute, "codes_used": use, "perplexity": perplexity}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights, averaged weights, optimisers, discriminator."""
+        """Weights, averaged weights, optimisers, codebook statistics, discriminator."""
         state = {
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state(),
+            "codebook": self.codebook.state(),
         }
         if self.discriminator is not None:
             state |= {"discriminator": self.discriminator.state_dict(), "d_optimizer": self.d_optimizer.state()}
@@ -137,6 +168,7 @@ class TokenizerStage:
         checkpoint.load_weights(self.model, state["model"], source)
         checkpoint.load_weights(self.averaged, state["averaged"], source)
         self.optimizer.load_state(state["optimizer"], source)
+        self.codebook.load_state(state["codebook"], source)
         if self.discriminator is not None:
             checkpoint.load_weights(self.discriminator, state["discriminator"], source)
             if state["d_optimizer"]:  # empty until the discriminator has joined
@@ -155,10 +187,13 @@ def held_out(dataset: Dataset, count: int) -> np.ndarray:
 
 def codebook_use(ids: Tensor, starts: list[int], size: int) -> tuple[list[int], list[float]]:
     """Per scale: how many different codes the tokens (B, L) use, and the perplexity of their distribution."""
-    used, perplexity = [], []
-    for start, end in pairwise(starts):
-        counts = torch.bincount(ids[:, start:end].flatten(), minlength=size).double()
-        p = counts[counts > 0] / counts.sum()
-        used.append(int((counts > 0).sum()))
-        perplexity.append(round(float((-(p * p.log()).sum()).exp()), 1))
-    return used, perplexity
+    return usage(torch.stack([torch.bincount(ids[:, a:b].flatten(), minlength=size) for a, b in pairwise(starts)]))
+
+
+def discriminator_schedule(train: TrainConfig) -> tuple[int, TrainConfig]:
+    """The step at which the discriminator joins, and its settings, whose schedule counts from there."""
+    start = math.ceil(train.adversarial_start * train.steps)
+    steps = max(train.steps - start, 1)
+    warmup = min(train.discriminator_warmup * train.steps / steps, 1.0)
+    decay = train.discriminator_weight_decay
+    return start, replace(train, steps=steps, warmup=warmup, lr=train.discriminator_lr, weight_decay=decay)

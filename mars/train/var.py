@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ class VARStage:
         self, config: Config, dataset: Dataset, tokenizer: Tokenizer, tokens: Tensor, device: torch.device, seed: int
     ) -> None:
         """tokens: integer (notes, L) of the whole dataset, from `tokenize`."""
-        self.config, self.train, self.dataset, self.device = config, config.train.var, dataset, device
+        self.train = config.train.var.resolved(len(dataset.split("train")))
+        self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, var=self.train))
+        self.dataset, self.device = dataset, device
         self.tokenizer, self.tokens = tokenizer, tokens
         self.conditions = condition_ids(dataset, config.var.condition)
         with torch.random.fork_rng():
@@ -71,6 +74,10 @@ class VARStage:
         hidden = torch.rand(len(condition), 1, generator=generator) < rate
         hidden = hidden | (torch.rand(condition.shape, generator=generator) < rate)
         return torch.where(hidden.to(self.device), self.model.null_condition(len(condition)), condition)
+
+    def report(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """Nothing gathers here."""
+        return {}
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:

@@ -228,6 +228,9 @@ class Counter:
         loss = self.act(step)
         return {"loss": torch.tensor(1.0 if loss is None else loss)}
 
+    def report(self, say):
+        return {"gathered": [len(self.seen)]}
+
     def validate(self):
         return {"val_loss": 0.5, "per_scale": [1, 2]}
 
@@ -286,6 +289,7 @@ def test_saves_validates_and_logs_in_time(go):
     assert stage.exports == 6
     found = lines(go.path)
     assert [r["step"] for r in found if "loss" in r] == [4, 8, 11]
+    assert [r["gathered"] for r in found if "loss" in r] == [[4], [8], [11]]
     assert [r["step"] for r in found if "val_loss" in r] == [5, 10, 11]
     assert all(r["notes_per_s"] > 0 for r in found if "loss" in r)
 

@@ -92,7 +92,7 @@ def test_resuming_changes_no_bit(name, precision, smoke, notes, tmp_path):
     a, b = contents(tmp_path / "straight"), contents(tmp_path / "parts")
     assert a.keys() == b.keys()
     assert [file for file in a if a[file] != b[file]] == []
-    wanted = {"model", "averaged", "optimizer"}
+    wanted = {"model", "averaged", "optimizer"} | ({"codebook"} if name.startswith("tokenizer") else set())
     if "train.adversarial=true" in STAGES[name]:
         wanted |= {"discriminator", "d_optimizer"}
     assert {Path(f).stem for f in a if f.startswith("step") and f.endswith(".safetensors")} == wanted
@@ -206,9 +206,6 @@ def test_the_adversarial_term_joins_at_its_start_and_ramps(smoke, notes):
     assert not stage.d_optimizer.state()
     late = stage.step(25, parts, streams(count=1))
     assert {"adversarial", "adaptive", "discriminator"} <= late.keys()
-    assert stage.d_optimizer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
-        late["lr"] * 4e-4 / c.train.tokenizer.lr
-    )
 
 
 def test_the_discriminator_learns_from_its_own_loss_alone(smoke, notes, monkeypatch):
