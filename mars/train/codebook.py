@@ -161,8 +161,7 @@ class CodebookTraining:
         64 tokens or more, the perplexity is below 2, or if the share of those codes that it used is below a tenth of
         the largest so far. Each scale is warned of once until it recovers.
         """
-        counts = self.counts.cpu()
-        self.counts.zero_()
+        counts, self.counts = self.counts.cpu(), torch.zeros_like(self.counts)
         used, perplexity = usage(counts)
         seen = counts.sum(1)
         share = torch.tensor(used, dtype=torch.float64) / seen.clamp(1, counts.shape[1])
