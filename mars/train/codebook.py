@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mars.errors import CheckpointError
 from mars.models.quantizer import Quantized, Quantizer
+from mars.runtime import stream
 from mars.train.optimizer import Optimizer
 
 EPSILON = 1e-5  # Laplace smoothing of the counts
@@ -103,26 +104,30 @@ class CodebookTraining:
         self.gathered.add(quantized.ids, quantized.residuals, quantized.kept, generator, part)
 
     @torch.no_grad()
-    def start(self, latents: list[Tensor], generator: torch.Generator) -> None:
+    def start(self, latents: Mapping[int, Tensor], parts: int, seed: int) -> None:
         """k-means: let the codebook start as the means of the residuals of these latent maps (B, D, H, W).
 
         What is left of a latent for the finer scales depends on the codes of the coarser ones, so every round runs the
         quantiser itself, and codes that nothing chose are drawn anew from its residuals.
+
+        latents: those of the `parts` maps that this process has, by number.
         """
         q = self.quantizer
         for round_ in range(KMEANS_ROUNDS + 1):
             found = self._statistics(means=True, restarts=True)
-            for i, f in enumerate(latents):
+            for i, f in latents.items():
                 ids, totals = q.search(f)
-                residuals = q.residuals(f, totals if round_ else torch.zeros_like(totals))  # first of all, the latents
-                found.add(ids, residuals, None, generator, (i, len(latents)))
+                residuals = q.residuals(f, totals if round_ else torch.zeros_like(totals))
+                found.add(ids, residuals, None, stream(seed, 3, round_, i), (i, parts))
             self.reduce(found.tensors)
             assert found.sums is not None
             assert found.candidates is not None
             chosen = found.counts.sum(0)[:, None]
             means = found.sums / chosen.clamp_min(1)
-            self._write(means.where((chosen > 0) & (round_ > 0), found.candidates))
+            # The first round draws the seeds, from the latents at the grids of all scales.
+            q.codebook.copy_(means.where((chosen > 0) & (round_ > 0), found.candidates))
         self.averaged.codebook.copy_(q.codebook)
+        self.total = q.codebook * self.size[:, None]
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
@@ -149,10 +154,6 @@ class CodebookTraining:
             self.optimizer.restart(codes, dead)
         codes.copy_(new.where(finite, codes))
         self.size, self.total = size.where(finite, self.size), total.where(finite, self.total)
-
-    def _write(self, codes: Tensor) -> None:
-        self.quantizer.codebook.copy_(codes)
-        self.total = codes * self.size[:, None]
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Use of the codebook per scale since the last report, and the scales that have collapsed.

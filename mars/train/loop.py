@@ -100,7 +100,8 @@ def run(
                 values = {name: round(float(value), 6) for name, value in metrics.items()}
                 rate = (done - logged) * batch / (now - last_log)
                 logged, last_log = done, now
-                values |= stage.report(console.print)
+                if done % train.log_every == 0 or done == train.steps:  # or a stop would show in what is saved
+                    values |= stage.report(console.print)
                 folder.log({"step": done, **values, "notes_per_s": round(rate, 2), "time": round(time.time(), 1)})
                 progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s")
                 if not console.is_terminal:  # no bar either

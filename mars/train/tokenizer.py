@@ -115,15 +115,14 @@ class TokenizerStage:
     @torch.no_grad()
     def _start_codebook(self) -> None:
         """Let the codebook start from the latents of some training notes."""
-        generator = stream(self.seed, 3)
         notes = self.dataset.split("train")
-        notes = notes[torch.randperm(len(notes), generator=generator)[: self.config.tokenizer.kmeans_init].numpy()]
+        order = torch.randperm(len(notes), generator=stream(self.seed, 3))
+        notes = notes[order[: self.config.tokenizer.kmeans_init].numpy()]
+        parts = np.array_split(notes, -(-len(notes) // self.train.batch_size))
         self.model.eval()
-        latents = []
-        for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
-            with autocast(self.device, self.train.precision):
-                latents.append(self.model.latent(self.batch(part)))
-        self.codebook.start(latents, generator)
+        with autocast(self.device, self.train.precision):
+            latents = {i: self.model.latent(self.batch(part)) for i, part in enumerate(parts)}
+        self.codebook.start(latents, len(parts), self.seed)
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Use of the codebook by the training notes; see `CodebookTraining.report`."""
