@@ -152,8 +152,8 @@ def verify(path: Path) -> None:
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{file} is missing; the directory is damaged")
-        wanted = entry if isinstance(entry, dict) else {}
-        if file.stat().st_size != wanted.get("bytes", file.stat().st_size) or sha256(file) != wanted.get("sha256"):
+        intact = isinstance(entry, dict) and file.stat().st_size == entry.get("bytes")
+        if not intact or sha256(file) != entry.get("sha256"):
             raise CheckpointError(f"{file} does not match its checksum; the file is damaged")
     for file in sorted(path.iterdir()):
         if file.suffix in (".safetensors", ".json") and file.name not in (*files, MANIFEST):

@@ -36,7 +36,7 @@ def write(path: Path, tensors=TENSORS) -> Path:
 def relist(path: Path) -> None:
     """A manifest that fits whatever is there."""
     files = {
-        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
         for p in path.iterdir()
         if p.name != checkpoint.MANIFEST
     }
