@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import dataclasses
 import errno
@@ -99,9 +99,9 @@ class Laboratory:
     def trials(self, full: int) -> int:
         return max(round(full * self.share), 2)
 
-    def points(self, full: int) -> range:
-        """Which of `full` points to strike at."""
-        return range(0, full, round(1 / self.share))
+    def points(self, calls: list[str]) -> list[int]:
+        """Which calls to strike at: every rename, and a share of the others."""
+        return [i for i, call in enumerate(calls) if call == "rename" or i % round(1 / self.share) == 0]
 
     def new(self, name: str) -> Path:
         path = self.folder / name
@@ -243,20 +243,20 @@ def saves(lab: Laboratory, trainer: str) -> list[Save]:
     return found
 
 
-def calls_of(lab: Laboratory, save: Save) -> int:
-    """How many calls of one save change the disk."""
+def calls_of(lab: Laboratory, save: Save) -> list[str]:
+    """The calls of one save that change the disk."""
 
     def count() -> None:
         disk = Disk()
         run = save.run(lab.folder / "trial")
         disk.install()
         save.save(run)
-        sys.stdout.write(str(len(disk.calls)))
+        sys.stdout.write(" ".join(disk.calls))
         sys.stdout.flush()
 
     status = wait(fork(count, lab.output))
     assert status == 0, lab.said()
-    return int(lab.said())
+    return lab.output.read_text().split()
 
 
 def settle(lab: Laboratory, save: Save, run: RunFolder, scratch: Any) -> Iterator[str]:
@@ -270,10 +270,14 @@ def settle(lab: Laboratory, save: Save, run: RunFolder, scratch: Any) -> Iterato
                 shutil.move(path, lab.new("broken") / path.name)  # it was so before
         yield from faults_of(run, save.right, save.least)
     said: list[str] = []
-    position = run.restore(scratch, said.append)
+    try:
+        position = run.restore(scratch, said.append)
+        save.save(run)
+    except (MarsError, OSError) as error:
+        yield f"cannot go on: {error!r}"
+        return
     if position.step < save.least or said:
         yield f"went on at step {position.step} {said}"
-    save.save(run)
     yield from faults_of(run, save.right, save.position.step)
     yield leftovers(run) or ""
 
@@ -344,6 +348,10 @@ def full_disks(lab: Laboratory, trainer: str) -> Row:
     return row
 
 
+def flat(state: Any) -> dict[str, torch.Tensor]:
+    return {f"{group}/{name}": tensor for group, tensors in state.items() for name, tensor in tensors.items()}
+
+
 def damage(lab: Laboratory, trainer: str) -> Row:
     """The newest checkpoint is damaged and the one before must be used."""
     row = Row(f"damaged checkpoint (bits, truncations, 4 KiB of zeros, files lost, added, swapped), {trainer}")
@@ -353,7 +361,7 @@ def damage(lab: Laboratory, trainer: str) -> Row:
     for step in (1, 2, 3):
         stage.step(step - 1, [stage.batch(np.arange(2))], [torch.Generator().manual_seed(step)])
         good.save(Position(step), stage)
-        wanted[step] = {(g, k): v.clone() for g, tensors in stage.state().items() for k, v in tensors.items()}
+        wanted[step] = {name: tensor.clone() for name, tensor in flat(stage.state()).items()}
     contents = {p: p.read_bytes() for p in sorted(good.path.rglob("*")) if p.is_file()}
     newest = good.checkpoints()[0]
     files = sorted(newest.iterdir())
@@ -365,14 +373,10 @@ def damage(lab: Laboratory, trainer: str) -> Row:
         if now != contents:  # two equal files may have been swapped
             said: list[str] = []
             used = good.restore(scratch, said.append).step
-            state = {(g, k): v for g, tensors in scratch.state().items() for k, v in tensors.items()}
-            same = state.keys() == wanted[used].keys() and all(
-                torch.equal(v, wanted[used][k]) for k, v in state.items()
-            )
+            state, right = flat(scratch.state()), wanted[used]
+            same = state.keys() == right.keys() and all(torch.equal(v, right[k]) for k, v in state.items())
             expected = 1 if kind is faults.swap else 2
-            problem = (
-                f"{kind.__name__} {file.name}: used step {used}, {'right' if same else 'wrong'} bytes, said {said}"
-            )
+            problem = f"{kind.__name__} {file.name}: used step {used}, right bytes: {same}, said {said}"
             row.count(None if used == expected and same and said else problem)
         for path in now.keys() - contents.keys():
             path.unlink()
@@ -464,9 +468,8 @@ def infinities(lab: Laboratory, trainer: str) -> Row:
             position = checkpoint.read_json(path / "state.json")
             if transient and position["skipped"] != len(range(first, min(first + count, position["step"]))):
                 problems.append(f"{path.name} says {position['skipped']} skipped")
-            for file in path.glob("*.safetensors"):
-                if not all(t.isfinite().all() for t in checkpoint.read_tensors(file).values()):
-                    problems.append(f"{path.name}/{file.name} is not finite")
+            files = {file.stem: checkpoint.read_tensors(file) for file in path.glob("*.safetensors")}
+            problems += [f"{path.name}: {n} is not finite" for n, t in flat(files).items() if not t.isfinite().all()]
         row.count(*(f"{place} {value} x {count} from {first}: {p}" for p in problems))
     return row
 

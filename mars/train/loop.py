@@ -65,6 +65,7 @@ def run(
         DiskError: a checkpoint could not be written.
     """
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
+    deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
     position = folder.restore(stage, console.print)
     done = saved = position.step
     folder.rewind(done)
@@ -74,7 +75,6 @@ def run(
     batch = train.batch_size * train.accumulate
     last_log = time.monotonic()
     logged, bad = done, BadSteps(folder.path / "diverged.json")
-    deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)
