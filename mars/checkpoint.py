@@ -152,8 +152,12 @@ def verify(path: Path) -> None:
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{file} is missing; the directory is damaged")
-        intact = isinstance(entry, dict) and file.stat().st_size == entry.get("bytes")
-        if not intact or sha256(file) != entry.get("sha256"):
+        try:
+            intact = isinstance(entry, dict) and file.stat().st_size == entry.get("bytes")
+            intact = intact and sha256(file) == entry.get("sha256")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+        if not intact:
             raise CheckpointError(f"{file} does not match its checksum; the file is damaged")
     for file in sorted(path.iterdir()):
         if file.suffix in (".safetensors", ".json") and file.name not in (*files, MANIFEST):

@@ -115,6 +115,13 @@ def test_a_manifest_that_says_nothing_is_refused(text, tmp_path):
         verify(path)
 
 
+def test_a_disk_that_cannot_be_read_is_damage_too(tmp_path, monkeypatch):
+    path = write(tmp_path / "c")
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(CheckpointError, match=r"c/\S+ cannot be read: Input/output error"):
+        verify(path)
+
+
 def test_a_missing_manifest_or_directory_is_refused(tmp_path):
     path = write(tmp_path / "c")
     (path / checkpoint.MANIFEST).unlink()

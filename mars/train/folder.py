@@ -68,9 +68,17 @@ class RunFolder:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line of JSON."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n")
+        """Append one line of JSON.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        path = self.path / "log.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n")
+        except OSError as error:
+            raise DiskError(f"{path}: {error.strerror or error}; make room and go on with the same command") from error
 
     def rewind(self, step: int) -> None:
         """Drop the lines of the log that are damaged or of steps after `step`, which are done again."""
@@ -80,7 +88,7 @@ class RunFolder:
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
         if kept != lines:
-            write_atomically(path, b"".join(kept))
+            write_atomically(path, b"".join(kept), durable=True)
 
     def checkpoints(self) -> list[Path]:
         """Newest first."""
@@ -121,9 +129,11 @@ class RunFolder:
             checkpoint.replace_directory(target, state, {"state": document})  # there may be a damaged one
             if best is not None and best.step == position.step:
                 self._note_best(best)
-            for old in self.checkpoints()[stage.train.keep :]:
-                if best is None or old.name != f"step-{best.step:08d}":
-                    checkpoint.remove_directory(old)
+            found = self.checkpoints()  # those of later steps are damaged, or the run would have gone on from them
+            kept = [path for path in found if path.name <= target.name][: stage.train.keep]
+            for path in found:
+                if path not in kept and (best is None or path.name != f"step-{best.step:08d}"):
+                    checkpoint.remove_directory(path)
         except OSError as error:
             raise DiskError(
                 f"step {position.step} could not be saved in {target} ({_bytes(state):,} bytes): "
@@ -155,7 +165,7 @@ class RunFolder:
             others = [f"{name} {known.get(name)}" for name, own in VERSIONS.items() if known.get(name) != own]
             if others:
                 say(f"warning: {path} was written with {', '.join(others)}; going on may not be exact to the bit")
-            if position.best is not None:
+            if position.best is not None and position.best.step == position.step:
                 self._note_best(position.best)  # which a kill right after the save may have prevented
             return position
         if problem is not None:

@@ -62,7 +62,7 @@ def run(
     Raises:
         Diverged: ten steps in a row, or the weights to be saved, were not finite.
         CheckpointError: the run cannot go on from its checkpoints.
-        DiskError: a checkpoint could not be written.
+        DiskError: a checkpoint or the log could not be written.
     """
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
     deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})

@@ -95,6 +95,15 @@ def test_a_kill_between_checkpoint_and_record_is_put_right(path):
     assert json.loads((path / "best.json").read_text())["step"] == 2
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(path):
+    go(Counter(keep=1, save_every=100), RunFolder(path), max_steps=3)
+    go(Counter(keep=9, save_every=100), RunFolder(path), max_steps=7)
+    (path / "checkpoints" / "step-00000007" / "model.safetensors").write_bytes(b"damaged")
+    go(Counter(keep=1, save_every=100), RunFolder(path), max_steps=5)
+    assert steps_saved(path) == [5]
+    checkpoint.verify(path / "checkpoints" / "step-00000005")
+
+
 def test_val_mse_is_judged_where_there_is_no_loss():
     position = Position(3)
     assert not position.judge({"val_mae": 0.1})
@@ -191,6 +200,12 @@ def test_the_log_has_every_step_once(path):
     assert [r["step"] for r in lines(path) if "loss" in r] == list(range(1, 11))
     (path / "log.jsonl").unlink()
     go(Counter(), RunFolder(path))  # nothing left to do, no log needed
+
+
+def test_a_full_disk_names_the_log(path):
+    (path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"log\.jsonl: No space left on device; make room"):
+        RunFolder(path).log({"step": 1})
 
 
 def test_skipped_steps_are_counted_over_all_sittings(path):
