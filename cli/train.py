@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,10 +53,11 @@ def main() -> None:
 @training_options
 def tokenizer(**options: Any) -> None:
     """Train the tokenizer: spectrograms to tokens and back."""
+    began = time.monotonic()  # importing PyTorch counts too
     with user_errors():
         from mars.train.start import train_tokenizer
 
-        train_tokenizer(**options)
+        train_tokenizer(**options, began=began)
 
 
 @main.command()
@@ -65,10 +67,11 @@ def tokenizer(**options: Any) -> None:
 @training_options
 def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
+    began = time.monotonic()  # importing PyTorch counts too
     with user_errors():
         from mars.train.start import train_var
 
-        train_var(**options)
+        train_var(**options, began=began)
 
 
 if __name__ == "__main__":

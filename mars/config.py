@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mars.errors import ConfigError
+from mars.files import write_atomically
 
 Pair = tuple[int, int]
 T = TypeVar("T")
@@ -226,10 +227,11 @@ class TrainConfig:
     validate_every: int = 500
     validate_notes: int = 256
     save_every: int = 500
+    keep: int = 3  # checkpoints, besides the best
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every")
-        _positive(self, "train", *counts, "lr", "discriminator_lr")
+        _positive(self, "train", *counts, "keep", "lr", "discriminator_lr")
         _within(self, "train", "warmup", "final_lr", "adversarial_start", "adversarial_ramp", "discriminator_warmup")
         for name in ("epochs", "lr_batch", "discriminator_weight_decay"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
@@ -427,7 +429,7 @@ def _parse(text: str) -> Any:
 
 def save(config: Config, path: Path) -> None:
     """Write `config` as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode(), durable=True)
 
 
 def load(path: Path) -> Config:

@@ -43,12 +43,12 @@ class BadFileError(DataError):
 
 
 class Diverged(MarsError, RuntimeError):
-    """Too many steps in a row whose loss or gradient was not finite."""
+    """Too many steps in a row whose loss or gradient was not finite, or weights that are not."""
 
     code = 5
 
 
 class DiskError(MarsError, OSError):
-    """There is no room on the disk."""
+    """There is no room on the disk, or it cannot be written."""
 
     code = 6

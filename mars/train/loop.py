@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
@@ -20,12 +20,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mars.errors import Diverged
 from mars.runtime import stream
-from mars.train.folder import RunFolder
+from mars.train.deadline import Deadline
+from mars.train.divergence import BadSteps
+from mars.train.folder import RunFolder, checkpoint_size
 from mars.train.stage import Stage
 
-MAX_BAD_STEPS = 10  # in a row
+SAVE_RATE = 1e8  # bytes per second that a disk is trusted with until the first save has been timed
+STOP_SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n))
 
 
 def batch_indices(seed: int, step: int, batch: int, notes: np.ndarray) -> np.ndarray:
@@ -50,31 +52,43 @@ def run(
     max_steps: int | None = None,
     max_time: float | None = None,
     console: Console | None = None,
+    names: Sequence[str] | None = None,
 ) -> int:
-    """Train to the configured number of steps, or until `max_steps`, `max_time` seconds or a signal.
+    """Train to the configured number of steps, or until `max_steps`, a signal, or as long as `max_time` seconds allow.
 
-    SIGINT and SIGTERM finish the step and save. Returns the number of steps done, over all sittings.
+    SIGTERM, SIGINT and SIGUSR1 finish the step and save; `max_time` leaves time for that. `names` are the notes' names,
+    for `diverged.json`. Returns the number of steps done, over all sittings.
 
     Raises:
-        Diverged: ten steps in a row were not finite.
-        OSError: a checkpoint could not be written.
+        Diverged: ten steps in a row, or the weights to be saved, were not finite.
+        CheckpointError: the run cannot go on from its checkpoints.
+        DiskError: a checkpoint or the log could not be written.
     """
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
-    done = folder.restore(stage, console.print)
+    deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
+    position = folder.restore(stage, console.print)
+    done = saved = position.step
+    folder.rewind(done)
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")
     end = min(train.steps, max_steps) if max_steps is not None else train.steps
     batch = train.batch_size * train.accumulate
-    began = last_log = time.monotonic()
-    logged, bad = done, 0
+    last_log = time.monotonic()
+    logged, bad = done, BadSteps(folder.path / "diverged.json")
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)
         return [stage.batch(part) for part in np.split(indices, train.accumulate)]
 
     def save() -> None:
-        folder.save(done, stage)
-        stage.export(folder.path / "model")
+        nonlocal saved
+        with deadline.timed("save"):
+            folder.save(position, stage)
+        saved = done
+
+    def in_time() -> bool:
+        validates = (done + 1) % train.validate_every == 0 or done + 1 == end
+        return deadline.leaves_time_for("step", "save", *(["validation"] if validates else []))
 
     with (
         _stop_signals() as stop,
@@ -83,18 +97,21 @@ def run(
     ):
         task = progress.add_task("", total=end, completed=done, info="")
         upcoming = loader.submit(load, done) if done < end else None
-        while done < end and not stop() and not (max_time and time.monotonic() - began > max_time):
+        while done < end and not stop() and in_time():
             assert upcoming is not None
-            batches = upcoming.result()
-            upcoming = loader.submit(load, done + 1) if done + 1 < end else None
-            metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in range(train.accumulate)])
+            with deadline.timed("step"):
+                batches = upcoming.result()
+                upcoming = loader.submit(load, done + 1) if done + 1 < end else None
+                metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in range(train.accumulate)])
+                finite = math.isfinite(float(metrics["loss"]))
             done += 1
-            bad = 0 if math.isfinite(float(metrics["loss"])) else bad + 1
-            if bad == MAX_BAD_STEPS:
-                raise Diverged(
-                    f"{bad} steps in a row were not finite, the last at step {done}; "
-                    f"lower train.lr and resume from {folder.path / 'checkpoints'}"
-                )
+            position.step = done
+            if finite:
+                bad.forget()
+            else:
+                position.skipped += 1
+                drawn = batch_indices(seed, done - 1, batch, notes).tolist()
+                bad.add(done, metrics, [names[i] for i in drawn] if names else drawn)
             if done % train.log_every == 0 or done == end:
                 now = time.monotonic()
                 values = {name: round(float(value), 6) for name, value in metrics.items()}
@@ -102,7 +119,8 @@ def run(
                 logged, last_log = done, now
                 if done % train.log_every == 0 or done == train.steps:  # or a stop would show in what is saved
                     values |= stage.report(console.print)
-                folder.log({"step": done, **values, "notes_per_s": round(rate, 2), "time": round(time.time(), 1)})
+                counts = {"skipped": position.skipped, "notes_per_s": round(rate, 2), "time": round(time.time(), 1)}
+                folder.log({"step": done, **values, **counts})
                 progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s")
                 if not console.is_terminal:  # no bar either
                     left = (end - done) * batch / rate
@@ -110,16 +128,21 @@ def run(
                         f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left"
                     )
             progress.update(task, completed=done)
+            improved = False
             if done % train.validate_every == 0 or done == end:
-                values = stage.validate()
+                with deadline.timed("validation"):
+                    values = stage.validate()
+                # One that only this sitting's end made would make the best depend on where the run was stopped.
+                improved = (done % train.validate_every == 0 or done == train.steps) and position.judge(values)
                 folder.log({"step": done, **values})
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
                 console.print(f"step {done:,}  {shown}")
                 last_log = time.monotonic()
-            if done % train.save_every == 0 or done == end:
+            if done % train.save_every == 0 or done == end or improved:
                 save()
-        if done > 0 and done % train.save_every and done != end:
+        if done != saved:
             save()
+        if done < end:
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
     return done
 
@@ -137,7 +160,7 @@ def _progress(console: Console) -> Progress:
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM set a flag, the second one acts as usual; gives the function that reads the flag."""
+    """A stop signal sets a flag, the same one again acts as usual; gives the function that reads the flag."""
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
 
@@ -146,7 +169,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         signal.signal(number, previous[signal.Signals(number)])
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             previous[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread: leave signals to the caller
         previous.clear()

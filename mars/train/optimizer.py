@@ -104,11 +104,12 @@ class Optimizer:
         """Restore `state()`.
 
         Raises:
-            CheckpointError: a moment is missing or has another shape.
+            CheckpointError: a moment is missing, unknown or has another shape.
         """
-        if not state:
+        if not state:  # saved before the first update
             return
         names = {id(p): name for name, p in zip(self.names, self.parameters, strict=True)}
+        unknown = set(state)
         for optimizer in self.optimizers:
             keys = (
                 ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
@@ -119,5 +120,8 @@ class Optimizer:
                     value = state.get(f"{name}/{key}")
                     if value is None or (key != "step" and value.shape != p.shape):
                         raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
+                    unknown.discard(f"{name}/{key}")
                     moments[key] = value.clone().to(p.device)  # the fused kernel wants the step there too
                 optimizer.state[p] = moments
+        if unknown:
+            raise CheckpointError(f"{source} has an unknown optimiser state {min(unknown)}; it is of another run")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from rich.progress import Progress
 from mars import checkpoint, config, model, runtime
 from mars.config import Config
 from mars.data import Dataset, open_dataset
-from mars.errors import ConfigError
-from mars.train import folder, loop
+from mars.errors import ConfigError, DiskError
+from mars.files import probe, write_atomically
+from mars.train import folder, lock, loop
 from mars.train.stage import Stage
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize
@@ -37,21 +40,28 @@ def train_tokenizer(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    began: float | None = None,
 ) -> Path:
     """Train a tokenizer; returns the run folder.
+
+    Args:
+        began: the `time.monotonic()` that `max_time` counts from; None: now.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
         Diverged, OSError: see `mars.train.loop.run`.
     """
+    began = time.monotonic() if began is None else began
     console, seconds, where = _prepare(max_time, device, threads)
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     settings = _settings(out, preset, overrides, "tokenizer")
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, where, seed)
-    run = _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console)
-    loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
+    with _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console) as run:
+        left = None if seconds is None else began + seconds - time.monotonic()
+        notes = dataset.split("train")
+        loop.run(stage, run, notes, seed=seed, max_steps=max_steps, max_time=left, console=console, names=dataset.names)
     console.print(f"next: mars-train var --tokenizer {run.path}")
     return run.path
 
@@ -69,13 +79,18 @@ def train_var(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    began: float | None = None,
 ) -> Path:
     """Train a VAR on a tokenizer's tokens; returns the run folder.
+
+    Args:
+        began: the `time.monotonic()` that `max_time` counts from; None: now.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
         Diverged, OSError: see `mars.train.loop.run`.
     """
+    began = time.monotonic() if began is None else began
     console, seconds, where = _prepare(max_time, device, threads)
     dataset = open_dataset(data)
     out = _resumed(out, resume)
@@ -95,10 +110,12 @@ def train_var(
         tokens = _tokens(trained, settings, dataset, where, console)
     stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    run = _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, origin)
-    if not (run.path / TOKENS).exists():
-        checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
-    loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
+    with _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, origin) as run:
+        if not (run.path / TOKENS).exists():
+            checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
+        left = None if seconds is None else began + seconds - time.monotonic()
+        notes = dataset.split("train")
+        loop.run(stage, run, notes, seed=seed, max_steps=max_steps, max_time=left, console=console, names=dataset.names)
     console.print(f"next: mars-generate -n 64 --model {run.path}")
     return run.path
 
@@ -112,7 +129,8 @@ def newest_tokenizer(preset: str | None = None) -> Path:
     found = []
     for path in RUNS.glob("*/run.json"):
         record = checkpoint.read_json(path)
-        usable = record.get("stage") == "tokenizer" and (path.parent / "model" / "config.json").is_file()
+        exported = checkpoint.current(path.parent / "model") / "config.json"
+        usable = record.get("stage") == "tokenizer" and exported.is_file()
         if usable and preset in (None, record.get("preset")):
             found.append((record.get("created", 0), path.parent))
     if not found:
@@ -199,6 +217,7 @@ def _check_dataset(settings: Config, dataset: Dataset) -> None:
         raise ConfigError("the dataset has no training notes")
 
 
+@contextmanager
 def _open_run(
     out: Path | None,
     stage_name: str,
@@ -209,8 +228,8 @@ def _open_run(
     stage: Stage,
     console: Console,
     origin: dict[str, Any] | None = None,
-) -> folder.RunFolder:
-    """Make the run folder, or check that an existing one is the same run."""
+) -> Iterator[folder.RunFolder]:
+    """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile."""
     path = out or RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     record = {
         "stage": stage_name,
@@ -222,33 +241,58 @@ def _open_run(
         "created": time.time(),
         **(origin or {}),
     }
-    if (path / "run.json").is_file():
-        if resume == "never":
-            raise ConfigError(f"--out {path} is a run already; name a new folder or leave out --resume never")
-        known = checkpoint.read_json(path / "run.json")
-        for key in ("stage", "preset", "seed", "data", "tokenizer_hash"):
-            if known.get(key) != record.get(key):
-                raise ConfigError(
-                    f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
-                )
-        if config.load(path / "config.json") != settings:
-            raise ConfigError(
-                f"--out {path} is a run with other settings; repeat its --set or name a new folder with --out"
-            )
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path / "run.json").is_file() and not _abandoned(path):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
-    size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
-    runtime.free_space(path, 3 * (folder.KEEP + 1) * size)  # the optimiser's two moments come with the first step
-    if not (path / "run.json").is_file():
-        path.mkdir(parents=True, exist_ok=True)
-        config.save(settings, path / "config.json")
-        (path / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    count = sum(p.numel() for p in stage.model.parameters()) / 1e6
-    notes = len(dataset.split("train"))
-    console.print(
-        f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
-    )
-    return folder.RunFolder(path)
+    identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
+    run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)})
+    runtime.free_space(path, run.space_needed(stage))
+    path.mkdir(parents=True, exist_ok=True)
+    with lock.claim(path, console.print) as locked:
+        if (path / "run.json").is_file():
+            _check_run(path, record, settings, resume)
+        if locked:
+            run.recover()
+        _probe(path)
+        if not (path / "run.json").is_file():
+            config.save(settings, path / "config.json")
+            write_atomically(path / "run.json", (json.dumps(record, indent=1) + "\n").encode(), durable=True)
+        count = sum(p.numel() for p in stage.model.parameters()) / 1e6
+        notes = len(dataset.split("train"))
+        console.print(
+            f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
+        )
+        yield run
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether a folder is empty, or was left by a trainer that was stopped before it wrote `run.json`."""
+    if not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir()} - {lock.NAME, "config.json"}
+    return all(name.startswith(".") and name.endswith(".tmp") for name in names)
+
+
+def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str) -> None:
+    """ConfigError unless the run folder `path` is of this run and may be gone on with."""
+    if resume == "never":
+        raise ConfigError(f"--out {path} is a run already; name a new folder or leave out --resume never")
+    known = checkpoint.read_json(path / "run.json")
+    for key in ("stage", "preset", "seed", "data", "tokenizer_hash"):
+        if known.get(key) != record.get(key):
+            raise ConfigError(
+                f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
+            )
+    if config.load(path / "config.json") != settings:
+        raise ConfigError(
+            f"--out {path} is a run with other settings; repeat its --set or name a new folder with --out"
+        )
+
+
+def _probe(path: Path) -> None:
+    try:
+        probe(path)
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written: {error.strerror or error}; name another --out") from error
 
 
 def _tokens(

@@ -285,8 +285,8 @@ def test_steps_get_their_batches_and_streams(go):
 def test_saves_validates_and_logs_in_time(go):
     stage = Counter(steps=11, log_every=4, validate_every=5, save_every=2)
     go(stage)
-    assert steps_saved(go.path) == [8, 10, 11]  # the newest three
-    assert stage.exports == 6
+    assert steps_saved(go.path) == [5, 8, 10, 11]  # the newest three, and the best
+    assert stage.exports == 8
     found = lines(go.path)
     assert [r["step"] for r in found if "loss" in r] == [4, 8, 11]
     assert [r["gathered"] for r in found if "loss" in r] == [[4], [8], [11]]
