@@ -62,6 +62,7 @@ def tokenizer(**options: Any) -> None:
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="Tokenizer run or model; default: the newest run under runs/."
 )
+@click.option("--shard", is_flag=True, help="Under torchrun: spread the model over the processes (FSDP2).")
 @training_options
 def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""

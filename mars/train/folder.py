@@ -12,6 +12,7 @@ from typing import Any
 from mars import checkpoint
 from mars.errors import CheckpointError
 from mars.train.stage import Stage
+from mars.train.world import ALONE, World
 
 KEEP = 3  # checkpoints kept per run
 
@@ -21,9 +22,12 @@ class RunFolder:
     """A run folder: `run.json`, `config.json`, `log.jsonl`, `checkpoints/`, and the exported `model/`."""
 
     path: Path
+    world: World = ALONE
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line of JSON."""
+        if not self.world.main:
+            return
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: None if v != v else v for k, v in record.items()}) + "\n")
 
@@ -34,8 +38,11 @@ class RunFolder:
 
     def save(self, step: int, stage: Stage) -> None:
         """Write the checkpoint of `step` and drop all but the newest `KEEP`."""
+        state = stage.state()  # every process gives its part
+        if not self.world.main:
+            return
         target = self.path / "checkpoints" / f"step-{step:08d}"
-        checkpoint.replace_directory(target, stage.state(), {"state": {"step": step}})  # there may be a damaged one
+        checkpoint.replace_directory(target, state, {"state": {"step": step}})  # there may be a damaged one
         for old in self.checkpoints()[KEEP:]:
             doomed = old.with_name(f".del-{old.name}")
             old.rename(doomed)

@@ -1,7 +1,8 @@
 """The loop of both stages: draw a batch, step, log, validate, save; resume from what was saved.
 
 Every random choice depends on (seed, step, micro-batch) alone, so a resumed run needs no saved random state, and it
-does not matter which process takes which micro-batch.
+does not matter which process takes which micro-batch, nor how many there are (`world`). Every process runs this loop
+and the same validation; the main one alone writes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mars.errors import Diverged
+from mars.errors import CheckpointError, Diverged
 from mars.runtime import stream
 from mars.train.folder import RunFolder
 from mars.train.stage import Stage
@@ -53,14 +54,20 @@ def run(
 ) -> int:
     """Train to the configured number of steps, or until `max_steps`, `max_time` seconds or a signal.
 
-    SIGINT and SIGTERM finish the step and save. Returns the number of steps done, over all sittings.
+    SIGINT and SIGTERM, in any of the processes, finish the step and save. Returns the number of steps done, over all
+    sittings.
 
     Raises:
+        CheckpointError: the run's checkpoints cannot be used, or are not the same to every process.
         Diverged: ten steps in a row were not finite.
         OSError: a checkpoint could not be written.
     """
+    world = folder.world
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
+    mine = world.share(train.accumulate)
     done = folder.restore(stage, console.print)
+    if world.text(str(done)) != str(done):
+        raise CheckpointError(f"process {world.rank} found another newest checkpoint in {folder.path} than process 0")
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")
     end = min(train.steps, max_steps) if max_steps is not None else train.steps
@@ -70,7 +77,8 @@ def run(
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)
-        return [stage.batch(part) for part in np.split(indices, train.accumulate)]
+        parts = np.split(indices, train.accumulate)
+        return [stage.batch(parts[i]) for i in mine]
 
     def save() -> None:
         folder.save(done, stage)
@@ -83,11 +91,11 @@ def run(
     ):
         task = progress.add_task("", total=end, completed=done, info="")
         upcoming = loader.submit(load, done) if done < end else None
-        while done < end and not stop() and not (max_time and time.monotonic() - began > max_time):
+        while done < end and not world.any(stop() or bool(max_time and time.monotonic() - began > max_time)):
             assert upcoming is not None
             batches = upcoming.result()
             upcoming = loader.submit(load, done + 1) if done + 1 < end else None
-            metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in range(train.accumulate)])
+            metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in mine])
             done += 1
             bad = 0 if math.isfinite(float(metrics["loss"])) else bad + 1
             if bad == MAX_BAD_STEPS:
@@ -97,7 +105,7 @@ def run(
                 )
             if done % train.log_every == 0 or done == end:
                 now = time.monotonic()
-                values = {name: round(float(value), 6) for name, value in metrics.items()}
+                values = {name: round(float(value), 6) for name, value in world.means(metrics).items()}
                 rate = (done - logged) * batch / (now - last_log)
                 logged, last_log = done, now
                 folder.log({"step": done, **values, "notes_per_s": round(rate, 2), "time": round(time.time(), 1)})

@@ -20,11 +20,13 @@ from mars.train import folder, loop
 from mars.train.stage import Stage
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize
+from mars.train.world import World, join, leaves_at_the_end
 
 RUNS = Path("runs")
 TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
 
 
+@leaves_at_the_end
 def train_tokenizer(
     *,
     data: Path | None = None,
@@ -42,20 +44,23 @@ def train_tokenizer(
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
+        LostProcess: another process of this run is gone.
         Diverged, OSError: see `mars.train.loop.run`.
     """
-    console, seconds, where = _prepare(max_time, device, threads)
+    console, seconds, world = _prepare(max_time, device, threads)
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     settings = _settings(out, preset, overrides, "tokenizer")
+    world.check(settings.train.tokenizer)
     _check_dataset(settings, dataset)
-    stage = TokenizerStage(settings, dataset, where, seed)
-    run = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console)
+    stage = TokenizerStage(settings, dataset, world.device, seed, world)
+    run = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console, world)
     loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
     console.print(f"next: mars-train var --tokenizer {run.path}")
     return run.path
 
 
+@leaves_at_the_end
 def train_var(
     *,
     tokenizer: Path | None = None,
@@ -69,34 +74,41 @@ def train_var(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    shard: bool = False,
 ) -> Path:
     """Train a VAR on a tokenizer's tokens; returns the run folder.
 
+    shard: spread weights, averages and optimiser over the processes instead of copying them to each.
+
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
+        LostProcess: another process of this run is gone.
         Diverged, OSError: see `mars.train.loop.run`.
     """
-    console, seconds, where = _prepare(max_time, device, threads)
+    console, seconds, world = _prepare(max_time, device, threads)
+    if shard and world.size == 1:
+        raise ConfigError("--shard: there is one process, nothing to spread a model over; start several with torchrun")
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     if tokenizer is None and out is not None and (out / "run.json").is_file():
         tokenizer = Path(checkpoint.read_json(out / "run.json")["tokenizer"])
-    source = tokenizer or newest_tokenizer(preset)
+    source = tokenizer or Path(world.text(str(newest_tokenizer(preset))))
     if tokenizer is None:
         console.print(f"tokenizer: {source} (the newest run; --tokenizer names another)")
-    trained = model.load(source, where)
+    trained = model.load(source, world.device)
     settings = _var_settings(out, trained.config, preset, overrides, source)
+    world.check(settings.train.var)
     _check_dataset(settings, dataset)
     cached = None if out is None else out / TOKENS
     if cached is not None and cached.is_dir():
         checkpoint.verify(cached)
         tokens = checkpoint.read_tensors(cached / "ids.safetensors")["ids"]
     else:
-        tokens = _tokens(trained, settings, dataset, where, console)
-    stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
+        tokens = _tokens(trained, settings, dataset, console, world)
+    stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    run = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
-    if not (run.path / TOKENS).exists():
+    run = _open_run(out, "var", settings, dataset, seed, resume, stage, console, world, origin)
+    if world.main and not (run.path / TOKENS).exists():
         checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
     loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
     console.print(f"next: mars-generate -n 64 --model {run.path}")
@@ -142,14 +154,15 @@ def parse_time(text: str | None) -> float | None:
     return seconds
 
 
-def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Console, float | None, torch.device]:
+def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Console, float | None, World]:
     if threads:
         torch.set_num_threads(threads)
     where = runtime.pick_device(device)
     if where.type == "cpu" and not runtime.native_bfloat16(where):
         # oneDNN instead of MKL, twice as fast on some CPUs and as exact; with bfloat16 units it would round to that.
         torch.set_float32_matmul_precision("medium")
-    return Console(stderr=True, soft_wrap=True), parse_time(max_time), where
+    seconds, world = parse_time(max_time), join(where)
+    return Console(stderr=True, soft_wrap=True, quiet=not world.main), seconds, world
 
 
 def _resumed(out: Path | None, resume: str) -> Path | None:
@@ -208,10 +221,12 @@ def _open_run(
     resume: str,
     stage: Stage,
     console: Console,
+    world: World,
     origin: dict[str, Any] | None = None,
 ) -> folder.RunFolder:
-    """Make the run folder, or check that an existing one is the same run."""
-    path = out or RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Make the run folder, or check that an existing one is the same run; the main process does so for all."""
+    default = RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(world.text(str(out or default)))
     record = {
         "stage": stage_name,
         "preset": settings.preset,
@@ -222,6 +237,13 @@ def _open_run(
         "created": time.time(),
         **(origin or {}),
     }
+    asked = json.dumps([config.to_dict(settings), seed, dataset.fingerprint, str(path)])
+    if world.text(asked) != asked:  # this waits for all to have read what the main process may write now
+        raise ConfigError(f"process {world.rank} was started with other settings, data or --out than process 0")
+    size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
+    if not world.main:
+        world.barrier()
+        return folder.RunFolder(path, world)
     if (path / "run.json").is_file():
         if resume == "never":
             raise ConfigError(f"--out {path} is a run already; name a new folder or leave out --resume never")
@@ -237,23 +259,23 @@ def _open_run(
             )
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
-    size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
     runtime.free_space(path, 3 * (folder.KEEP + 1) * size)  # the optimiser's two moments come with the first step
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)
         config.save(settings, path / "config.json")
         (path / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    world.barrier()
     count = sum(p.numel() for p in stage.model.parameters()) / 1e6
     notes = len(dataset.split("train"))
     console.print(
         f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
     )
-    return folder.RunFolder(path)
+    return folder.RunFolder(path, world)
 
 
-def _tokens(
-    trained: model.Model, settings: Config, dataset: Dataset, device: torch.device, console: Console
-) -> torch.Tensor:
+def _tokens(trained: model.Model, settings: Config, dataset: Dataset, console: Console, world: World) -> torch.Tensor:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokens", total=len(dataset))
-        return tokenize(trained.tokenizer, settings, dataset, device, lambda n: progress.update(task, advance=n))
+        return tokenize(
+            trained.tokenizer, settings, dataset, world.device, lambda n: progress.update(task, advance=n), world
+        )

@@ -21,21 +21,25 @@ from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import autocast, stream
 from mars.train.optimizer import Optimizer
+from mars.train.world import ALONE, World
 
 
 class TokenizerStage:
     """Trains a `Tokenizer` on the waveforms of a dataset."""
 
-    def __init__(self, config: Config, dataset: Dataset, device: torch.device, seed: int) -> None:
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device, seed: int, world: World = ALONE) -> None:
         self.config, self.train, self.dataset, self.device = config, config.train.tokenizer, dataset, device
+        self.world = world
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = Tokenizer(config).to(device)
             self.discriminator = Discriminator(config.audio.channels).to(device) if self.train.adversarial else None
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
+        self.wrapped = self.world.wrap(self.model)
         if self.discriminator is not None:
             self.d_optimizer = Optimizer(self.discriminator, self.train)
+            self.d_wrapped = self.world.wrap(self.discriminator)
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """CMX tensors (B, C, F, T)."""
@@ -55,9 +59,12 @@ class TokenizerStage:
         weight = self.adversarial_weight(step)
         sums: dict[str, Tensor] = {}
         pairs = []
-        for x, generator in zip(batches, streams, strict=True):
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)  # the tokenizer's backward pass leaves nothing there
+        for i, (x, generator) in enumerate(zip(batches, streams, strict=True)):
+            self.world.sync(self.wrapped, last=i == len(batches) - 1)
             with autocast(self.device, self.train.precision):
-                y, quantized = self.model(x, generator)
+                y, quantized = self.wrapped(x, generator)
             reconstruction = (y - x).square().mean()
             loss = reconstruction + quantized.loss
             parts = {"reconstruction": reconstruction, "vq": quantized.loss}
@@ -72,6 +79,7 @@ class TokenizerStage:
             (loss / len(batches)).backward()
             for name, value in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach() / len(batches)
+        sums["loss"] = self.world.mean(sums["loss"])
         sums["grad_norm"] = self.optimizer.clip()
         if not torch.isfinite(sums["loss"] + sums["grad_norm"]):
             self.optimizer.forget()
@@ -84,15 +92,17 @@ class TokenizerStage:
     def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """One update of the discriminator on real and reconstructed tensors."""
         assert self.discriminator is not None
-        self.d_optimizer.forget()  # what the tokenizer's backward left there
+        self.discriminator.requires_grad_(True)
         total = torch.zeros((), device=self.device)
-        for real, fake in pairs:
+        for i, (real, fake) in enumerate(pairs):
+            self.world.sync(self.d_wrapped, last=i == len(pairs) - 1)
             with autocast(self.device, self.train.precision):
                 # One call each, since BatchNorm's statistics should not tell real from fake by their mixture.
-                logits = self.discriminator(real).float(), self.discriminator(fake).float()
+                logits = self.d_wrapped(real).float(), self.d_wrapped(fake).float()
             loss = hinge_loss(*logits) / len(pairs)
             loss.backward()
             total += loss.detach()
+        total = self.world.mean(total)
         if torch.isfinite(total + self.d_optimizer.clip()):
             self.d_optimizer.update(step, self.train.discriminator_lr / self.train.lr)
         else:
@@ -144,7 +154,8 @@ class TokenizerStage:
 
     def export(self, path: Path) -> None:
         """Write the averaged tokenizer as a model directory."""
-        Model(config=self.config, tokenizer=self.averaged).save(path)
+        if self.world.main:
+            Model(config=self.config, tokenizer=self.averaged).save(path)
 
 
 def held_out(dataset: Dataset, count: int) -> np.ndarray:

@@ -22,22 +22,36 @@ from mars.models.var import VAR
 from mars.runtime import autocast, stream
 from mars.train.optimizer import Optimizer
 from mars.train.tokenizer import held_out
+from mars.train.world import ALONE, World
 
 
 class VARStage:
     """Trains a `VAR` on precomputed tokens."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, tokenizer: Tokenizer, tokens: Tensor, device: torch.device, seed: int
+        self,
+        config: Config,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        tokens: Tensor,
+        device: torch.device,
+        seed: int,
+        world: World = ALONE,
+        shard: bool = False,
     ) -> None:
-        """tokens: integer (notes, L) of the whole dataset, from `tokenize`."""
+        """tokens: integer (notes, L) of the whole dataset, from `tokenize`; shard: spread the VAR over processes."""
         self.config, self.train, self.dataset, self.device = config, config.train.var, dataset, device
+        self.world = world
         self.tokenizer, self.tokens = tokenizer, tokens
         self.conditions = condition_ids(dataset, config.var.condition)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer).to(device)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if shard:
+            for model in (self.model, self.averaged):
+                self.world.shard(model, model.blocks)
+        self.wrapped = self.model if shard else self.world.wrap(self.model)
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,13 +66,15 @@ class VARStage:
         """One update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for (ids, inputs, condition), generator in zip(batches, streams, strict=True):
+        for i, ((ids, inputs, condition), generator) in enumerate(zip(batches, streams, strict=True)):
+            self.world.sync(self.wrapped, last=i == len(batches) - 1)
             condition = self._hide(condition, generator)
             with autocast(self.device, self.train.precision):
-                logits = self.model(inputs, condition, generator)
+                logits = self.wrapped(inputs, condition, generator)
             loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten()) / len(batches)
             loss.backward()
             total += loss.detach()
+        total = self.world.mean(total)
         norm = self.optimizer.clip()
         if not torch.isfinite(total + norm):
             self.optimizer.forget()
@@ -93,40 +109,54 @@ class VARStage:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Weights, averaged weights, optimiser."""
-        return {
+        state = {
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state(),
         }
+        return {name: self.world.whole(tensors) for name, tensors in state.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
         """Restore `state()`."""
         if state.keys() != {"model", "averaged", "optimizer"}:
             raise CheckpointError(f"{source} holds {sorted(state)}; it is of another stage")
-        checkpoint.load_weights(self.model, state["model"], source)
-        checkpoint.load_weights(self.averaged, state["averaged"], source)
+        checkpoint.load_weights(self.model, state["model"], source, self.world.part)
+        checkpoint.load_weights(self.averaged, state["averaged"], source, self.world.part)
         self.optimizer.load_state(state["optimizer"], source)
 
     def export(self, path: Path) -> None:
         """Write tokenizer and averaged VAR as a model directory that can generate."""
-        notes = ranges(self.dataset)
-        Model(config=self.config, tokenizer=self.tokenizer, var=self.averaged, notes=notes).save(path)
+        weights = self.world.whole(self.averaged.state_dict())
+        if not self.world.main:
+            return
+        with torch.device("meta"):
+            var = VAR(self.config.var, self.config.tokenizer)
+        var.load_state_dict(weights, assign=True)
+        Model(config=self.config, tokenizer=self.tokenizer, var=var, notes=ranges(self.dataset)).save(path)
 
 
 @torch.inference_mode()
 def tokenize(
-    tokenizer: Tokenizer, config: Config, dataset: Dataset, device: torch.device, advance: Callable[[int], None]
+    tokenizer: Tokenizer,
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    advance: Callable[[int], None],
+    world: World = ALONE,
 ) -> Tensor:
-    """Tokens of every note, int32 (notes, L); `advance` is told how many notes are done. Batches of fixed size."""
+    """Tokens of every note, int32 (notes, L); `advance` is told how many notes are done. Batches of fixed size.
+
+    Several processes take the batches in turn, and all get all tokens.
+    """
     size = config.train.var.batch_size
-    parts = []
-    for start in range(0, len(dataset), size):
+    tokens = torch.zeros(len(dataset), config.tokenizer.tokens, dtype=torch.int32)
+    for start in range(world.rank * size, len(dataset), world.size * size):
         indices = np.arange(start, min(start + size, len(dataset)))
         x = audio.multiplexed(dataset.waveforms(indices).to(device), config.audio)
         with autocast(device, config.train.var.precision):
-            parts.append(tokenizer.encode(x).int().cpu())
-        advance(len(indices))
-    return torch.cat(parts)
+            tokens[indices] = tokenizer.encode(x).int().cpu()
+        advance(len(indices) * world.size)
+    return world.sum(tokens)  # every note is zero in all processes but one
 
 
 def condition_ids(dataset: Dataset, attributes: tuple[str, ...]) -> Tensor:
