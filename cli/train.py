@@ -54,8 +54,10 @@ def tokenizer(**options: Any) -> None:
     """Train the tokenizer: spectrograms to tokens and back."""
     with user_errors():
         from mars.train.start import train_tokenizer
+        from mars.train.world import parting
 
-        train_tokenizer(**options)
+        with parting():
+            train_tokenizer(**options)
 
 
 @main.command()
@@ -68,8 +70,10 @@ def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
     with user_errors():
         from mars.train.start import train_var
+        from mars.train.world import parting
 
-        train_var(**options)
+        with parting():
+            train_var(**options)
 
 
 if __name__ == "__main__":

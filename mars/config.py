@@ -195,7 +195,7 @@ class TrainConfig:
 
     steps: int = 1000
     batch_size: int = 16  # notes per micro-batch
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = 1  # micro-batches per step; several processes share them equally
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 1e-4  # peak
     warmup: float = 0.02  # share of the steps

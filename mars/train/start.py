@@ -20,13 +20,12 @@ from mars.train import folder, loop
 from mars.train.stage import Stage
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize
-from mars.train.world import World, join, leaves_at_the_end
+from mars.train.world import World, join
 
 RUNS = Path("runs")
 TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
 
 
-@leaves_at_the_end
 def train_tokenizer(
     *,
     data: Path | None = None,
@@ -44,7 +43,6 @@ def train_tokenizer(
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
-        LostProcess: another process of this run is gone.
         Diverged, OSError: see `mars.train.loop.run`.
     """
     console, seconds, world = _prepare(max_time, device, threads)
@@ -60,7 +58,6 @@ def train_tokenizer(
     return run.path
 
 
-@leaves_at_the_end
 def train_var(
     *,
     tokenizer: Path | None = None,
@@ -82,7 +79,6 @@ def train_var(
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
-        LostProcess: another process of this run is gone.
         Diverged, OSError: see `mars.train.loop.run`.
     """
     console, seconds, world = _prepare(max_time, device, threads)

@@ -8,13 +8,12 @@ agree on goes through gloo, on the CPU, and so does not wait for a GPU.
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,11 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mars.config import TrainConfig
-from mars.errors import ConfigError, LostProcess
+from mars.errors import ConfigError, LostProcess, MarsError
 
 TIMEOUT = timedelta(minutes=10)  # how long one process waits for another, the main one's saving included
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,6 @@ class World:
         each = count // self.size
         return range(self.rank * each, (self.rank + 1) * each)
 
-    # Weights
-
     def wrap(self, module: nn.Module) -> nn.Module:
         """`module` with gradients averaged over the processes in its backward pass; call what this returns."""
         if self.size == 1:
@@ -96,8 +91,6 @@ class World:
         mesh = init_device_mesh(self.device.type, (self.size,))
         for part in (*parts, module):
             fully_shard(part, mesh=mesh)
-
-    # Agreement
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; a barrier too."""
@@ -177,49 +170,51 @@ def join(device: torch.device) -> World:
     CUDA processes take the GPU of their local rank and talk over NCCL, CPU processes over gloo.
 
     Raises:
-        ConfigError: there is no GPU for this process, or several processes on a device that cannot talk.
+        ConfigError: there is no GPU for this process, or the device is one that cannot be shared.
     """
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), _own(device))
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         return World(device=device)
-    rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if size == 1:
-        return World(device=device)
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device.type}: several processes need cpu or cuda")
+    device = _own(device)
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"process {local} of this machine has no GPU; want --nproc-per-node {torch.cuda.device_count()} or less"
-            )
-        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
-    elif device.type == "cpu":
-        dist.init_process_group("gloo", timeout=TIMEOUT)
     else:
-        raise ConfigError(f"--device {device.type}: only cpu and cuda can be shared by {size} processes")
-    return World(rank, size, device)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def leaves_at_the_end(function: F) -> F:
-    """Decorator of a function that joins: takes leave of the other processes when it is done.
+def _own(device: torch.device) -> torch.device:
+    """This process's GPU; the CPU is everybody's."""
+    if device.type != "cuda":
+        return device
+    local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= present:
+        raise ConfigError(f"process {local} of this machine has no GPU; want --nproc-per-node {present} or less")
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def parting() -> Iterator[None]:
+    """Take leave of the other processes at the end, if there are any.
 
     Raises:
         LostProcess: another process went away. After any error the process group is left as it is, since closing it
             waits for the others.
     """
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **options: Any) -> Any:
-        try:
-            result = function(*args, **options)
-        except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise LostProcess(
-                    f"lost another process of this run ({str(error).splitlines()[0]}); its own message says why. "
-                    "Start all of them again with the same --out to go on from the last checkpoint"
-                ) from error
-            raise
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return result
-
-    return wrapper  # type: ignore[return-value]
+    try:
+        yield
+    except MarsError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's own errors have no class
+            raise LostProcess(
+                f"lost another process of this run ({str(error).splitlines()[0]}); its own message says why. "
+                "Start all of them again with the same --out to go on from the last checkpoint"
+            ) from error
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
