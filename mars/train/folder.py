@@ -37,8 +37,8 @@ class RunFolder:
         return sorted((p for p in found if p.name[5:].isdigit()), reverse=True)
 
     def save(self, step: int, stage: Stage) -> None:
-        """Write the checkpoint of `step` and drop all but the newest `KEEP`."""
-        state = stage.state()  # every process gives its part
+        """Write the checkpoint of `step`, to which every process contributes, and drop all but the newest `KEEP`."""
+        state = {name: self.world.whole(tensors) for name, tensors in stage.state().items()}  # each gives its part
         if not self.world.main:
             return
         target = self.path / "checkpoints" / f"step-{step:08d}"

@@ -66,7 +66,7 @@ def run(
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
     mine = world.share(train.accumulate)
     done = folder.restore(stage, console.print)
-    if world.text(str(done)) != str(done):
+    if world.same(done) != done:
         raise CheckpointError(f"process {world.rank} found another newest checkpoint in {folder.path} than process 0")
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")
@@ -117,7 +117,7 @@ def run(
                     )
             progress.update(task, completed=done)
             if done % train.validate_every == 0 or done == end:
-                values = stage.validate()
+                values = world.same(stage.validate())  # GPUs may differ in the last bit
                 folder.log({"step": done, **values})
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
                 console.print(f"step {done:,}  {shown}")
@@ -127,6 +127,7 @@ def run(
         if done > 0 and done % train.save_every and done != end:
             save()
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
+    world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
 
 

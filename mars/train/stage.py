@@ -36,10 +36,10 @@ class Stage(Protocol):
         """Metrics on held-out notes, of the averaged weights."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors needed to go on; every process calls this, the main one gets them whole."""
+        """All tensors needed to go on; those that are spread over processes as such."""
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
-        """Restore them; CheckpointError if anything does not fit."""
+        """Restore them, from whole tensors; CheckpointError if anything does not fit."""
 
     def export(self, path: Path) -> None:
         """Write the model directory; every process calls this, the main one writes."""

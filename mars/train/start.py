@@ -88,7 +88,7 @@ def train_var(
     out = _resumed(out, resume)
     if tokenizer is None and out is not None and (out / "run.json").is_file():
         tokenizer = Path(checkpoint.read_json(out / "run.json")["tokenizer"])
-    source = tokenizer or Path(world.text(str(newest_tokenizer(preset))))
+    source = tokenizer or Path(world.same(str(newest_tokenizer(preset))))
     if tokenizer is None:
         console.print(f"tokenizer: {source} (the newest run; --tokenizer names another)")
     trained = model.load(source, world.device)
@@ -222,7 +222,7 @@ def _open_run(
 ) -> folder.RunFolder:
     """Make the run folder, or check that an existing one is the same run; the main process does so for all."""
     default = RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(world.text(str(out or default)))
+    path = Path(world.same(str(out or default)))
     record = {
         "stage": stage_name,
         "preset": settings.preset,
@@ -234,9 +234,8 @@ def _open_run(
         **(origin or {}),
     }
     asked = json.dumps([config.to_dict(settings), seed, dataset.fingerprint, str(path)])
-    if world.text(asked) != asked:  # this waits for all to have read what the main process may write now
+    if world.same(asked) != asked:  # this waits for all to have read what the main process may write now
         raise ConfigError(f"process {world.rank} was started with other settings, data or --out than process 0")
-    size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
     if not world.main:
         world.barrier()
         return folder.RunFolder(path, world)
@@ -255,6 +254,7 @@ def _open_run(
             )
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
+    size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
     runtime.free_space(path, 3 * (folder.KEEP + 1) * size)  # the optimiser's two moments come with the first step
     if not (path / "run.json").is_file():
         path.mkdir(parents=True, exist_ok=True)

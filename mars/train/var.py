@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mars import audio, checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
@@ -23,6 +23,28 @@ from mars.runtime import autocast, stream
 from mars.train.optimizer import Optimizer
 from mars.train.tokenizer import held_out
 from mars.train.world import ALONE, World
+
+
+class Objective(nn.Module):
+    """What a VAR is trained on and judged by, in one module: DDP and FSDP2 act on all uses of the weights inside it."""
+
+    def __init__(self, model: VAR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """In training mode the mean cross-entropy in nats; else that of each token, and whether it was likeliest.
+
+        Args:
+            ids: int64 (B, L), the tokens; the results per token have this shape.
+            inputs, condition, generator: as for `VAR.forward`.
+        """
+        logits = self.model(inputs, condition, generator)
+        if self.model.training:
+            return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        return F.cross_entropy(logits.transpose(1, 2), ids, reduction="none"), logits.argmax(-1) == ids
 
 
 class VARStage:
@@ -48,10 +70,12 @@ class VARStage:
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer).to(device)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.objective, self.judge = Objective(self.model), Objective(self.averaged)
+        self.sharded = shard
         if shard:
-            for model in (self.model, self.averaged):
-                self.world.shard(model, model.blocks)
-        self.wrapped = self.model if shard else self.world.wrap(self.model)
+            for objective in (self.objective, self.judge):
+                self.world.shard(objective, objective.model.blocks)
+        self.trained = self.objective if shard else self.world.wrap(self.objective)
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,14 +88,13 @@ class VARStage:
         self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], streams: list[torch.Generator]
     ) -> dict[str, float | Tensor]:
         """One update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
-        self.model.train()
+        self.trained.train()
         total = torch.zeros((), device=self.device)
         for i, ((ids, inputs, condition), generator) in enumerate(zip(batches, streams, strict=True)):
-            self.world.sync(self.wrapped, last=i == len(batches) - 1)
+            self.world.sync(self.trained, last=i == len(batches) - 1)
             condition = self._hide(condition, generator)
             with autocast(self.device, self.train.precision):
-                logits = self.wrapped(inputs, condition, generator)
-            loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten()) / len(batches)
+                loss = self.trained(ids, inputs, condition, generator) / len(batches)
             loss.backward()
             total += loss.detach()
         total = self.world.mean(total)
@@ -96,9 +119,9 @@ class VARStage:
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             ids, inputs, condition = self.batch(part)
             with autocast(self.device, self.train.precision):
-                logits = self.averaged(inputs, condition)
-            loss = loss + F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(0).cpu() / len(notes)
-            correct = correct + (logits.argmax(-1) == ids).sum(0).cpu() / len(notes)
+                losses, right = self.judge(ids, inputs, condition)
+            loss = loss + losses.sum(0).cpu() / len(notes)
+            correct = correct + right.sum(0).cpu() / len(notes)
         lengths = self.model.lengths
         return {
             "val_loss": float(loss.mean()),
@@ -109,12 +132,11 @@ class VARStage:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Weights, averaged weights, optimiser."""
-        state = {
+        return {
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state(),
         }
-        return {name: self.world.whole(tensors) for name, tensors in state.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
         """Restore `state()`."""
@@ -126,13 +148,20 @@ class VARStage:
 
     def export(self, path: Path) -> None:
         """Write tokenizer and averaged VAR as a model directory that can generate."""
+        var = self._whole_average() if self.sharded else self.averaged
+        if self.world.main:
+            Model(config=self.config, tokenizer=self.tokenizer, var=var, notes=ranges(self.dataset)).save(path)
+
+    def _whole_average(self) -> VAR | None:
+        """The averaged VAR on the CPU of the main process, to which every process contributes."""
         weights = self.world.whole(self.averaged.state_dict())
         if not self.world.main:
-            return
+            return None
         with torch.device("meta"):
             var = VAR(self.config.var, self.config.tokenizer)
         var.load_state_dict(weights, assign=True)
-        Model(config=self.config, tokenizer=self.tokenizer, var=var, notes=ranges(self.dataset)).save(path)
+        var.scale_of = self.averaged.scale_of.cpu()
+        return var.requires_grad_(False).eval()
 
 
 @torch.inference_mode()

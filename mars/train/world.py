@@ -8,12 +8,14 @@ agree on goes through gloo, on the CPU, and so does not wait for a GPU.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mars.config import TrainConfig
 from mars.errors import ConfigError, LostProcess, MarsError
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)  # how long one process waits for another, the main one's saving included
 
@@ -86,8 +90,6 @@ class World:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        # The view is the logits', which the loss only reads.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size,))
         for part in (*parts, module):
             fully_shard(part, mesh=mesh)
@@ -122,16 +124,16 @@ class World:
         values = self.mean(torch.stack([torch.as_tensor(metrics[name]) for name in names]))
         return {**metrics, **dict(zip(names, values.unbind(), strict=True))}
 
-    def text(self, own: str) -> str:
-        """The main process's text."""
+    def same(self, own: T) -> T:
+        """The main process's JSON value, in place of this one's own."""
         if self.size == 1:
             return own
-        data = torch.tensor(list(own.encode()), dtype=torch.uint8)
+        data = torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8)
         length = torch.tensor(len(data))
         dist.broadcast(length, 0)
         data = data if self.main else torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0)
-        return bytes(data.tolist()).decode()
+        return json.loads(bytes(data.tolist()))
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, sharded ones put together on the CPU of the main process and left out in the others."""

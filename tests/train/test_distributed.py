@@ -256,7 +256,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
         assert world.main
         assert world.wrap(module) is module
         assert world.sum(tensor) is world.mean(tensor) is world.part(tensor, tensor) is tensor
-        assert (world.any(True), world.any(False), world.text("a")) == (True, False, "a")
+        assert (world.any(True), world.any(False), world.same("a")) == (True, False, "a")
         assert world.means({"loss": tensor}) == world.whole({"loss": tensor}) == {"loss": tensor}
     assert not torch.distributed.is_initialized()
 
