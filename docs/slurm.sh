@@ -1,7 +1,7 @@
 #!/bin/bash
 # Training under SLURM: one torchrun per machine, one process per GPU; stops before the time limit, saves and requeues.
 #
-#   sbatch docs/slurm.sh var --data datasets/nsynth --preset paper --out runs/var-nsynth --device cuda
+#   sbatch docs/slurm.sh var --tokenizer runs/tokenizer --data datasets/nsynth --out runs/var --device cuda
 #
 # --out is needed, on a file system that all machines share: it is how the requeued job finds what to go on with.
 #SBATCH --job-name=mars

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mars.models.discriminator import Discriminator
 from mars.train import start, tokenizer
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
-from mars.train.world import parting
+from mars.train.world import World, parting
 
 SMALL = (
     *("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=64", "audio.samples=4000", "audio.cmx=2,1"),
@@ -59,6 +60,33 @@ def prepare(loaded: list[list[int]]) -> None:
         kind.batch = functools.partialmethod(batch, original=kind.batch)  # type: ignore[method-assign, assignment]
 
 
+def record_sizes() -> list[tuple[int, int]]:
+    """A list that gets, for every group of tensors put together from now on, how many numbers are held and in all."""
+    held: list[tuple[int, int]] = []
+    original = World.whole
+
+    def whole(self: World, tensors: Any) -> dict[str, torch.Tensor]:
+        local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors.values())
+        held.append((sum(t.numel() for t in local), sum(t.numel() for t in tensors.values())))
+        return original(self, tensors)
+
+    World.whole = whole  # type: ignore[method-assign, assignment]
+    return held
+
+
+def spoil(rank: int, call: int) -> None:
+    """Let one process get a micro-batch that is not finite, in every run of a VAR from now on."""
+    original, calls = VARStage.batch, Counter[int]()
+
+    def batch(self: VARStage, indices: Any) -> Any:
+        ids, inputs, condition = original(self, indices)
+        calls[id(self)] += 1
+        spoilt = self.world.rank == rank and calls[id(self)] == call
+        return ids, inputs * float("nan") if spoilt else inputs, condition
+
+    VARStage.batch = batch  # type: ignore[method-assign, assignment]
+
+
 def main(folder: Path) -> None:
     """All runs from their beginning; then the second third of what one process began in `moved/`."""
     torch.set_num_threads(1)
@@ -67,11 +95,19 @@ def main(folder: Path) -> None:
     with parting():
         for name in SETTINGS:
             train(name, folder / "two" / name)
+        held = record_sizes()
         for name in ("var", "muon"):
             train(name, folder / "sharded" / name, shard=True)
+        (folder / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held), encoding="utf-8")
+        for sitting in (3, None):
+            train("adversarial", folder / "parts" / "adversarial", max_steps=sitting)
+            train("var", folder / "parts" / "var", max_steps=sitting, shard=True)
         loaded.clear()
         train("tokenizer", folder / "moved" / "tokenizer", max_steps=4)
         train("var", folder / "moved" / "var", max_steps=4, shard=True)
+        spoil(rank=1, call=3)
+        for how in ("spoilt", "spoilt-sharded"):
+            train("var", folder / how / "var", shard=how.endswith("sharded"))
     (folder / f"loaded-{os.environ['RANK']}.json").write_text(json.dumps(loaded), encoding="utf-8")
 
 

@@ -135,6 +135,35 @@ def test_two_processes_write_the_checkpoint_of_one(how, name, folder):
         assert (a - b).norm() <= limit * a.norm(), group
 
 
+@pytest.mark.parametrize(("name", "whole"), [("adversarial", "two"), ("var", "sharded")])
+def test_two_processes_resume_to_the_bit(name, whole, folder):
+    for group in ("model", "averaged", "optimizer"):
+        one, other = tensors(folder / whole / name, group), tensors(folder / "parts" / name, group)
+        assert [key for key, t in one.items() if not torch.equal(t, other[key])] == []
+
+
+@pytest.mark.parametrize("how", ["spoilt", "spoilt-sharded"])
+def test_what_is_not_finite_in_one_process_is_skipped_by_all(how, folder):
+    one, other = metrics(folder / "one" / "var"), metrics(folder / how / "var")
+    assert other[1, "loss"] == pytest.approx(one[1, "loss"], rel=1e-5)
+    assert [step for (step, key), value in other.items() if key == "loss" and value is None] == [2]
+    assert other[3, "loss"] != pytest.approx(one[3, "loss"], rel=1e-5)  # it lacks an update
+    for group in ("model", "averaged", "optimizer"):
+        assert all(t.isfinite().all() for t in tensors(folder / how / "var", group).values())
+    assert tensors(folder / how / "var", "optimizer")["head.weight/step"] == 5
+
+
+def test_shards_take_half_the_memory(folder):
+    first, second = (json.loads((folder / f"held-{rank}.json").read_text()) for rank in (0, 1))
+    assert (
+        len(first) == len(second) == 2 * 2 * 4
+    )  # runs, saves; weights, averages and optimiser, and again the averages
+    for (mine, whole), (others, same) in zip(first, second, strict=True):
+        assert whole == same
+        assert whole <= mine + others <= 1.02 * whole  # the counts of steps are in both
+        assert max(mine, others) <= 0.6 * whole  # rows are not split
+
+
 def test_a_model_trained_in_parts_is_exported_whole(folder):
     sharded = model.load(folder / "sharded" / "var")
     averaged = tensors(folder / "sharded" / "var", "averaged")
