@@ -56,22 +56,27 @@ def tokenizer(**options: Any) -> None:
     began = time.monotonic()  # importing PyTorch counts too
     with user_errors():
         from mars.train.start import train_tokenizer
+        from mars.train.world import parting
 
-        train_tokenizer(**options, began=began)
+        with parting():
+            train_tokenizer(**options, began=began)
 
 
 @main.command()
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="Tokenizer run or model; default: the newest run under runs/."
 )
+@click.option("--shard", is_flag=True, help="Under torchrun: spread the model over the processes (FSDP2).")
 @training_options
 def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
     began = time.monotonic()  # importing PyTorch counts too
     with user_errors():
         from mars.train.start import train_var
+        from mars.train.world import parting
 
-        train_var(**options, began=began)
+        with parting():
+            train_var(**options, began=began)
 
 
 if __name__ == "__main__":

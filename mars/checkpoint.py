@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +192,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
+def load_weights(
+    module: nn.Module, tensors: Tensors, source: Path, part: Callable[[Tensor, Tensor], Tensor] = lambda full, own: full
+) -> None:
     """Copy `tensors` into `module`: the same names and shapes, any float dtype.
+
+    Of each tensor goes there what `part(tensor, own)` gives, as where `module` is spread over processes.
 
     Raises:
         CheckpointError: naming the first tensor that does not fit.
@@ -210,4 +214,4 @@ def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: tensor {name} holds values that are not finite")
-        own[name].copy_(tensor)
+        own[name].copy_(part(tensor, own[name]))

@@ -203,7 +203,7 @@ class TrainConfig:
     steps: int = 1000
     epochs: float = 0.0  # passes over the training notes; 0: `steps` counts, otherwise it follows from this
     batch_size: int = 16  # notes per micro-batch
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = 1  # micro-batches per step; several processes share them equally
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 1e-4  # peak
     lr_batch: int = 0  # the rates are for steps of this many notes and grow with the step's; 0: for any step

@@ -48,6 +48,10 @@ class Diverged(MarsError, RuntimeError):
     code = 5
 
 
+class LostProcess(MarsError, RuntimeError):
+    """Another of the processes that train together is gone."""
+
+
 class DiskError(MarsError, OSError):
     """There is no room on the disk, or it cannot be written."""
 

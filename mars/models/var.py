@@ -64,8 +64,12 @@ class Block(nn.Module):
             return self.offset + condition
         return self.ada(condition).view(len(condition), 1, 6, -1)
 
-    def forward(self, x: Tensor, modulation: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
-        """x: (B, n, W); keep: (2, B, 1, 1) as in the tokenizer's block."""
+    def forward(self, x: Tensor, condition: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
+        """x: (B, n, W); condition: as for `modulation`; keep: (2, B, 1, 1) as in the tokenizer's block."""
+        return self.transform(x, self.modulation(condition), attend, keep)
+
+    def transform(self, x: Tensor, modulation: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
+        """`forward` with the modulation at hand."""
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         y = self.attn(_norm(x) * (scale1 + 1) + shift1, attend) * gain1
         x = x + (y if keep is None else y * keep[0])
@@ -145,8 +149,12 @@ class VAR(nn.Module):
 
     def modulations(self, embedded: Tensor) -> list[Tensor]:
         """Each block's (B, 1, 6, W); they depend on the condition alone, so generation computes them once."""
-        shared = self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
-        return [typing.cast(Block, block).modulation(shared) for block in self.blocks]
+        condition = self._block_condition(embedded)
+        return [typing.cast(Block, block).modulation(condition) for block in self.blocks]
+
+    def _block_condition(self, embedded: Tensor) -> Tensor:
+        """What every block's modulation is made from: (B, W), or with shared AdaLN (B, 1, 6, W)."""
+        return self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
 
     def logits(self, x: Tensor, embedded: Tensor) -> Tensor:
         """float32 logits (B, n, V) of the last block's output (B, n, W)."""
@@ -176,8 +184,9 @@ class VAR(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
             return scale_causal_attention(q, k, v, self.lengths, head_scale=head_scale)
 
-        for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(embedded), strict=True)):
-            x = block(x, modulation, attend, None if keep is None else keep[i].to(x))
+        shared = self._block_condition(embedded)
+        for i, block in enumerate(self.blocks):
+            x = block(x, shared, attend, None if keep is None else keep[i].to(x))
         return self.logits(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:
@@ -211,5 +220,5 @@ class VAR(nn.Module):
             ) -> Tensor:
                 return cached_attention(q, k, v, keys, values, start, head_scale=head_scale)
 
-            x = block(x, modulation, attend, None)
+            x = typing.cast(Block, block).transform(x, modulation, attend, None)
         return self.logits(x, embedded)

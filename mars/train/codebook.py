@@ -22,6 +22,7 @@ from mars.errors import CheckpointError
 from mars.models.quantizer import Quantized, Quantizer
 from mars.runtime import stream
 from mars.train.optimizer import Optimizer
+from mars.train.world import ALONE, World
 
 EPSILON = 1e-5  # Laplace smoothing of the counts
 KMEANS_ROUNDS = 10
@@ -30,17 +31,18 @@ ENOUGH = 64  # tokens of a scale below which its use says nothing
 
 @dataclass(slots=True)
 class Statistics:
-    """Sums over tokens: over micro-batches as they are added, over processes if `tensors` are added up."""
+    """Sums over tokens: over micro-batches as they are added, then over processes."""
 
     scale: Tensor  # int64 (L,), of each token
     counts: Tensor  # int64 (N, V), how often each scale chose each code
     sums: Tensor | None  # (V, D), what chose it
     candidates: Tensor | None  # (V, D), what may take its place
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that has to be added up."""
-        return [t for t in (self.counts, self.sums, self.candidates) if t is not None]
+    def reduce(self, world: World) -> None:
+        """Add up what the processes have."""
+        for tensor in (self.counts, self.sums, self.candidates):
+            if tensor is not None:
+                world.sum(tensor)
 
     @torch.no_grad()
     def add(
@@ -73,16 +75,19 @@ class Statistics:
 
 
 class CodebookTraining:
-    """Watches a quantiser's codebook and, where its settings say so, updates it once per step.
+    """Watches a quantiser's codebook and, where its settings say so, updates it once per step."""
 
-    `reduce` adds up the tensors it is given over all processes, in place; by itself it does nothing.
-    """
-
-    def __init__(self, quantizer: Quantizer, averaged: Quantizer, optimizer: Optimizer, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        averaged: Quantizer,
+        optimizer: Optimizer,
+        tokens_per_step: int,
+        world: World = ALONE,
+    ) -> None:
         c, codes = quantizer.config, quantizer.codebook
-        self.quantizer, self.averaged, self.optimizer = quantizer, averaged, optimizer
+        self.quantizer, self.averaged, self.optimizer, self.world = quantizer, averaged, optimizer, world
         self.means, self.restarts = c.ema_codebook, c.restart_dead_codes > 0
-        self.reduce: Callable[[list[Tensor]], None] = lambda tensors: None
         size = len(codes)
         lengths = torch.tensor(quantizer.starts).diff()
         self.scale = torch.arange(len(lengths)).repeat_interleave(lengths).to(codes.device)
@@ -119,7 +124,7 @@ class CodebookTraining:
                 ids, totals = q.search(f)
                 residuals = q.residuals(f, totals if round_ else torch.zeros_like(totals))
                 found.add(ids, residuals, None, stream(seed, 3, round_, i), (i, parts))
-            self.reduce(found.tensors)
+            found.reduce(self.world)
             assert found.sums is not None
             assert found.candidates is not None
             chosen = found.counts.sum(0)[:, None]
@@ -133,7 +138,7 @@ class CodebookTraining:
     def update(self, finite: Tensor) -> None:
         """After the backward pass of a step: take its statistics in, unless its loss or gradient was not `finite`."""
         found, self.gathered = self.gathered, self._statistics(self.means, self.restarts)
-        self.reduce(found.tensors)
+        found.reduce(self.world)
         self.counts += found.counts * finite
         if not (self.means or self.restarts):
             return

@@ -18,6 +18,7 @@ from mars import checkpoint
 from mars.errors import CheckpointError, DiskError, Diverged
 from mars.files import size_of, write_atomically
 from mars.train.stage import Stage
+from mars.train.world import ALONE, World
 
 FORMAT = 1  # of state.json
 JUDGED_BY = ("val_loss", "val_mse")  # the first of these that a validation reports; the lowest is the best
@@ -66,6 +67,7 @@ class RunFolder:
 
     path: Path
     identity: Mapping[str, Any] = field(default_factory=dict)
+    world: World = ALONE
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line of JSON.
@@ -73,6 +75,8 @@ class RunFolder:
         Raises:
             DiskError: it cannot be written.
         """
+        if not self.world.main:
+            return
         path = self.path / "log.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -83,7 +87,7 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drop the lines of the log that are damaged or of steps after `step`, which are done again."""
         path = self.path / "log.jsonl"
-        if not path.is_file():
+        if not self.world.main or not path.is_file():
             return
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
@@ -117,7 +121,7 @@ class RunFolder:
             Diverged: a tensor is not finite; nothing is written.
             DiskError: something cannot be written; the older checkpoints stay as they are.
         """
-        state = stage.state()
+        state = {name: self.world.whole(tensors) for name, tensors in stage.state().items()}  # each gives its part
         _check_finite(state, position.step, self.path)
         target = self.path / "checkpoints" / f"step-{position.step:08d}"
         best = position.best
@@ -125,6 +129,8 @@ class RunFolder:
             stage.export(self.path / "model")
             if best is not None and best.step == position.step:
                 stage.export(self.path / "best")
+            if not self.world.main:
+                return
             document = {"format": FORMAT, **asdict(position), **self.identity, "versions": VERSIONS}
             checkpoint.replace_directory(target, state, {"state": document})  # there may be a damaged one
             if best is not None and best.step == position.step:
@@ -165,7 +171,7 @@ class RunFolder:
             others = [f"{name} {known.get(name)}" for name, own in VERSIONS.items() if known.get(name) != own]
             if others:
                 say(f"warning: {path} was written with {', '.join(others)}; going on may not be exact to the bit")
-            if position.best is not None and position.best.step == position.step:
+            if self.world.main and position.best is not None and position.best.step == position.step:
                 self._note_best(position.best)  # which a kill right after the save may have prevented
             return position
         if problem is not None:

@@ -1,7 +1,8 @@
 """The loop of both stages: draw a batch, step, log, validate, save; resume from what was saved.
 
 Every random choice depends on (seed, step, micro-batch) alone, so a resumed run needs no saved random state, and it
-does not matter which process takes which micro-batch.
+does not matter which process takes which micro-batch, nor how many there are (`world`). Every process runs this loop
+and the same validation; the main one alone writes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mars.errors import CheckpointError
 from mars.runtime import stream
 from mars.train.deadline import Deadline
 from mars.train.divergence import BadSteps
@@ -56,18 +58,22 @@ def run(
 ) -> int:
     """Train to the configured number of steps, or until `max_steps`, a signal, or as long as `max_time` seconds allow.
 
-    SIGTERM, SIGINT and SIGUSR1 finish the step and save; `max_time` leaves time for that. `names` are the notes' names,
-    for `diverged.json`. Returns the number of steps done, over all sittings.
+    SIGTERM, SIGINT and SIGUSR1, in any of the processes, finish the step and save; `max_time` leaves time for that.
+    `names` are the notes' names, for `diverged.json`. Returns the number of steps done, over all sittings.
 
     Raises:
         Diverged: ten steps in a row, or the weights to be saved, were not finite.
-        CheckpointError: the run cannot go on from its checkpoints.
+        CheckpointError: the run cannot go on from its checkpoints, or they are not the same to every process.
         DiskError: a checkpoint or the log could not be written.
     """
+    world = folder.world
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
     deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
+    mine = world.share(train.accumulate)
     position = folder.restore(stage, console.print)
     done = saved = position.step
+    if world.same(done) != done:
+        raise CheckpointError(f"process {world.rank} found another newest checkpoint in {folder.path} than process 0")
     folder.rewind(done)
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")
@@ -78,7 +84,8 @@ def run(
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)
-        return [stage.batch(part) for part in np.split(indices, train.accumulate)]
+        parts = np.split(indices, train.accumulate)
+        return [stage.batch(parts[i]) for i in mine]
 
     def save() -> None:
         nonlocal saved
@@ -97,12 +104,12 @@ def run(
     ):
         task = progress.add_task("", total=end, completed=done, info="")
         upcoming = loader.submit(load, done) if done < end else None
-        while done < end and not stop() and in_time():
+        while done < end and not world.any(stop() or not in_time()):
             assert upcoming is not None
             with deadline.timed("step"):
                 batches = upcoming.result()
                 upcoming = loader.submit(load, done + 1) if done + 1 < end else None
-                metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in range(train.accumulate)])
+                metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in mine])
                 finite = math.isfinite(float(metrics["loss"]))
             done += 1
             position.step = done
@@ -114,7 +121,7 @@ def run(
                 bad.add(done, metrics, [names[i] for i in drawn] if names else drawn)
             if done % train.log_every == 0 or done == end:
                 now = time.monotonic()
-                values = {name: round(float(value), 6) for name, value in metrics.items()}
+                values = {name: round(float(value), 6) for name, value in world.means(metrics).items()}
                 rate = (done - logged) * batch / (now - last_log)
                 logged, last_log = done, now
                 if done % train.log_every == 0 or done == train.steps:  # or a stop would show in what is saved
@@ -131,7 +138,7 @@ def run(
             improved = False
             if done % train.validate_every == 0 or done == end:
                 with deadline.timed("validation"):
-                    values = stage.validate()
+                    values = world.same(stage.validate())  # GPUs may differ in the last bit
                 # One that only this sitting's end made would make the best depend on where the run was stopped.
                 improved = (done % train.validate_every == 0 or done == train.steps) and position.judge(values)
                 folder.log({"step": done, **values})
@@ -144,6 +151,7 @@ def run(
             save()
         if done < end:
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
+    world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
 
 

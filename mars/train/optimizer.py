@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mars.config import TrainConfig
 from mars.errors import CheckpointError
+from mars.train.world import World
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -64,7 +65,8 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Clip the gradients; their global norm before that."""
         limit = self.config.grad_clip or math.inf
-        return nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
     def update(self, step: int) -> float:
         """Apply the gradients with the scheduled rate, which is returned; then forget them."""
@@ -121,7 +123,8 @@ class Optimizer:
                     if value is None or (key != "step" and value.shape != p.shape):
                         raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
                     unknown.discard(f"{name}/{key}")
-                    moments[key] = value.clone().to(p.device)  # the fused kernel wants the step there too
+                    value = value.clone().to(p.device)  # the fused kernel wants the step there too
+                    moments[key] = value if key == "step" else World.part(value, p)
                 optimizer.state[p] = moments
         if unknown:
             raise CheckpointError(f"{source} has an unknown optimiser state {min(unknown)}; it is of another run")

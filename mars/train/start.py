@@ -23,6 +23,7 @@ from mars.train import folder, lock, loop
 from mars.train.stage import Stage
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize
+from mars.train.world import World, join
 
 RUNS = Path("runs")
 TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
@@ -52,13 +53,14 @@ def train_tokenizer(
         Diverged, OSError: see `mars.train.loop.run`.
     """
     began = time.monotonic() if began is None else began
-    console, seconds, where = _prepare(max_time, device, threads)
+    console, seconds, world = _prepare(max_time, device, threads)
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     settings = _settings(out, preset, overrides, "tokenizer")
+    world.check(settings.train.tokenizer)
     _check_dataset(settings, dataset)
-    stage = TokenizerStage(settings, dataset, where, seed)
-    with _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console) as run:
+    stage = TokenizerStage(settings, dataset, world.device, seed, world)
+    with _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console, world) as run:
         left = None if seconds is None else began + seconds - time.monotonic()
         notes = dataset.split("train")
         loop.run(stage, run, notes, seed=seed, max_steps=max_steps, max_time=left, console=console, names=dataset.names)
@@ -79,11 +81,13 @@ def train_var(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    shard: bool = False,
     began: float | None = None,
 ) -> Path:
     """Train a VAR on a tokenizer's tokens; returns the run folder.
 
     Args:
+        shard: spread weights, averages and optimiser over the processes instead of copying them to each.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
 
     Raises:
@@ -91,27 +95,30 @@ def train_var(
         Diverged, OSError: see `mars.train.loop.run`.
     """
     began = time.monotonic() if began is None else began
-    console, seconds, where = _prepare(max_time, device, threads)
+    console, seconds, world = _prepare(max_time, device, threads)
+    if shard and world.size == 1:
+        raise ConfigError("--shard: there is one process, nothing to spread a model over; start several with torchrun")
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     if tokenizer is None and out is not None and (out / "run.json").is_file():
         tokenizer = Path(checkpoint.read_json(out / "run.json")["tokenizer"])
-    source = tokenizer or newest_tokenizer(preset)
+    source = tokenizer or Path(world.same(str(newest_tokenizer(preset))))
     if tokenizer is None:
         console.print(f"tokenizer: {source} (the newest run; --tokenizer names another)")
-    trained = model.load(source, where)
+    trained = model.load(source, world.device)
     settings = _var_settings(out, trained.config, preset, overrides, source)
+    world.check(settings.train.var)
     _check_dataset(settings, dataset)
     cached = None if out is None else out / TOKENS
     if cached is not None and cached.is_dir():
         checkpoint.verify(cached)
         tokens = checkpoint.read_tensors(cached / "ids.safetensors")["ids"]
     else:
-        tokens = _tokens(trained, settings, dataset, where, console)
-    stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
+        tokens = _tokens(trained, settings, dataset, console, world)
+    stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    with _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, origin) as run:
-        if not (run.path / TOKENS).exists():
+    with _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, world, origin) as run:
+        if world.main and not (run.path / TOKENS).exists():
             checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
         left = None if seconds is None else began + seconds - time.monotonic()
         notes = dataset.split("train")
@@ -160,14 +167,15 @@ def parse_time(text: str | None) -> float | None:
     return seconds
 
 
-def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Console, float | None, torch.device]:
+def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Console, float | None, World]:
     if threads:
         torch.set_num_threads(threads)
     where = runtime.pick_device(device)
     if where.type == "cpu" and not runtime.native_bfloat16(where):
         # oneDNN instead of MKL, twice as fast on some CPUs and as exact; with bfloat16 units it would round to that.
         torch.set_float32_matmul_precision("medium")
-    return Console(stderr=True, soft_wrap=True), parse_time(max_time), where
+    seconds, world = parse_time(max_time), join(where)
+    return Console(stderr=True, soft_wrap=True, quiet=not world.main), seconds, world
 
 
 def _resumed(out: Path | None, resume: str) -> Path | None:
@@ -227,10 +235,15 @@ def _open_run(
     resume: str,
     stage: Stage,
     console: Console,
+    world: World,
     origin: dict[str, Any] | None = None,
 ) -> Iterator[folder.RunFolder]:
-    """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile."""
-    path = out or RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile.
+
+    The main process does so for all.
+    """
+    default = RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(world.same(str(out or default)))
     record = {
         "stage": stage_name,
         "preset": settings.preset,
@@ -241,10 +254,17 @@ def _open_run(
         "created": time.time(),
         **(origin or {}),
     }
+    identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
+    run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
+    asked = json.dumps([run.identity, str(path)])
+    if world.same(asked) != asked:  # this waits for all to have read what the main process may write now
+        raise ConfigError(f"process {world.rank} was started with other settings, data or --out than process 0")
+    if not world.main:
+        world.barrier()
+        yield run
+        return
     if path.exists() and not (path / "run.json").is_file() and not _abandoned(path):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
-    identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
-    run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)})
     runtime.free_space(path, run.space_needed(stage))
     path.mkdir(parents=True, exist_ok=True)
     with lock.claim(path, console.print) as locked:
@@ -256,6 +276,7 @@ def _open_run(
         if not (path / "run.json").is_file():
             config.save(settings, path / "config.json")
             write_atomically(path / "run.json", (json.dumps(record, indent=1) + "\n").encode(), durable=True)
+        world.barrier()
         count = sum(p.numel() for p in stage.model.parameters()) / 1e6
         notes = len(dataset.split("train"))
         console.print(
@@ -295,9 +316,9 @@ def _probe(path: Path) -> None:
         raise DiskError(f"{path} cannot be written: {error.strerror or error}; name another --out") from error
 
 
-def _tokens(
-    trained: model.Model, settings: Config, dataset: Dataset, device: torch.device, console: Console
-) -> torch.Tensor:
+def _tokens(trained: model.Model, settings: Config, dataset: Dataset, console: Console, world: World) -> torch.Tensor:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokens", total=len(dataset))
-        return tokenize(trained.tokenizer, settings, dataset, device, lambda n: progress.update(task, advance=n))
+        return tokenize(
+            trained.tokenizer, settings, dataset, world.device, lambda n: progress.update(task, advance=n), world
+        )

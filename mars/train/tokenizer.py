@@ -24,26 +24,29 @@ from mars.models.tokenizer import Tokenizer
 from mars.runtime import autocast, stream
 from mars.train.codebook import CodebookTraining, usage
 from mars.train.optimizer import Optimizer
+from mars.train.world import ALONE, World
 
 
 class TokenizerStage:
     """Trains a `Tokenizer` on the waveforms of a dataset."""
 
-    def __init__(self, config: Config, dataset: Dataset, device: torch.device, seed: int) -> None:
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device, seed: int, world: World = ALONE) -> None:
         self.train = config.train.tokenizer.resolved(len(dataset.split("train")))
         self.config = replace(config, train=replace(config.train, tokenizer=self.train))
-        self.dataset, self.device, self.seed = dataset, device, seed
+        self.dataset, self.device, self.seed, self.world = dataset, device, seed, world
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = Tokenizer(config).to(device)
             self.discriminator = Discriminator(config.audio.channels).to(device) if self.train.adversarial else None
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
+        self.wrapped = self.world.wrap(self.model)
         if self.discriminator is not None:
             self.d_start, d_train = discriminator_schedule(self.train)
             self.d_optimizer = Optimizer(self.discriminator, d_train)
+            self.d_wrapped = self.world.wrap(self.discriminator)
         per_step = self.train.notes_per_step * config.tokenizer.tokens
-        self.codebook = CodebookTraining(self.model.quantizer, self.averaged.quantizer, self.optimizer, per_step)
+        self.codebook = CodebookTraining(self.model.quantizer, self.averaged.quantizer, self.optimizer, per_step, world)
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """CMX tensors (B, C, F, T)."""
@@ -65,10 +68,14 @@ class TokenizerStage:
         weight = self.adversarial_weight(step)
         sums: dict[str, Tensor] = {}
         pairs = []
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)  # the tokenizer's backward pass leaves nothing there
         for i, (x, generator) in enumerate(zip(batches, streams, strict=True)):
+            self.world.sync(self.wrapped, last=i == len(batches) - 1)
             with autocast(self.device, self.train.precision):
-                y, quantized = self.model(x, generator)
-            self.codebook.gather(quantized, generator, (i, len(batches)))
+                y, quantized = self.wrapped(x, generator)
+            part = self.world.rank * len(batches) + i, self.world.size * len(batches)
+            self.codebook.gather(quantized, generator, part)
             reconstruction = (y - x).square().mean()
             loss = reconstruction + quantized.loss
             parts = {"reconstruction": reconstruction, "vq": quantized.loss}
@@ -83,6 +90,7 @@ class TokenizerStage:
             (loss / len(batches)).backward()
             for name, value in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach() / len(batches)
+        sums["loss"] = self.world.mean(sums["loss"])
         sums["grad_norm"] = self.optimizer.clip()
         finite = torch.isfinite(sums["loss"] + sums["grad_norm"])
         self.codebook.update(finite)
@@ -97,15 +105,17 @@ class TokenizerStage:
     def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """One update of the discriminator on real and reconstructed tensors."""
         assert self.discriminator is not None
-        self.d_optimizer.forget()  # what the tokenizer's backward left there
+        self.discriminator.requires_grad_(True)
         total = torch.zeros((), device=self.device)
-        for real, fake in pairs:
+        for i, (real, fake) in enumerate(pairs):
+            self.world.sync(self.d_wrapped, last=i == len(pairs) - 1)
             with autocast(self.device, self.train.precision):
                 # One call each, since BatchNorm's statistics should not tell real from fake by their mixture.
-                logits = self.discriminator(real).float(), self.discriminator(fake).float()
+                logits = self.d_wrapped(real).float(), self.d_wrapped(fake).float()
             loss = hinge_loss(*logits) / len(pairs)
             loss.backward()
             total += loss.detach()
+        total = self.world.mean(total)
         if torch.isfinite(total + self.d_optimizer.clip()):
             self.d_optimizer.update(step - self.d_start)
         else:
@@ -121,7 +131,8 @@ class TokenizerStage:
         parts = np.array_split(notes, -(-len(notes) // self.train.batch_size))
         self.model.eval()
         with autocast(self.device, self.train.precision):
-            latents = {i: self.model.latent(self.batch(part)) for i, part in enumerate(parts)}
+            mine = range(self.world.rank, len(parts), self.world.size)
+            latents = {i: self.model.latent(self.batch(parts[i])) for i in mine}
         self.codebook.start(latents, len(parts), self.seed)
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
@@ -175,7 +186,8 @@ class TokenizerStage:
 
     def export(self, path: Path) -> None:
         """Write the averaged tokenizer as a model directory."""
-        Model(config=self.config, tokenizer=self.averaged).save(path)
+        if self.world.main:
+            Model(config=self.config, tokenizer=self.averaged).save(path)
 
 
 def held_out(dataset: Dataset, count: int) -> np.ndarray:

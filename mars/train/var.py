@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mars import audio, checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
@@ -23,24 +23,61 @@ from mars.models.var import VAR
 from mars.runtime import autocast, stream
 from mars.train.optimizer import Optimizer
 from mars.train.tokenizer import held_out
+from mars.train.world import ALONE, World
+
+
+class Objective(nn.Module):
+    """What a VAR is trained on and judged by, in one module: DDP and FSDP2 act on all uses of the weights inside it."""
+
+    def __init__(self, model: VAR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """In training mode the mean cross-entropy in nats; else that of each token, and whether it was likeliest.
+
+        Args:
+            ids: int64 (B, L), the tokens; the results per token have this shape.
+            inputs, condition, generator: as for `VAR.forward`.
+        """
+        logits = self.model(inputs, condition, generator)
+        if self.model.training:
+            return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        return F.cross_entropy(logits.transpose(1, 2), ids, reduction="none"), logits.argmax(-1) == ids
 
 
 class VARStage:
     """Trains a `VAR` on precomputed tokens."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, tokenizer: Tokenizer, tokens: Tensor, device: torch.device, seed: int
+        self,
+        config: Config,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        tokens: Tensor,
+        device: torch.device,
+        seed: int,
+        world: World = ALONE,
+        shard: bool = False,
     ) -> None:
-        """tokens: integer (notes, L) of the whole dataset, from `tokenize`."""
+        """tokens: integer (notes, L) of the whole dataset, from `tokenize`; shard: spread the VAR over processes."""
         self.train = config.train.var.resolved(len(dataset.split("train")))
         self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, var=self.train))
-        self.dataset, self.device = dataset, device
+        self.dataset, self.device, self.world = dataset, device, world
         self.tokenizer, self.tokens = tokenizer, tokens
         self.conditions = condition_ids(dataset, config.var.condition)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer).to(device)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.objective, self.judge = Objective(self.model), Objective(self.averaged)
+        self.sharded = shard
+        if shard:
+            for objective in (self.objective, self.judge):
+                self.world.shard(objective, objective.model.blocks)
+        self.trained = self.objective if shard else self.world.wrap(self.objective)
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,15 +90,16 @@ class VARStage:
         self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], streams: list[torch.Generator]
     ) -> dict[str, float | Tensor]:
         """One update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
-        self.model.train()
+        self.trained.train()
         total = torch.zeros((), device=self.device)
-        for (ids, inputs, condition), generator in zip(batches, streams, strict=True):
+        for i, ((ids, inputs, condition), generator) in enumerate(zip(batches, streams, strict=True)):
+            self.world.sync(self.trained, last=i == len(batches) - 1)
             condition = self._hide(condition, generator)
             with autocast(self.device, self.train.precision):
-                logits = self.model(inputs, condition, generator)
-            loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten()) / len(batches)
+                loss = self.trained(ids, inputs, condition, generator) / len(batches)
             loss.backward()
             total += loss.detach()
+        total = self.world.mean(total)
         norm = self.optimizer.clip()
         if not torch.isfinite(total + norm):
             self.optimizer.forget()
@@ -87,9 +125,9 @@ class VARStage:
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             ids, inputs, condition = self.batch(part)
             with autocast(self.device, self.train.precision):
-                logits = self.averaged(inputs, condition)
-            loss = loss + F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(0).cpu() / len(notes)
-            correct = correct + (logits.argmax(-1) == ids).sum(0).cpu() / len(notes)
+                losses, right = self.judge(ids, inputs, condition)
+            loss = loss + losses.sum(0).cpu() / len(notes)
+            correct = correct + right.sum(0).cpu() / len(notes)
         lengths = self.model.lengths
         return {
             "val_loss": float(loss.mean()),
@@ -110,30 +148,50 @@ class VARStage:
         """Restore `state()`."""
         if state.keys() != {"model", "averaged", "optimizer"}:
             raise CheckpointError(f"{source} holds {sorted(state)}; it is of another stage")
-        checkpoint.load_weights(self.model, state["model"], source)
-        checkpoint.load_weights(self.averaged, state["averaged"], source)
+        checkpoint.load_weights(self.model, state["model"], source, self.world.part)
+        checkpoint.load_weights(self.averaged, state["averaged"], source, self.world.part)
         self.optimizer.load_state(state["optimizer"], source)
 
     def export(self, path: Path) -> None:
         """Write tokenizer and averaged VAR as a model directory that can generate."""
-        notes = ranges(self.dataset)
-        Model(config=self.config, tokenizer=self.tokenizer, var=self.averaged, notes=notes).save(path)
+        var = self._whole_average() if self.sharded else self.averaged
+        if self.world.main:
+            Model(config=self.config, tokenizer=self.tokenizer, var=var, notes=ranges(self.dataset)).save(path)
+
+    def _whole_average(self) -> VAR | None:
+        """The averaged VAR on the CPU of the main process, to which every process contributes."""
+        weights = self.world.whole(self.averaged.state_dict())
+        if not self.world.main:
+            return None
+        with torch.device("meta"):
+            var = VAR(self.config.var, self.config.tokenizer)
+        var.load_state_dict(weights, assign=True)
+        var.scale_of = self.averaged.scale_of.cpu()
+        return var.requires_grad_(False).eval()
 
 
 @torch.inference_mode()
 def tokenize(
-    tokenizer: Tokenizer, config: Config, dataset: Dataset, device: torch.device, advance: Callable[[int], None]
+    tokenizer: Tokenizer,
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    advance: Callable[[int], None],
+    world: World = ALONE,
 ) -> Tensor:
-    """Tokens of every note, int32 (notes, L); `advance` is told how many notes are done. Batches of fixed size."""
+    """Tokens of every note, int32 (notes, L); `advance` is told how many notes are done. Batches of fixed size.
+
+    Several processes take the batches in turn, and all get all tokens.
+    """
     size = config.train.var.batch_size
-    parts = []
-    for start in range(0, len(dataset), size):
+    tokens = torch.zeros(len(dataset), config.tokenizer.tokens, dtype=torch.int32)
+    for start in range(world.rank * size, len(dataset), world.size * size):
         indices = np.arange(start, min(start + size, len(dataset)))
         x = audio.multiplexed(dataset.waveforms(indices).to(device), config.audio)
         with autocast(device, config.train.var.precision):
-            parts.append(tokenizer.encode(x).int().cpu())
-        advance(len(indices))
-    return torch.cat(parts)
+            tokens[indices] = tokenizer.encode(x).int().cpu()
+        advance(len(indices) * world.size)
+    return world.sum(tokens)  # every note is zero in all processes but one
 
 
 def condition_ids(dataset: Dataset, attributes: tuple[str, ...]) -> Tensor:

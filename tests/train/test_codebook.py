@@ -114,6 +114,13 @@ def test_few_tokens_are_offered_again():
     assert len(found.gathered.candidates.unique(dim=0)) == TOKENS  # of 24
 
 
+class Summing:
+    """Stands for the processes: does with each tensor what it is told to."""
+
+    def __init__(self, act) -> None:
+        self.sum = act
+
+
 @pytest.mark.parametrize("settings", [{"ema_codebook": True}, {"restart_dead_codes": 0.9}], ids=str)
 def test_processes_that_share_the_micro_batches_of_a_step_agree(settings):
     settings = {"codebook_decay": 0.5, **settings}
@@ -126,11 +133,11 @@ def test_processes_that_share_the_micro_batches_of_a_step_agree(settings):
             for i in (2 * r, 2 * r + 1):
                 generator = stream(0, 1, number, i)
                 rank.gather(rank.quantizer.train()(parts[i], generator), generator, (i, 4))
-        shares = [[t.clone() for t in rank.gathered.tensors] for rank in ranks]
+        held = [[r.gathered.counts, r.gathered.sums, r.gathered.candidates] for r in ranks]
+        wholes = [a + b for a, b in zip(*held, strict=True) if a is not None]
         for rank in ranks:
-            rank.reduce = lambda tensors, shares=shares: [
-                t.copy_(a + b) for t, a, b in zip(tensors, *shares, strict=True)
-            ]
+            left = iter(wholes)
+            rank.world = Summing(lambda tensor, left=left: tensor.copy_(next(left)))
             rank.update(YES)
         assert torch.equal(ranks[0].quantizer.codebook, ranks[1].quantizer.codebook)
         assert_close(ranks[0].quantizer.codebook, alone.quantizer.codebook)
@@ -302,24 +309,23 @@ def test_kmeans_finds_planted_clusters():
 def test_kmeans_of_two_processes_is_that_of_one():
     maps = {i: latent(8, i) for i in range(4)}
     alone, ranks, rounds = make(), [make(), make()], []
-    alone.reduce = lambda tensors: rounds.append([t.clone() for t in tensors])
+    alone.world = Summing(lambda tensor: rounds.append(tensor.clone()))
     alone.start(maps, 4, seed=0)
 
-    shares: list[list[torch.Tensor]] = []  # what the first process has before each sum over both
+    shares: list[torch.Tensor] = []  # what the first process has before each sum over both
 
-    def leave(tensors):
-        shares.append([t.clone() for t in tensors])
-        for t, whole in zip(tensors, rounds[len(shares) - 1], strict=True):
-            t.copy_(whole)
+    def leave(tensor):
+        shares.append(tensor.clone())
+        tensor.copy_(rounds[len(shares) - 1])
 
-    def complete(tensors):
-        for t, share, whole in zip(tensors, shares.pop(0), rounds.pop(0), strict=True):
-            assert_close(t + share, whole)
-            t.copy_(whole)
+    def complete(tensor):
+        whole = rounds.pop(0)
+        assert_close(tensor + shares.pop(0), whole)
+        tensor.copy_(whole)
 
-    ranks[0].reduce, ranks[1].reduce = leave, complete
+    ranks[0].world, ranks[1].world = Summing(leave), Summing(complete)
     ranks[0].start({i: maps[i] for i in (0, 1)}, 4, seed=0)
-    assert len(rounds) == KMEANS_ROUNDS + 1
+    assert len(rounds) == len(shares) == 3 * (KMEANS_ROUNDS + 1)
     ranks[1].start({i: maps[i] for i in (2, 3)}, 4, seed=0)
     for rank in ranks:
         assert torch.equal(rank.quantizer.codebook, alone.quantizer.codebook)
