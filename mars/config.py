@@ -216,11 +216,13 @@ class TrainConfig:
     validate_every: int = 500
     validate_notes: int = 256
     save_every: int = 500
+    sample_every: int = 500  # steps between pictures and sounds of a few notes, the last step included; 0: none
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every")
         _positive(self, "train", *counts, "lr", "discriminator_lr")
         _within(self, "train", "warmup", "final_lr", "adversarial_start", "adversarial_ramp")
+        _require(self.sample_every >= 0, f"train.sample_every must not be negative, got {self.sample_every}")
         _require(all(0 <= b < 1 for b in self.betas), f"train.betas must be in [0, 1), got {self.betas}")
         _require(
             self.weight_decay >= 0 and self.grad_clip >= 0,

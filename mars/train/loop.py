@@ -24,6 +24,7 @@ from mars.errors import Diverged
 from mars.runtime import stream
 from mars.train.folder import RunFolder
 from mars.train.stage import Stage
+from mars.train.watch import Watch
 
 MAX_BAD_STEPS = 10  # in a row
 
@@ -50,16 +51,19 @@ def run(
     max_steps: int | None = None,
     max_time: float | None = None,
     console: Console | None = None,
+    watch: Watch | None = None,
 ) -> int:
     """Train to the configured number of steps, or until `max_steps`, `max_time` seconds or a signal.
 
-    SIGINT and SIGTERM finish the step and save. Returns the number of steps done, over all sittings.
+    SIGINT and SIGTERM finish the step and save. Returns the number of steps done, over all sittings. Without a `watch`
+    the run has a log but shows nothing else of itself.
 
     Raises:
         Diverged: ten steps in a row were not finite.
         OSError: a checkpoint could not be written.
     """
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
+    watch = watch or Watch(folder, train, console.print, device=torch.device("cpu"))
     done = folder.restore(stage, console.print)
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")
@@ -78,6 +82,7 @@ def run(
 
     with (
         _stop_signals() as stop,
+        watch.sitting(done),
         _progress(console) as progress,
         ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as loader,
     ):
@@ -100,22 +105,26 @@ def run(
                 values = {name: round(float(value), 6) for name, value in metrics.items()}
                 rate = (done - logged) * batch / (now - last_log)
                 logged, last_log = done, now
-                folder.log({"step": done, **values, "notes_per_s": round(rate, 2), "time": round(time.time(), 1)})
-                progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s")
+                epoch = round(done * batch / len(notes), 3)
+                watch.log({"step": done, **values, "notes_per_s": round(rate, 2), "epoch": epoch})
+                progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s  {watch.memory()}")
                 if not console.is_terminal:  # no bar either
                     left = (end - done) * batch / rate
                     console.print(
                         f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left"
+                        f"  {watch.memory()}"
                     )
             progress.update(task, completed=done)
+            pause = time.monotonic()
             if done % train.validate_every == 0 or done == end:
                 values = stage.validate()
-                folder.log({"step": done, **values})
+                watch.log({"step": done, **values})
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
                 console.print(f"step {done:,}  {shown}")
-                last_log = time.monotonic()
             if done % train.save_every == 0 or done == end:
                 save()
+            watch.show(done, done == end)
+            last_log += time.monotonic() - pause
         if done > 0 and done % train.save_every and done != end:
             save()
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mars.config import TrainConfig
+from mars.model import Model
 
 
 class Stage(Protocol):
@@ -39,6 +40,9 @@ class Stage(Protocol):
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
         """Restore them; CheckpointError if anything does not fit."""
+
+    def snapshot(self) -> Model:
+        """The model with the averaged weights, which are not copied."""
 
     def export(self, path: Path) -> None:
         """Write the model directory."""

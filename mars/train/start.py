@@ -17,11 +17,14 @@ from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError
 from mars.train import folder, loop
+from mars.train.compare import RUNS
+from mars.train.samples import Sampler
 from mars.train.stage import Stage
+from mars.train.tensorboard import check_installed
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize
+from mars.train.watch import Watch
 
-RUNS = Path("runs")
 TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
 
 
@@ -37,6 +40,7 @@ def train_tokenizer(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    tensorboard: bool = False,
 ) -> Path:
     """Train a tokenizer; returns the run folder.
 
@@ -44,6 +48,8 @@ def train_tokenizer(
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
         Diverged, OSError: see `mars.train.loop.run`.
     """
+    if tensorboard:
+        check_installed()
     console, seconds, where = _prepare(max_time, device, threads)
     dataset = open_dataset(data)
     out = _resumed(out, resume)
@@ -51,7 +57,17 @@ def train_tokenizer(
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, where, seed)
     run = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console)
-    loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
+    watch = Watch(run, stage.train, console.print, Sampler(stage, dataset, seed), device=where, tensorboard=tensorboard)
+    loop.run(
+        stage,
+        run,
+        dataset.split("train"),
+        seed=seed,
+        max_steps=max_steps,
+        max_time=seconds,
+        console=console,
+        watch=watch,
+    )
     console.print(f"next: mars-train var --tokenizer {run.path}")
     return run.path
 
@@ -69,6 +85,7 @@ def train_var(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    tensorboard: bool = False,
 ) -> Path:
     """Train a VAR on a tokenizer's tokens; returns the run folder.
 
@@ -76,6 +93,8 @@ def train_var(
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
         Diverged, OSError: see `mars.train.loop.run`.
     """
+    if tensorboard:
+        check_installed()
     console, seconds, where = _prepare(max_time, device, threads)
     dataset = open_dataset(data)
     out = _resumed(out, resume)
@@ -98,7 +117,17 @@ def train_var(
     run = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
     if not (run.path / TOKENS).exists():
         checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
-    loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
+    watch = Watch(run, stage.train, console.print, Sampler(stage, dataset, seed), device=where, tensorboard=tensorboard)
+    loop.run(
+        stage,
+        run,
+        dataset.split("train"),
+        seed=seed,
+        max_steps=max_steps,
+        max_time=seconds,
+        console=console,
+        watch=watch,
+    )
     console.print(f"next: mars-generate -n 64 --model {run.path}")
     return run.path
 

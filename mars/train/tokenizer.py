@@ -142,9 +142,13 @@ class TokenizerStage:
             if state["d_optimizer"]:  # empty until the discriminator has joined
                 self.d_optimizer.load_state(state["d_optimizer"], source)
 
+    def snapshot(self) -> Model:
+        """The averaged tokenizer, not copied."""
+        return Model(config=self.config, tokenizer=self.averaged)
+
     def export(self, path: Path) -> None:
         """Write the averaged tokenizer as a model directory."""
-        Model(config=self.config, tokenizer=self.averaged).save(path)
+        self.snapshot().save(path)
 
 
 def held_out(dataset: Dataset, count: int) -> np.ndarray:

@@ -107,10 +107,13 @@ class VARStage:
         checkpoint.load_weights(self.averaged, state["averaged"], source)
         self.optimizer.load_state(state["optimizer"], source)
 
+    def snapshot(self) -> Model:
+        """Tokenizer and averaged VAR, not copied; it can generate."""
+        return Model(config=self.config, tokenizer=self.tokenizer, var=self.averaged, notes=ranges(self.dataset))
+
     def export(self, path: Path) -> None:
         """Write tokenizer and averaged VAR as a model directory that can generate."""
-        notes = ranges(self.dataset)
-        Model(config=self.config, tokenizer=self.tokenizer, var=self.averaged, notes=notes).save(path)
+        self.snapshot().save(path)
 
 
 @torch.inference_mode()
