@@ -86,10 +86,7 @@ def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=1))
     elif found:
-        from rich.console import Console
-
-        console = Console()
-        console.print(compare.table(found))
+        click.echo(compare.table(found))
     else:
         click.echo("no runs; train one: mars-train tokenizer", err=True)
 

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from typing import Literal
 
 BUCKETS = 250  # of a curve
 HOVERS = 120  # of a chart: places that say their values
 MARKED = 40  # points of a curve with at most so many are marked
 CELLS = 80  # columns of a heat map
 
-WIDTH, HEIGHT = 520, 250
-LEFT, RIGHT, TOP, BOTTOM = 60, 14, 10, 42  # margins
+WIDTH, HEIGHT = 400, 220
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 8, 42  # margins
 
 Points = Sequence[tuple[int, float | None]]
 
@@ -30,6 +31,8 @@ class Curve:
 
     label: str
     points: Points
+    colour: int = 1  # 1 to 3
+    best: Literal["lowest", "highest"] | None = None  # which value is worth a mention
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,12 @@ def line_chart(title: str, unit: str, curves: Sequence[Curve], *, log: bool = Tr
     if not drawn:
         return ""
     extremes = [v for _, found in drawn for b in found for v in (b.low, b.high) if v is not None]
-    x = Axis(0, max(b.step for _, found in drawn for b in found) or 1, LEFT, WIDTH - RIGHT)
+    x = Axis(0, max(curve.points[-1][0] for curve, _ in drawn) or 1, LEFT, WIDTH - RIGHT)
     y = _value_axis(min(extremes), max(extremes), log)
     parts = [_axes(x, y, unit + (", logarithmic" if y.log else ""))]
-    for place, (_, found) in enumerate(drawn, 1):
-        parts.append(_curve(f"c{place}", found, x, y))
+    parts += [_curve(f"c{curve.colour}", found, x, y) for curve, found in drawn]
     parts.append(_hovers(drawn, x))
-    keys = "".join(f'<li class="c{place}">{_summary(curve)}</li>' for place, (curve, _) in enumerate(drawn, 1))
+    keys = "".join(f'<li class="c{curve.colour}">{escape(_summary(curve))}</li>' for curve, _ in drawn)
     spoken = f"{title}, {unit}, over steps. " + " ".join(f"{_summary(curve)}." for curve, _ in drawn)
     return _figure(title, spoken, HEIGHT, parts, f'<ul class="keys">{keys}</ul>')
 
@@ -132,7 +134,7 @@ def heat_map(
     columns = columns[::-1][::every][::-1]
     row = max(min(180 // len(labels), 26), 14)
     height = TOP + row * len(labels) + BOTTOM
-    right = WIDTH - 60
+    right = WIDTH - 52
     x = Axis(0, columns[-1][0] or 1, LEFT, right)
     edges = [0, *(step for step, _ in columns)]
     shade = Axis(max(low, 1e-9) if low > 0 else low, max(high, low * 1.01 + 1e-9), 0.06, 1, low > 0)
@@ -191,7 +193,7 @@ def _axes(x: Axis, y: Axis, unit: str) -> str:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{y(tick) + 4:.1f}">{number(tick)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text class="label" transform="translate(12 {middle}) rotate(-90)">{escape(unit)}</text>')
+    parts.append(f'<text class="label" transform="translate(11 {middle}) rotate(-90)">{escape(unit)}</text>')
     return "".join(parts) + _steps(x, HEIGHT - BOTTOM)
 
 
@@ -251,8 +253,10 @@ def _nearest(found: Sequence[Bucket], step: float) -> Bucket:
 
 
 def _summary(curve: Curve) -> str:
-    """The curve in words: its last value and its lowest."""
+    """The curve in words: its last value, and its best."""
     known = [(value, step) for step, value in curve.points if value is not None]
-    low, at = min(known)
-    lowest = f", lowest {number(low)} at step {at:,}" if low < known[-1][0] else ""
-    return f"{escape(curve.label)} {number(known[-1][0])}{lowest}"
+    words = f"{curve.label} {number(known[-1][0])}"
+    if curve.best is not None:
+        best, at = min(known) if curve.best == "lowest" else max(known)
+        words += f", {curve.best} {number(best)} at step {at:,}"
+    return words

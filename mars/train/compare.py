@@ -18,6 +18,8 @@ FIELDS = (
     *("validated_by", "validation", "best", "best_step", "notes_per_s", "created"),
 )
 
+COLUMNS = ("run", "stage", "preset", "state", "steps", "loss", "held out", "best", "notes/s", "size", "begun")
+
 Summary = dict[str, Any]
 
 
@@ -76,33 +78,30 @@ def summary(run: Path) -> Summary:
     }
 
 
-def table(found: Sequence[Summary]) -> Any:
-    """The summaries as a table of rich's."""
-    from rich.table import Table
-    from rich.text import Text
+def table(found: Sequence[Summary]) -> str:
+    """The summaries as lines of text, a run each; what is no run comes last, with the reason."""
+    good, bad = ([s for s in found if (s["problem"] is None) is is_run] for is_run in (True, False))
+    lines = []
+    if good:
+        rows = [COLUMNS, *map(_row, good)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = zip(row, widths, strict=True)
+            lines.append("  ".join(c.ljust(n) if i < 4 else c.rjust(n) for i, (c, n) in enumerate(cells)))
+    lines += [f"{s['run']}: {s['problem']}" for s in bad]
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line).rstrip() for line in lines)
 
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("run", "stage", "preset", "state"):
-        shown.add_column(title, overflow="fold")
-    for title in ("steps", "loss", "held out", "best", "notes/s", "size", "begun"):
-        shown.add_column(title, justify="right", no_wrap=True)
-    for s in found:
-        size = f"{s['bytes'] / 1e9:.1f} GB" if s["bytes"] >= 1e9 else f"{s['bytes'] / 1e6:.1f} MB"
-        if s["problem"]:
-            shown.add_row(Text(s["run"]), Text(f"unreadable: {s['problem']}", "red"), *[""] * 7, size, "")
-            continue
-        best = "" if s["best"] is None else f"{s['best']:.4g} at {s['best_step']:,}"
-        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(s["created"]))
-        shown.add_row(
-            *(Text(str(s[name])) for name in ("run", "stage", "preset", "state")),
-            f"{s['step']:,}/{s['steps']:,}",
-            *("" if s[name] is None else f"{s[name]:.4g}" for name in ("loss", "validation")),
-            best,
-            "" if s["notes_per_s"] is None else f"{s['notes_per_s']:,.1f}",
-            size,
-            begun,
-        )
-    return shown
+
+def _row(s: Summary) -> tuple[str, ...]:
+    return (
+        *(str(s[name]) for name in ("run", "stage", "preset", "state")),
+        f"{s['step']:,}/{s['steps']:,}",
+        *("" if s[name] is None else f"{s[name]:.4g}" for name in ("loss", "validation")),
+        "" if s["best"] is None else f"{s['best']:.4g} at {s['best_step']:,}",
+        "" if s["notes_per_s"] is None else f"{s['notes_per_s']:,.1f}",
+        f"{s['bytes'] / 1e9:.1f} GB" if s["bytes"] >= 1e9 else f"{s['bytes'] / 1e6:.1f} MB",
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(s["created"])),
+    )
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mars import config
 from mars.errors import ConfigError
@@ -28,21 +28,23 @@ FILE = "report.html"
 EMBEDDED = 2 << 20  # bytes of sounds and pictures, before base64 makes them a third longer
 OLDER = 24  # earlier steps whose samples are shown
 
-# Title, unit, (name in the log, label), whether the axis may be logarithmic.
-CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool], ...] = (
-    ("Loss", "loss", (("loss", "training"), ("val_loss", "held out")), True),
-    ("Reconstruction", "mean squared error", (("reconstruction", "training"), ("val_mse", "held out")), True),
-    ("Accuracy", "share of tokens", (("val_accuracy", "held out"),), False),
-    ("Absolute error", "mean absolute error", (("val_mae", "held out"),), True),
-    ("Quantiser", "VQ loss", (("vq", "training"),), True),
-    ("Adversarial", "hinge loss", (("adversarial", "tokenizer"), ("discriminator", "discriminator")), False),
-    ("Adaptive weight", "factor", (("adaptive", "training"),), True),
-    ("Gradient norm", "before clipping", (("grad_norm", "training"),), True),
-    ("Learning rate", "per step", (("lr", "training"),), False),
-    ("Speed", "notes per second", (("notes_per_s", "training"),), False),
-    ("Memory", "peak, MB", (("memory_mb", "training"),), False),
+TRAINING, HELD_OUT, SECOND = ("training", 1), ("held out", 2), ("discriminator", 3)  # label, colour
+
+# Title, unit, the curves by their names in the log, whether the axis may be logarithmic.
+CHARTS: tuple[tuple[str, str, dict[str, tuple[str, int]], bool], ...] = (
+    ("Loss", "loss", {"loss": TRAINING, "val_loss": HELD_OUT}, True),
+    ("Reconstruction", "mean squared error", {"reconstruction": TRAINING, "val_mse": HELD_OUT}, True),
+    ("Accuracy", "share of tokens", {"val_accuracy": HELD_OUT}, False),
+    ("Absolute error", "mean absolute error", {"val_mae": HELD_OUT}, True),
+    ("Quantiser", "VQ loss", {"vq": TRAINING}, True),
+    ("Adversarial", "hinge loss", {"adversarial": ("tokenizer", 1), "discriminator": SECOND}, False),
+    ("Adaptive weight", "factor", {"adaptive": TRAINING}, True),
+    ("Gradient norm", "before clipping", {"grad_norm": TRAINING}, True),
+    ("Learning rate", "learning rate", {"lr": TRAINING}, False),
+    ("Speed", "notes per second", {"notes_per_s": TRAINING}, False),
+    ("Memory", "peak, MB", {"memory_mb": TRAINING}, False),
 )
-CHARTED = {name for *_, names, _ in CHARTS for name, _ in names} | {"step", "time", "epoch"}
+CHARTED = {name for *_, names, _ in CHARTS for name in names} | {"step", "time", "epoch", "skipped"}
 
 # There is no script to run, and a name that smuggled one in must not get to run it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data: file:; media-src 'self' data: file:"
@@ -131,7 +133,8 @@ def alarms(log: Log, labels: list[str]) -> list[str]:
     since: dict[int, int] = {}
     for record in log.records:
         if isinstance(scales := record.get("collapsed"), list):
-            since = {int(k): since.get(k, record["step"]) for k in scales if k in range(len(labels))}
+            step: int = record["step"]
+            since = {k: since.get(k, step) for k in range(len(labels)) if k in scales}
     found += [f"Scale {labels[k]} has collapsed: few of its codes in use since step {since[k]:,}." for k in since]
     if skipped := log.last("skipped"):
         found.append(f"Steps that were not finite and changed nothing: {skipped}.")
@@ -176,8 +179,8 @@ def _facts(record: dict[str, Any], log: Log, steps: int) -> str:
         "Versions": started and f"mars {started.get('mars')}, PyTorch {started.get('torch')}",
         "Begun": created and time.strftime("%Y-%m-%d %H:%M", time.localtime(created)),
     }
-    shown = {name: value for name, value in facts.items() if value or value == 0}
-    return "<dl>" + "".join(f"<div><dt>{n}</dt><dd>{escape(str(v))}</dd></div>" for n, v in shown.items()) + "</dl>"
+    shown = [(name, escape(str(value))) for name, value in facts.items() if value or value == 0]
+    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown) + "</dl>"
 
 
 def duration(seconds: float) -> str:
@@ -198,11 +201,18 @@ def _charts(log: Log) -> str:
     """The curves there are, those without a place of their own at the end."""
     unit = "nats per token" if log.series("val_loss") else "loss"
     others = sorted({name for r in log.records if "event" not in r for name in r} - CHARTED)
-    known = [*CHARTS, *((name, "value", ((name, "training"),), True) for name in others)]
+    known = [*CHARTS, *((name, "value", {name: TRAINING}, True) for name in others)]
     return "".join(
-        line_chart(title, unit if title == "Loss" else of, [Curve(label, log.series(n)) for n, label in names], log=far)
+        line_chart(title, unit if title == "Loss" else of, [_named(log, n, *key) for n, key in names.items()], log=far)
         for title, of, names, far in known
     )
+
+
+def _named(log: Log, name: str, label: str, colour: int) -> Curve:
+    best: Literal["lowest", "highest"] | None = None
+    if name.startswith("val_"):
+        best = "highest" if name == "val_accuracy" else "lowest"
+    return Curve(label, log.series(name), colour, best)
 
 
 def _scales(log: Log, labels: list[str], codes: int) -> str:
@@ -229,9 +239,10 @@ def _sounds(run: Path, log: Log, stage: str) -> str:
     media, newest = Media(run), found[-1]
     notes = []
     for i, name in enumerate(newest.names):
-        title, figures = name, _note(media, newest, i, made)
+        title, figures = name, _note(media, newest, i, made, name)
         if originals is not None and i < len(originals.names):
-            title, figures = originals.names[i], _note(media, originals, i, "original") + figures
+            title = originals.names[i]
+            figures = _note(media, originals, i, "original", title) + _note(media, newest, i, made, title)
         notes.append(f'<div class="note"><h3>{escape(title)}</h3><div class="pair">{figures}</div></div>')
     earlier = found[-2::-1]
     earlier = earlier[:: -(-len(earlier) // OLDER)] if earlier else []
@@ -250,20 +261,22 @@ def _shown(path: Path, step: int) -> Shown | None:
     """The samples in a directory; None if they have been removed."""
     try:
         document = json.loads((path / "samples.json").read_text(encoding="utf-8"))
-        names, rate, count = document["names"], document["sample_rate"], document["samples"]
+        names, rate, count = [str(n) for n in document["names"]], document["sample_rate"], document["samples"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     files = [path / f"{i}.{kind}" for i in range(len(names)) for kind in ("png", "wav")]
     return Shown(path, step, names, count / rate, rate / 2) if all(file.is_file() for file in files) else None
 
 
-def _note(media: Media, shown: Shown, index: int, what: str) -> str:
-    name = escape(str(shown.names[index]))
+def _note(media: Media, shown: Shown, index: int, what: str, title: str = "") -> str:
+    """Picture and player of a note; its name is not repeated below if it is the title above."""
+    name = escape(shown.names[index])
+    caption = what if shown.names[index] == title else name if not title else f"{what}: {name}"
     return (
         f'<figure><img src="{escape(media.source(shown.path / f"{index}.png"))}" loading="lazy" '
         f'alt="Spectrogram, {what}: {name}; {shown.seconds:.3g} s across, up to {shown.nyquist:g} Hz, low below">'
         f'<audio controls preload="metadata" src="{escape(media.source(shown.path / f"{index}.wav"))}" '
-        f'aria-label="Listen, {what}: {name}"></audio><figcaption>{what}: {name}</figcaption></figure>'
+        f'aria-label="Listen, {what}: {name}"></audio><figcaption>{caption}</figcaption></figure>'
     )
 
 

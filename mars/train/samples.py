@@ -101,8 +101,9 @@ class Sampler:
             c = generated.condition
             pitch = None if c["pitch"] is None else f"pitch {c['pitch']}"
             velocity = None if c["velocity"] is None else f"velocity {c['velocity']}"
-            name = " ".join(part for part in (c["source"], c["family"], pitch, velocity) if part)
-            made.append(Sample(name or f"note {index}", generated.waveform, generated.spectrogram))
+            instrument = " ".join(filter(None, (c["source"], c["family"])))
+            name = ", ".join(filter(None, (instrument, pitch, velocity))) or f"note {index}"
+            made.append(Sample(name, generated.waveform, generated.spectrogram))
         return made
 
     def _condition(self, model: Model, note: int) -> dict[str, Any]:
