@@ -79,20 +79,19 @@ class Axis:
 
     def ticks(self, count: int = 5) -> list[float]:
         """Round values within, about `count`."""
+        low, high = self._position(self.low), self._position(self.high)
         if self.log:
-            low, high = math.log10(self.low), math.log10(self.high)
             every = max(math.ceil((high - low) / count), 1)
             digits = (1,) if high - low > 2 else (1, 2, 5)
             exponents = [k for k in range(math.floor(low), math.ceil(high) + 1) if k % every == 0]
             found = [d * 10.0**k for k in exponents for d in digits]
         else:
-            rough = (self.high - self.low) / count
+            rough = (high - low) / count
             unit = 10.0 ** math.floor(math.log10(rough))
-            every_ = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
-            first = math.ceil(self.low / every_ - 1e-9)
-            found = [k * every_ for k in range(first, math.floor(self.high / every_ + 1e-9) + 1)]
-        slack = 1e-9 * abs(self.high)
-        return [t for t in found if self.low - slack <= t <= self.high + slack]
+            width = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
+            found = [k * width for k in range(math.floor(low / width), math.ceil(high / width) + 1)]
+        near, far = sorted((self.first, self.last))
+        return [t for t in found if near - 1e-3 <= self(t) <= far + 1e-3]
 
 
 def line_chart(title: str, unit: str, curves: Sequence[Curve], *, log: bool = True) -> str:

@@ -55,7 +55,7 @@ class Media:
     """Sources for the pictures and sounds of a run: embedded while there is room, then linked."""
 
     run: Path
-    room: int = EMBEDDED
+    room: int  # bytes
     linked: int = 0
     _sources: dict[Path, str] = field(default_factory=dict)
 
@@ -236,7 +236,7 @@ def _sounds(run: Path, log: Log, stage: str) -> str:
         return ""
     originals = _shown(run / samples.FOLDER / samples.ORIGINALS, 0)
     made = "generated" if stage == "var" else "reconstruction"
-    media, newest = Media(run), found[-1]
+    media, newest = Media(run, EMBEDDED), found[-1]
     notes = []
     for i, name in enumerate(newest.names):
         title, figures = name, _note(media, newest, i, made, name)

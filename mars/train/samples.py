@@ -59,9 +59,8 @@ class Sampler:
         self.stage, self.dataset, self.seed = stage, dataset, seed
         self.notes = held_out(dataset, COUNT)
 
-    def originals(self) -> list[Sample]:
-        """The notes themselves; none if what is generated has nothing to do with them."""
-        model = self.stage.snapshot()
+    def originals(self, model: Model) -> list[Sample]:
+        """The notes themselves; none if what the stage's model generates has nothing to do with them."""
         if model.var is not None and not model.var.config.condition:
             return []
         config = model.config.audio
@@ -70,13 +69,12 @@ class Sampler:
         names = [self.dataset.names[note] for note in self.notes]
         return [Sample(*parts) for parts in zip(names, waveforms, spectrograms, strict=True)]
 
-    def samples(self) -> list[Sample]:
-        """Reconstructions of the notes, or notes generated for their conditions.
+    def samples(self, model: Model) -> list[Sample]:
+        """Reconstructions of the notes by the stage's model, or notes generated for their conditions.
 
         Raises:
             CheckpointError: the model gives numbers that are not finite.
         """
-        model = self.stage.snapshot()
         return self._reconstructed(model) if model.var is None else self._generated(model)
 
     @torch.no_grad()

@@ -27,7 +27,10 @@ from mars.train.tensorboard import Board
 
 
 class Watch:
-    """Keeps the log of a run and, given a sampler, its samples, its report and (with `tensorboard`) TensorBoard."""
+    """Keeps the log of a run and, given a sampler, its samples, its report and (with `tensorboard`) TensorBoard.
+
+    Of several processes all take part, and the main one alone writes.
+    """
 
     def __init__(
         self,
@@ -38,9 +41,10 @@ class Watch:
         *,
         device: torch.device,
         tensorboard: bool = False,
+        main: bool = True,
     ) -> None:
         self.run, self.train, self.say, self.sampler = run, train, say, sampler
-        self.device, self.tensorboard = device, tensorboard
+        self.device, self.tensorboard, self.main = device, tensorboard and main, main
         self.board: Board | None = None
         self.step = 0
         self.news = False  # since the last report
@@ -49,7 +53,8 @@ class Watch:
     def sitting(self, step: int) -> Iterator[None]:
         """From `step` on until the block is left."""
         self.step = step
-        end_line(self.run.path)
+        if self.main:
+            end_line(self.run.path)
         self.board = Board(self.run.path, step) if self.tensorboard else None
         try:
             self.event("started", mars=mars.__version__, torch=torch.__version__, device=_device_name(self.device))
@@ -68,6 +73,8 @@ class Watch:
     def log(self, record: Mapping[str, Any]) -> None:
         """Add a line to the log, with the time and, for training, the peak of memory in MB."""
         self.step = record["step"]
+        if not self.main:
+            return
         memory = process_peak(self.device) if kind(record) == "training" else None
         added = {"time": round(time.time(), 1)} | ({} if memory is None else {"memory_mb": round(memory / 1e6)})
         record = {**record, **added}
@@ -96,21 +103,24 @@ class Watch:
             self._report()
 
     def _sample(self, sampler: Sampler) -> None:
+        model = sampler.stage.snapshot()  # to which every process may have to contribute
+        if not self.main:
+            return
         rate = sampler.dataset.sample_rate
         where = self.run.path / samples.FOLDER / samples.ORIGINALS
-        shown = {samples.folder(self.run.path, self.step): sampler.samples()}
-        if not where.exists() and (originals := sampler.originals()):
-            shown[where] = originals
-        for path, made in shown.items():
+        shown = {samples.folder(self.run.path, self.step): ("sample", sampler.samples(model))}
+        if not where.exists() and (originals := sampler.originals(model)):
+            shown[where] = "original", originals
+        for path, (title, made) in shown.items():
             samples.write(path, made, rate)
             if self.board is not None:
-                self.board.show("original" if path == where else "sample", made, rate, self.step)
+                self.board.show(title, made, rate, self.step)
         self.event("samples")
         self.news = True
 
     def _report(self) -> None:
         self.news = False
-        if self.sampler is not None:
+        if self.main and self.sampler is not None:
             with self._harmless("report"):
                 report.write(self.run.path)
 
