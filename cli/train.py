@@ -34,6 +34,7 @@ OPTIONS = (
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
+    click.option("--tensorboard", is_flag=True, help="Log to TensorBoard too, in the run folder."),
 )
 
 
@@ -77,6 +78,35 @@ def var(**options: Any) -> None:
 
         with parting():
             train_var(**options, began=began)
+
+
+@main.command("list")
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
+    """Show runs side by side, newest first: run folders, or folders of them; default: runs/."""
+    import json
+
+    from mars.train import compare
+
+    with user_errors():
+        found = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    elif found:
+        click.echo(compare.table(found))
+    else:
+        click.echo("no runs; train one: mars-train tokenizer", err=True)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Make the report of a run folder again: report.html."""
+    with user_errors():
+        from mars.train.report import write
+
+        click.echo(write(run))
 
 
 if __name__ == "__main__":

@@ -227,13 +227,14 @@ class TrainConfig:
     validate_every: int = 500
     validate_notes: int = 256
     save_every: int = 500
+    sample_every: int = 500  # steps between pictures and sounds of a few notes, the last step included; 0: none
     keep: int = 3  # checkpoints, besides the best
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every")
         _positive(self, "train", *counts, "keep", "lr", "discriminator_lr")
         _within(self, "train", "warmup", "final_lr", "adversarial_start", "adversarial_ramp", "discriminator_warmup")
-        for name in ("epochs", "lr_batch", "discriminator_weight_decay"):
+        for name in ("epochs", "lr_batch", "discriminator_weight_decay", "sample_every"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         _require(all(0 <= b < 1 for b in self.betas), f"train.betas must be in [0, 1), got {self.betas}")
         _require(

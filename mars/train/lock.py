@@ -60,3 +60,17 @@ def claim(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
         yield locked
     finally:
         os.close(descriptor)
+
+
+def held(folder: Path) -> bool | None:
+    """Whether a trainer has `folder`; None where that cannot be told."""
+    if sys.platform == "win32" or not (folder / NAME).is_file():
+        return None
+    with (folder / NAME).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system that has no locks
+            return None
+    return False

@@ -27,6 +27,7 @@ from mars.train.deadline import Deadline
 from mars.train.divergence import BadSteps
 from mars.train.folder import RunFolder, checkpoint_size
 from mars.train.stage import Stage
+from mars.train.watch import Watch
 
 SAVE_RATE = 1e8  # bytes per second that a disk is trusted with until the first save has been timed
 STOP_SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n))
@@ -55,11 +56,13 @@ def run(
     max_time: float | None = None,
     console: Console | None = None,
     names: Sequence[str] | None = None,
+    watch: Watch | None = None,
 ) -> int:
     """Train to the configured number of steps, or until `max_steps`, a signal, or as long as `max_time` seconds allow.
 
     SIGTERM, SIGINT and SIGUSR1, in any of the processes, finish the step and save; `max_time` leaves time for that.
-    `names` are the notes' names, for `diverged.json`. Returns the number of steps done, over all sittings.
+    `names` are the notes' names, for `diverged.json`. Without a `watch` the run has a log but shows nothing else of
+    itself. Returns the number of steps done, over all sittings.
 
     Raises:
         Diverged: ten steps in a row, or the weights to be saved, were not finite.
@@ -68,6 +71,7 @@ def run(
     """
     world = folder.world
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
+    watch = watch or Watch(folder, train, console.print, device=torch.device("cpu"))
     deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
     mine = world.share(train.accumulate)
     position = folder.restore(stage, console.print)
@@ -95,10 +99,11 @@ def run(
 
     def in_time() -> bool:
         validates = (done + 1) % train.validate_every == 0 or done + 1 == end
-        return deadline.leaves_time_for("step", "save", *(["validation"] if validates else []))
+        return deadline.leaves_time_for("step", "save", *(["validation", "samples"] if validates else []))
 
     with (
         _stop_signals() as stop,
+        watch.sitting(done),
         _progress(console) as progress,
         ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as loader,
     ):
@@ -126,27 +131,31 @@ def run(
                 logged, last_log = done, now
                 if done % train.log_every == 0 or done == train.steps:  # or a stop would show in what is saved
                     values |= stage.report(console.print)
-                counts = {"skipped": position.skipped, "notes_per_s": round(rate, 2), "time": round(time.time(), 1)}
-                folder.log({"step": done, **values, **counts})
-                progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s")
+                epoch = round(done * batch / len(notes), 3)
+                counts = {"skipped": position.skipped, "notes_per_s": round(rate, 2), "epoch": epoch}
+                watch.log({"step": done, **values, **counts})
+                progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s  {watch.memory()}")
                 if not console.is_terminal:  # no bar either
                     left = (end - done) * batch / rate
                     console.print(
                         f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left"
+                        f"  {watch.memory()}"
                     )
             progress.update(task, completed=done)
-            improved = False
+            pause, improved = time.monotonic(), False
             if done % train.validate_every == 0 or done == end:
                 with deadline.timed("validation"):
                     values = world.same(stage.validate())  # GPUs may differ in the last bit
                 # One that only this sitting's end made would make the best depend on where the run was stopped.
                 improved = (done % train.validate_every == 0 or done == train.steps) and position.judge(values)
-                folder.log({"step": done, **values})
+                watch.log({"step": done, **values})
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
                 console.print(f"step {done:,}  {shown}")
-                last_log = time.monotonic()
             if done % train.save_every == 0 or done == end or improved:
                 save()
+            with deadline.timed("samples"):
+                watch.show(done, done == end)
+            last_log += time.monotonic() - pause
         if done != saved:
             save()
         if done < end:

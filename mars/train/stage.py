@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mars.config import TrainConfig
+from mars.model import Model
 
 
 class Stage(Protocol):
@@ -43,6 +44,9 @@ class Stage(Protocol):
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
         """Restore them, from whole tensors; CheckpointError if anything does not fit."""
+
+    def snapshot(self) -> Model | None:
+        """The model with the averaged weights, which are not copied."""
 
     def export(self, path: Path) -> None:
         """Write the model directory; every process calls this, the main one writes."""

@@ -20,12 +20,15 @@ from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError, DiskError
 from mars.files import probe, write_atomically
 from mars.train import folder, lock, loop
+from mars.train.compare import RUNS
+from mars.train.samples import Sampler
 from mars.train.stage import Stage
+from mars.train.tensorboard import check_installed
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize
+from mars.train.watch import Watch
 from mars.train.world import World, join
 
-RUNS = Path("runs")
 TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
 
 
@@ -41,6 +44,7 @@ def train_tokenizer(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    tensorboard: bool = False,
     began: float | None = None,
 ) -> Path:
     """Train a tokenizer; returns the run folder.
@@ -52,6 +56,8 @@ def train_tokenizer(
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
         Diverged, OSError: see `mars.train.loop.run`.
     """
+    if tensorboard:
+        check_installed()
     began = time.monotonic() if began is None else began
     console, seconds, world = _prepare(max_time, device, threads)
     dataset = open_dataset(data)
@@ -62,8 +68,7 @@ def train_tokenizer(
     stage = TokenizerStage(settings, dataset, world.device, seed, world)
     with _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console, world) as run:
         left = None if seconds is None else began + seconds - time.monotonic()
-        notes = dataset.split("train")
-        loop.run(stage, run, notes, seed=seed, max_steps=max_steps, max_time=left, console=console, names=dataset.names)
+        _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
     console.print(f"next: mars-train var --tokenizer {run.path}")
     return run.path
 
@@ -82,6 +87,7 @@ def train_var(
     device: str = "auto",
     threads: int | None = None,
     shard: bool = False,
+    tensorboard: bool = False,
     began: float | None = None,
 ) -> Path:
     """Train a VAR on a tokenizer's tokens; returns the run folder.
@@ -94,6 +100,8 @@ def train_var(
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
         Diverged, OSError: see `mars.train.loop.run`.
     """
+    if tensorboard:
+        check_installed()
     began = time.monotonic() if began is None else began
     console, seconds, world = _prepare(max_time, device, threads)
     if shard and world.size == 1:
@@ -121,10 +129,39 @@ def train_var(
         if world.main and not (run.path / TOKENS).exists():
             checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
         left = None if seconds is None else began + seconds - time.monotonic()
-        notes = dataset.split("train")
-        loop.run(stage, run, notes, seed=seed, max_steps=max_steps, max_time=left, console=console, names=dataset.names)
+        _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
     console.print(f"next: mars-generate -n 64 --model {run.path}")
     return run.path
+
+
+def _train(
+    stage: TokenizerStage | VARStage,
+    run: folder.RunFolder,
+    dataset: Dataset,
+    seed: int,
+    max_steps: int | None,
+    max_time: float | None,
+    console: Console,
+    tensorboard: bool,
+) -> None:
+    loop.run(
+        stage,
+        run,
+        dataset.split("train"),
+        seed=seed,
+        max_steps=max_steps,
+        max_time=max_time,
+        console=console,
+        names=dataset.names,
+        watch=Watch(
+            run,
+            stage.train,
+            console.print,
+            Sampler(stage, dataset, seed),
+            device=stage.device,
+            tensorboard=tensorboard,
+        ),
+    )
 
 
 def newest_tokenizer(preset: str | None = None) -> Path:

@@ -184,10 +184,15 @@ class TokenizerStage:
             if state["d_optimizer"]:  # empty until the discriminator has joined
                 self.d_optimizer.load_state(state["d_optimizer"], source)
 
+    def snapshot(self) -> Model | None:
+        """The averaged tokenizer, not copied; None but on the main process."""
+        return Model(config=self.config, tokenizer=self.averaged) if self.world.main else None
+
     def export(self, path: Path) -> None:
         """Write the averaged tokenizer as a model directory."""
-        if self.world.main:
-            Model(config=self.config, tokenizer=self.averaged).save(path)
+        found = self.snapshot()
+        if found is not None:
+            found.save(path)
 
 
 def held_out(dataset: Dataset, count: int) -> np.ndarray:

@@ -152,11 +152,18 @@ class VARStage:
         checkpoint.load_weights(self.averaged, state["averaged"], source, self.world.part)
         self.optimizer.load_state(state["optimizer"], source)
 
+    def snapshot(self) -> Model | None:
+        """Tokenizer and averaged VAR, which can generate, not copied unless sharded; None but on the main process."""
+        var = self._whole_average() if self.sharded else self.averaged
+        if not self.world.main:
+            return None
+        return Model(config=self.config, tokenizer=self.tokenizer, var=var, notes=ranges(self.dataset))
+
     def export(self, path: Path) -> None:
         """Write tokenizer and averaged VAR as a model directory that can generate."""
-        var = self._whole_average() if self.sharded else self.averaged
-        if self.world.main:
-            Model(config=self.config, tokenizer=self.tokenizer, var=var, notes=ranges(self.dataset)).save(path)
+        found = self.snapshot()
+        if found is not None:
+            found.save(path)
 
     def _whole_average(self) -> VAR | None:
         """The averaged VAR on the CPU of the main process, to which every process contributes."""
