@@ -140,7 +140,7 @@ def run(
                 save()
         if done != saved:
             save()
-        if done < end:
+        if 0 < done < end:
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
     return done
 
