@@ -25,6 +25,7 @@ from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage, tokenize
 
 RUNS = Path("runs")
+ENDS = 2.0  # seconds of --max-time that are left for the process's own start and end
 TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
 
 
@@ -59,7 +60,7 @@ def train_tokenizer(
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, where, seed)
     with _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console) as run:
-        left = None if seconds is None else began + seconds - time.monotonic()
+        left = None if seconds is None else began + seconds - ENDS - time.monotonic()
         notes = dataset.split("train")
         loop.run(stage, run, notes, seed=seed, max_steps=max_steps, max_time=left, console=console, names=dataset.names)
     console.print(f"next: mars-train var --tokenizer {run.path}")
@@ -113,7 +114,7 @@ def train_var(
     with _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin) as run:
         if not (run.path / TOKENS).exists():
             checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
-        left = None if seconds is None else began + seconds - time.monotonic()
+        left = None if seconds is None else began + seconds - ENDS - time.monotonic()
         notes = dataset.split("train")
         loop.run(stage, run, notes, seed=seed, max_steps=max_steps, max_time=left, console=console, names=dataset.names)
     console.print(f"next: mars-generate -n 64 --model {run.path}")
