@@ -6,10 +6,9 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
-
-_CHUNK = 1 << 20  # bytes; small enough to be hashed and copied from the processor's cache
 
 
 class Entry(TypedDict):
@@ -37,18 +36,17 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = False) -> None:
 
 
 def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
-    """Write parts, one after another, to the new file path and flush it to disk; hashed on the way.
+    """Write parts, one after another, to the new file path and flush it to disk; hashed on a second thread meanwhile.
 
     Raises:
         FileExistsError: `path` exists.
     """
     digest, size = hashlib.sha256(), 0
-    with path.open("xb") as file:
+    with path.open("xb") as file, ThreadPoolExecutor(1) as second:
         for part in parts:
-            for start in range(0, len(part), _CHUNK):
-                chunk = part[start : start + _CHUNK]
-                digest.update(chunk)
-                size += file.write(chunk)
+            hashed = second.submit(digest.update, part)
+            size += file.write(part)
+            hashed.result()
         file.flush()
         os.fsync(file.fileno())
     return {"sha256": digest.hexdigest(), "bytes": size}

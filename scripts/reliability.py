@@ -14,7 +14,6 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 
 import dataclasses
 import errno
-import hashlib
 import itertools
 import json
 import resource
@@ -35,6 +34,7 @@ import torch
 
 from mars import checkpoint, model
 from mars.errors import CheckpointError, DiskError, MarsError
+from mars.files import sha256
 from mars.train import lock
 from mars.train.folder import Best, Position, RunFolder
 from mars.train.optimizer import Optimizer
@@ -114,8 +114,14 @@ def step_of(path: Path) -> int:
 
 
 def sums(path: Path) -> Sums:
-    """Of the tensors in a directory, taken from the bytes themselves."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("*.safetensors")}
+    """Of the tensors in a directory, taken from the bytes, not from its manifest."""
+    return {p.name: sha256(p) for p in path.glob("*.safetensors")}
+
+
+def exported(path: Path) -> str:
+    """Sum of the trained weights in a model directory, which must load."""
+    stage = "tokenizer" if model.load(path).var is None else "var"
+    return sha256(checkpoint.current(path) / f"{stage}.safetensors")
 
 
 def faults_of(run: RunFolder, right: dict[int, Sums], least: int) -> Iterator[str]:
@@ -132,23 +138,15 @@ def faults_of(run: RunFolder, right: dict[int, Sums], least: int) -> Iterator[st
     newest = step_of(found[0]) if found else 0
     if newest < least:
         yield f"step {least} was saved, the newest is {newest}"
-    for name in ("model", "best") if newest else ():
-        if name == "best" and not (run.path / "best.json").is_file():
-            continue
-        saved = (step_of(path) for path in found) if name == "best" else (newest,)
+    steps = {"model": [newest], "best": [step_of(path) for path in found]}
+    for name in ["model"] * bool(newest) + ["best"] * (run.path / "best.json").is_file():
+        # An export comes before its checkpoint, so it may be a step ahead.
+        allowed = [right[n]["averaged.safetensors"] for s in steps[name] for n in (s, s + 1) if n in right]
         try:
-            loaded = model.load(run.path / name)
+            if exported(run.path / name) not in allowed:
+                yield f"{name} holds wrong bytes"
         except MarsError as error:
             yield f"{name} cannot be loaded: {error}"
-            continue
-        exported = hashlib.sha256(
-            checkpoint.current(run.path / name)
-            .joinpath("tokenizer.safetensors" if loaded.var is None else "var.safetensors")
-            .read_bytes()
-        ).hexdigest()
-        allowed = {right[s]["averaged.safetensors"] for step in saved for s in (step, step + 1) if s in right}
-        if exported not in allowed:
-            yield f"{name} holds wrong bytes"
     if (run.path / "best.json").is_file():
         best = json.loads((run.path / "best.json").read_text())["step"]
         if f"step-{best:08d}" not in [path.name for path in found]:
@@ -262,13 +260,12 @@ def calls_of(lab: Laboratory, save: Save) -> list[str]:
 
 def settle(lab: Laboratory, save: Save, run: RunFolder, scratch: Any) -> Iterator[str]:
     """What is wrong after a save was disturbed, before and after a new trainer has put it right and saved."""
-    broken = [] if save.name != "overwrite" else ["model.safetensors"]
-    for stage in ("disturbed", "recovered"):
-        if stage == "recovered":
+    for recovered in (False, True):
+        if recovered:
             run.recover()
-        for path in list(run.checkpoints()):
-            if broken and (path / broken[0]).is_file() and (path / broken[0]).read_bytes() == b"broken":
-                shutil.move(path, lab.new("broken") / path.name)  # it was so before
+        for path in run.checkpoints():
+            if save.name == "overwrite" and (path / "model.safetensors").read_bytes() == b"broken":
+                shutil.move(path, lab.new("broken"))  # as it was before
         yield from faults_of(run, save.right, save.least)
     said: list[str] = []
     try:
@@ -292,18 +289,10 @@ def crashes(lab: Laboratory, trainer: str) -> list[Row]:
     ]
     scratch = faults.stage(trainer)
     trial = RunFolder(lab.folder / "trial")
+    errors = itertools.cycle([errno.ENOSPC, errno.EDQUOT, errno.EIO])
     for save in saves(lab, trainer):
-        points = lab.points(calls_of(lab, save))
-        errors = itertools.cycle([errno.ENOSPC, errno.EDQUOT, errno.EIO])
-        for row, at in itertools.product(rows, points):
-            error = next(errors)
-            strike: Callable[[Disk, str], None]
-            if row is rows[0]:
-                strike = lambda disk, call: faults.die()  # noqa: E731
-            elif row is rows[1]:
-                strike = lambda disk, call: disk.cut_power()  # noqa: E731
-            else:
-                strike = faults.failing(error)
+        for row, at in itertools.product(rows, lab.points(calls_of(lab, save))):
+            strike = (faults.die, faults.cut_power, faults.failing(next(errors)))[rows.index(row)]
 
             def disturbed(disk: Disk, save: Save = save) -> None:
                 run = save.run(trial.path)
@@ -393,7 +382,7 @@ def signals(lab: Laboratory, trainer: str) -> list[Row]:
     once = Row(f"SIGTERM, SIGINT or SIGUSR1 at a random moment, {trainer}")
     twice = Row(f"the same signal again during that step, {trainer}")
     rng = lab.random(4, TRAINERS.index(trainer))
-    for i in range(lab.trials(48)):
+    for i in range(max(lab.trials(48), 4)):
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[i % 3]
         row = twice if i % 4 == 3 else once
         run = RunFolder(lab.new("signal"))

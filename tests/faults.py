@@ -168,12 +168,6 @@ class Disk:
             self.strike(self, "open")
         return io.BufferedWriter(_File(self, file, mode.replace("b", "")))
 
-    def cut_power(self) -> None:
-        """Lose what was not flushed, and end."""
-        for descriptor in self.unflushed.values():
-            os.ftruncate(descriptor, 0)
-        die()
-
 
 class _File(io.FileIO):
     def __init__(self, disk: Disk, name: Any, mode: str) -> None:
@@ -188,9 +182,16 @@ class _File(io.FileIO):
         return super().write(data) or 0
 
 
-def die() -> None:
+def die(disk: Disk, call: str) -> None:
     """End like a process that was killed."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cut_power(disk: Disk, call: str) -> None:
+    """Lose what was not flushed, and end."""
+    for descriptor in disk.unflushed.values():
+        os.ftruncate(descriptor, 0)
+    die(disk, call)
 
 
 def failing(error: int) -> Callable[[Disk, str], None]:

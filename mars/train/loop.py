@@ -158,7 +158,7 @@ def run(
             last_log += time.monotonic() - pause
         if done != saved:
             save()
-        if done < end:
+        if 0 < done < end:
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
     world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done

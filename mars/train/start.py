@@ -29,6 +29,7 @@ from mars.train.var import VARStage, tokenize
 from mars.train.watch import Watch
 from mars.train.world import World, join
 
+ENDS = 3.0  # seconds of --max-time for the start and the end of the process
 TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
 
 
@@ -67,7 +68,7 @@ def train_tokenizer(
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, world.device, seed, world)
     with _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console, world) as run:
-        left = None if seconds is None else began + seconds - time.monotonic()
+        left = None if seconds is None else began + seconds - ENDS - time.monotonic()
         _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
     console.print(f"next: mars-train var --tokenizer {run.path}")
     return run.path
@@ -128,7 +129,7 @@ def train_var(
     with _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, world, origin) as run:
         if world.main and not (run.path / TOKENS).exists():
             checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
-        left = None if seconds is None else began + seconds - time.monotonic()
+        left = None if seconds is None else began + seconds - ENDS - time.monotonic()
         _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
     console.print(f"next: mars-generate -n 64 --model {run.path}")
     return run.path
