@@ -148,12 +148,11 @@ class VAR(nn.Module):
         shared = self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
         return [typing.cast(Block, block).modulation(shared) for block in self.blocks]
 
-    def logits(self, x: Tensor, embedded: Tensor) -> Tensor:
-        """float32 logits (B, n, V) of the last block's output (B, n, W)."""
+    def modulate(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """The head's input, float32 (B, n, W), of the last block's output (B, n, W)."""
         with torch.autocast(x.device.type, enabled=False):
             scale, shift = self.head_ada(embedded.float())[:, None].chunk(2, dim=-1)
-            x = _norm(x.float()) * (scale + 1) + shift
-        return self.head(x).float()
+            return _norm(x.float()) * (scale + 1) + shift
 
     def forward(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Teacher forcing.
@@ -166,6 +165,10 @@ class VAR(nn.Module):
         Returns:
             float32 logits (B, L, V) of the tokens of every scale.
         """
+        return self.head(self.hidden(inputs, condition, generator)).float()
+
+    def hidden(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What `forward` gives to the head, float32 (B, L, W): for a loss that needs no logits."""
         embedded = self.embed_condition(condition)
         x = torch.cat((embedded[:, None] + self.start_position, self.embed(inputs)), dim=1)
         x = x + self.position + self.level(self.scale_of)
@@ -178,7 +181,7 @@ class VAR(nn.Module):
 
         for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(embedded), strict=True)):
             x = block(x, modulation, attend, None if keep is None else keep[i].to(x))
-        return self.logits(x, embedded)
+        return self.modulate(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:
         """Keys and values of all L tokens, allocated once."""
@@ -212,4 +215,4 @@ class VAR(nn.Module):
                 return cached_attention(q, k, v, keys, values, start, head_scale=head_scale)
 
             x = block(x, modulation, attend, None)
-        return self.logits(x, embedded)
+        return self.head(self.modulate(x, embedded)).float()

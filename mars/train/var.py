@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mars import audio, checkpoint
@@ -20,6 +19,7 @@ from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.runtime import autocast, stream
+from mars.train.loss import linear_cross_entropy, token_scores
 from mars.train.optimizer import Optimizer
 from mars.train.tokenizer import held_out
 
@@ -55,8 +55,9 @@ class VARStage:
         for (ids, inputs, condition), generator in zip(batches, streams, strict=True):
             condition = self._hide(condition, generator)
             with autocast(self.device, self.train.precision):
-                logits = self.model(inputs, condition, generator)
-            loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten()) / len(batches)
+                x = self.model.hidden(inputs, condition, generator)
+                loss = linear_cross_entropy(x.flatten(0, 1), *self.model.head.parameters(), ids.flatten())
+            loss = loss / len(batches)
             loss.backward()
             total += loss.detach()
         norm = self.optimizer.clip()
@@ -80,9 +81,10 @@ class VARStage:
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             ids, inputs, condition = self.batch(part)
             with autocast(self.device, self.train.precision):
-                logits = self.averaged(inputs, condition)
-            loss = loss + F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(0).cpu() / len(notes)
-            correct = correct + (logits.argmax(-1) == ids).sum(0).cpu() / len(notes)
+                x = self.averaged.hidden(inputs, condition)
+                losses, right = token_scores(x.flatten(0, 1), *self.averaged.head.parameters(), ids.flatten())
+            loss = loss + losses.view_as(ids).sum(0).cpu() / len(notes)
+            correct = correct + right.view_as(ids).sum(0).cpu() / len(notes)
         lengths = self.model.lengths
         return {
             "val_loss": float(loss.mean()),
