@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mars.config import TrainConfig
 from mars.errors import CheckpointError
+from mars.train.profiling import span
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -22,6 +23,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     progress = min((step - warmup) / max(config.steps - warmup, 1), 1.0)
     fall = max(progress - 0.05, 0) / 0.95 if config.schedule == "lin0" else 0.5 - 0.5 * math.cos(math.pi * progress)
     return config.lr * (1 - (1 - config.final_lr) * fall)
+
+
+def not_finite(value: Tensor) -> Tensor:
+    """float32 (): 1 where `value` (), is infinite or NaN, else 0; on its device, so that the host need not wait."""
+    return value.isfinite().logical_not().float()
 
 
 class Optimizer:
@@ -61,22 +67,50 @@ class Optimizer:
         self.averaged = list[Tensor](averaged.parameters()) if averaged is not None else None
 
     def clip(self) -> Tensor:
-        """Clip the gradients; their global norm before that."""
+        """Clip the gradients; their global norm before that. The host does not wait for it."""
         limit = self.config.grad_clip or math.inf
         return nn.utils.clip_grad_norm_(self.parameters, limit)
 
-    def update(self, step: int, ratio: float = 1.0) -> float:
-        """Apply the gradients with `ratio` times the scheduled rate, which is returned; then forget them."""
+    def update(self, step: int, ratio: float = 1.0, bad: Tensor | None = None) -> float:
+        """Apply the gradients with `ratio` times the scheduled rate, which is returned; then forget them.
+
+        bad: float32 (), where it is 1 nothing changes but that the gradients are forgotten. It stays on its device:
+            AdamW and the average read it in their kernels. Muon cannot, so with that the host waits for it.
+        """
         rate = learning_rate(self.config, step) * ratio
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+        if bad is None or len(self.optimizers) == 1 or not bad:
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                if isinstance(optimizer, torch.optim.AdamW):
+                    optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
+                with span("optimizer"):
+                    optimizer.step()
+            if self.averaged is not None:
+                with span("average"):
+                    self._average(min(self.config.ema, (1 + step) / (10 + step)), bad)  # follows quickly at first
         self.forget()
-        if self.averaged is not None:
-            decay = min(self.config.ema, (1 + step) / (10 + step))  # follows quickly at first
-            torch._foreach_lerp_(self.averaged, list[Tensor](self.parameters), 1 - decay)
         return rate
+
+    @torch.no_grad()
+    def _average(self, decay: float, bad: Tensor | None) -> None:
+        """mean += (1 - decay) (weight - mean), as a step of gradient descent: that has a fused kernel that reads `bad`.
+
+        With the weight as the gradient to go up along and a decay of 1: mean - rate (mean - weight).
+        """
+        torch._fused_sgd_(
+            self.averaged,
+            list[Tensor](self.parameters),
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=1 - decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=bad,
+        )
 
     def forget(self) -> None:
         """Drop the gradients."""
@@ -112,5 +146,6 @@ class Optimizer:
                     value = state.get(f"{name}/{key}")
                     if value is None or (key != "step" and value.shape != p.shape):
                         raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
-                    moments[key] = value.clone().to(p.device)  # the fused kernel wants the step there too
+                    # The fused kernel wants moments laid out as the weight is, and the step on the device too.
+                    moments[key] = torch.empty_like(p if key != "step" else value, device=p.device).copy_(value)
                 optimizer.state[p] = moments

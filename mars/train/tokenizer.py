@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import autocast, stream
-from mars.train.optimizer import Optimizer
+from mars.train.optimizer import Optimizer, not_finite
+from mars.train.profiling import span
 
 
 class TokenizerStage:
@@ -56,35 +58,39 @@ class TokenizerStage:
         sums: dict[str, Tensor] = {}
         pairs = []
         for x, generator in zip(batches, streams, strict=True):
-            with autocast(self.device, self.train.precision):
+            with autocast(self.device, self.train.precision), span("forward"):
                 y, quantized = self.model(x, generator)
-            reconstruction = (y - x).square().mean()
-            loss = reconstruction + quantized.loss
+            with span("loss"):
+                reconstruction = (y - x).square().mean()
+                loss = reconstruction + quantized.loss
             parts = {"reconstruction": reconstruction, "vq": quantized.loss}
             if weight and self.discriminator is not None:
-                with autocast(self.device, self.train.precision):
+                self.discriminator.requires_grad_(False)  # this backward is the tokenizer's alone
+                with autocast(self.device, self.train.precision), span("discriminator"):
                     adversarial = -self.discriminator(y).float().mean()
                 if self.train.adaptive_weight:
-                    parts["adaptive"] = adaptive_weight(reconstruction, adversarial, self.model.head.weight)
+                    with span("discriminator"):
+                        parts["adaptive"] = adaptive_weight(reconstruction, adversarial, self.model.head.weight)
                 loss = loss + weight * parts.get("adaptive", 1.0) * adversarial
                 parts["adversarial"] = adversarial
                 pairs.append((x, y.detach()))
-            (loss / len(batches)).backward()
+            with span("backward"):
+                (loss / len(batches)).backward()
             for name, value in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach() / len(batches)
-        sums["grad_norm"] = self.optimizer.clip()
-        if not torch.isfinite(sums["loss"] + sums["grad_norm"]):
-            self.optimizer.forget()
-            return {**sums, "loss": float("nan")}
-        rate = self.optimizer.update(step)
+        with span("optimizer"):
+            sums["grad_norm"] = self.optimizer.clip()
+        bad = not_finite(sums["loss"] + sums["grad_norm"])
+        rate = self.optimizer.update(step, bad=bad)
         if pairs:
-            sums |= self._discriminate(step, pairs)
-        return {**sums, "lr": rate}
+            with span("discriminator"):
+                sums |= self._discriminate(step, pairs, bad)
+        return {**sums, "loss": sums["loss"].where(bad == 0, nan), "lr": rate}
 
-    def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """One update of the discriminator on real and reconstructed tensors."""
+    def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]], bad: Tensor) -> dict[str, Tensor]:
+        """One update of the discriminator on real and reconstructed tensors, unless the tokenizer's step was bad."""
         assert self.discriminator is not None
-        self.d_optimizer.forget()  # what the tokenizer's backward left there
+        self.discriminator.requires_grad_(True)
         total = torch.zeros((), device=self.device)
         for real, fake in pairs:
             with autocast(self.device, self.train.precision):
@@ -93,10 +99,8 @@ class TokenizerStage:
             loss = hinge_loss(*logits) / len(pairs)
             loss.backward()
             total += loss.detach()
-        if torch.isfinite(total + self.d_optimizer.clip()):
-            self.d_optimizer.update(step, self.train.discriminator_lr / self.train.lr)
-        else:
-            self.d_optimizer.forget()
+        bad = torch.maximum(bad, not_finite(total + self.d_optimizer.clip()))
+        self.d_optimizer.update(step, self.train.discriminator_lr / self.train.lr, bad)
         return {"discriminator": total}
 
     @torch.inference_mode()

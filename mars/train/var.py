@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.runtime import autocast, stream
 from mars.train.loss import linear_cross_entropy, token_scores
-from mars.train.optimizer import Optimizer
+from mars.train.optimizer import Optimizer, not_finite
+from mars.train.profiling import span
 from mars.train.tokenizer import held_out
 
 
@@ -55,16 +57,17 @@ class VARStage:
         for (ids, inputs, condition), generator in zip(batches, streams, strict=True):
             condition = self._hide(condition, generator)
             with autocast(self.device, self.train.precision):
-                x = self.model.hidden(inputs, condition, generator)
-                loss = linear_cross_entropy(x.flatten(0, 1), *self.model.head.parameters(), ids.flatten())
-            loss = loss / len(batches)
-            loss.backward()
-            total += loss.detach()
-        norm = self.optimizer.clip()
-        if not torch.isfinite(total + norm):
-            self.optimizer.forget()
-            return {"loss": float("nan"), "grad_norm": norm}
-        return {"loss": total, "grad_norm": norm, "lr": self.optimizer.update(step)}
+                with span("forward"):
+                    x = self.model.hidden(inputs, condition, generator)
+                with span("loss"):
+                    loss = linear_cross_entropy(x.flatten(0, 1), *self.model.head.parameters(), ids.flatten())
+            with span("backward"):
+                (loss / len(batches)).backward()
+            total += loss.detach() / len(batches)
+        with span("optimizer"):
+            norm = self.optimizer.clip()
+        bad = not_finite(total + norm)
+        return {"loss": total.where(bad == 0, nan), "grad_norm": norm, "lr": self.optimizer.update(step, bad=bad)}
 
     def _hide(self, condition: Tensor, generator: torch.Generator) -> Tensor:
         """Replace by null the whole condition of some notes, for guidance, and single attributes of others."""

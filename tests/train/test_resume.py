@@ -215,7 +215,7 @@ def test_the_discriminator_learns_from_its_own_loss_alone(smoke, notes, monkeypa
     stage = make("tokenizer-literal", smoke, notes, extra=("train.grad_clip=0",))
     twin, seen = copy.deepcopy(stage.discriminator), []
     original = stage._discriminate
-    monkeypatch.setattr(stage, "_discriminate", lambda step, pairs: seen.extend(pairs) or original(step, pairs))
+    monkeypatch.setattr(stage, "_discriminate", lambda step, pairs, bad: seen.extend(pairs) or original(step, pairs, bad))
     metrics = stage.step(0, [stage.batch(np.arange(3)), stage.batch(np.arange(3, 6))], streams())
     loss = sum(hinge_loss(twin(real), twin(fake)) for real, fake in seen) / 2
     assert float(metrics["discriminator"]) == pytest.approx(loss.item(), rel=1e-4)
