@@ -6,8 +6,8 @@ It reads the parameters of our modules and calls none of our operations. What is
 - Quantiser: per scale the codebook is normalised anew and all N x V similarities are computed in float32; the loss of
   each scale is in the autograd graph; ImageFolder counts the use of the codes per scale and step, and reads it.
 - VAR: every step encodes the spectrograms outside autocast; a dense additive mask; queries and keys normalised in
-  float32; float32 logits of all tokens, their cross-entropy, and the accuracy from their argmax; fused AdamW, no average
-  of the weights.
+  float32; float32 logits of all tokens, their cross-entropy, and the accuracy from their argmax; fused AdamW, and no
+  average of the weights.
 - Tokenizer: before the discriminator's start its terms are computed all the same and multiplied by 0; AdamW with
   PyTorch's defaults; the average of the weights in a Python loop.
 

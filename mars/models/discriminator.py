@@ -35,7 +35,10 @@ class Discriminator(nn.Sequential):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        for module in self:
+            x = module(x)
+        return x
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

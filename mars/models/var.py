@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mars.config import CLASSES, TokenizerConfig, VARConfig
 from mars.kernels import cached_attention, scale_causal_attention
 from mars.models.tokenizer import drop_path
+from mars.runtime import to_device
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, n, d) and head_scale (H,) to (B, H, n, d)
 Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values (B, H, L, d), filled from the front
@@ -134,7 +135,7 @@ class VAR(nn.Module):
     def null_condition(self, batch: int) -> Tensor:
         """int64 (B, attributes): every attribute unknown."""
         rows = [CLASSES[name] for name in self.config.condition]
-        return torch.tensor(rows, dtype=torch.int64, device=self.position.device).expand(batch, -1)
+        return to_device(torch.tensor(rows, dtype=torch.int64), self.position.device).expand(batch, -1)
 
     def embed_condition(self, condition: Tensor) -> Tensor:
         """(B, W) of the class ids (B, attributes) in the order of `config.condition`; CLASSES[name] is unknown."""
@@ -175,12 +176,14 @@ class VAR(nn.Module):
         keep = None
         if self.training:
             keep = drop_path(len(self.blocks), len(x), self.config.drop_path, generator)
+        if keep is not None:
+            keep = to_device(keep.to(x.dtype), x.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
             return scale_causal_attention(q, k, v, self.lengths, head_scale=head_scale)
 
         for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(embedded), strict=True)):
-            x = block(x, modulation, attend, None if keep is None else keep[i].to(x))
+            x = block(x, modulation, attend, None if keep is None else keep[i])
         return self.modulate(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -19,26 +20,15 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from mars.errors import Diverged
 from mars.runtime import stream
+from mars.train.batches import batch_indices
 from mars.train.folder import RunFolder
 from mars.train.stage import Stage
 
 MAX_BAD_STEPS = 10  # in a row
-
-
-def batch_indices(seed: int, step: int, batch: int, notes: np.ndarray) -> np.ndarray:
-    """The notes of one step: each epoch is a new permutation, and an epoch's rest opens the next one."""
-    chosen: list[np.ndarray] = []
-    position, end = step * batch, (step + 1) * batch
-    while position < end:
-        epoch, offset = divmod(position, len(notes))
-        order = torch.randperm(len(notes), generator=stream(seed, 0, epoch)).numpy()
-        part = order[offset : offset + end - position]
-        chosen.append(notes[part])
-        position += len(part)
-    return np.concatenate(chosen)
 
 
 def run(
@@ -66,7 +56,7 @@ def run(
     end = min(train.steps, max_steps) if max_steps is not None else train.steps
     batch = train.batch_size * train.accumulate
     began = last_log = time.monotonic()
-    logged, bad = done, 0
+    logged, finite = done, _Finite()
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)
@@ -79,20 +69,20 @@ def run(
     with (
         _stop_signals() as stop,
         _progress(console) as progress,
-        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as loader,
+        ThreadPoolExecutor(max(train.workers, 1), initializer=torch.set_num_threads, initargs=(1,)) as loader,
     ):
         task = progress.add_task("", total=end, completed=done, info="")
-        upcoming = loader.submit(load, done) if done < end else None
+        upcoming: deque[Future[list[Any]]] = deque()
         while done < end and not stop() and not (max_time and time.monotonic() - began > max_time):
-            assert upcoming is not None
-            batches = upcoming.result()
-            upcoming = loader.submit(load, done + 1) if done + 1 < end else None
+            while len(upcoming) <= train.workers and done + len(upcoming) < end:
+                upcoming.append(loader.submit(load, done + len(upcoming)))
+            batches = upcoming.popleft().result()
             metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in range(train.accumulate)])
             done += 1
-            bad = 0 if math.isfinite(float(metrics["loss"])) else bad + 1
-            if bad == MAX_BAD_STEPS:
+            finite.add(metrics["loss"])
+            if finite.bad == MAX_BAD_STEPS:
                 raise Diverged(
-                    f"{bad} steps in a row were not finite, the last at step {done}; "
+                    f"{finite.bad} steps in a row were not finite, the last at step {done - finite.late}; "
                     f"lower train.lr and resume from {folder.path / 'checkpoints'}"
                 )
             if done % train.log_every == 0 or done == end:
@@ -120,6 +110,35 @@ def run(
             save()
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
     return done
+
+
+class _Finite:
+    """Counts in `bad` the steps in a row whose loss was not finite, without making a GPU wait for the host.
+
+    What a step on a GPU gave is read one step later, when its copy to the host has long arrived.
+    """
+
+    def __init__(self) -> None:
+        self.bad = self.late = 0
+        self._arriving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def add(self, loss: float | Tensor) -> None:
+        """Take the next step's loss."""
+        if not isinstance(loss, Tensor) or loss.device.type != "cuda":
+            self._count(float(loss))
+            return
+        copy, event = torch.empty((), pin_memory=True), torch.cuda.Event()
+        copy.copy_(loss.detach(), non_blocking=True)
+        event.record()
+        self._arriving.append((copy, event))
+        self.late = 1
+        if len(self._arriving) > self.late:
+            copy, event = self._arriving.popleft()
+            event.synchronize()
+            self._count(float(copy))
+
+    def _count(self, loss: float) -> None:
+        self.bad = 0 if math.isfinite(loss) else self.bad + 1
 
 
 def _progress(console: Console) -> Progress:

@@ -27,8 +27,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor
         weight, bias: (V, W), (V,).
         target: int64 (N,), in 0..V-1.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, target, dtype)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, target, _product_dtype(x)
+    )
     return loss
 
 
@@ -38,7 +39,7 @@ def token_scores(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tup
 
     Arguments and precision are those of `linear_cross_entropy`; among equal logits the first counts.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = _product_dtype(x)
     losses, right = [], []
     for rows, aims in _chunks(x, weight, target):
         logits = _logits(rows.to(dtype), weight.to(dtype), bias.to(dtype))
@@ -80,6 +81,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dw, db = ctx.saved_tensors
         gradient = gradient / len(dx)
         return dx * gradient, dw * gradient, db * gradient, None, None
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _chunks(x: Tensor, weight: Tensor, target: Tensor) -> zip[tuple[Tensor, Tensor]]:

@@ -88,18 +88,18 @@ class Optimizer:
                     optimizer.step()
             if self.averaged is not None:
                 with span("average"):
-                    self._average(min(self.config.ema, (1 + step) / (10 + step)), bad)  # follows quickly at first
+                    self._average(self.averaged, min(self.config.ema, (1 + step) / (10 + step)), bad)  # quick at first
         self.forget()
         return rate
 
     @torch.no_grad()
-    def _average(self, decay: float, bad: Tensor | None) -> None:
+    def _average(self, averaged: list[Tensor], decay: float, bad: Tensor | None) -> None:
         """mean += (1 - decay) (weight - mean), as a step of gradient descent: that has a fused kernel that reads `bad`.
 
         With the weight as the gradient to go up along and a decay of 1: mean - rate (mean - weight).
         """
         torch._fused_sgd_(
-            self.averaged,
+            averaged,
             list[Tensor](self.parameters),
             [],
             weight_decay=1.0,

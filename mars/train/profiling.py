@@ -7,11 +7,12 @@ device is waited for at both ends of a part, so that each part's time is its own
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,20 +21,32 @@ from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mars.config import TrainConfig
 from mars.runtime import stream
+from mars.train.batches import batch_indices
 from mars.train.memory import peak_memory
 
 WARM_UP, RECORDED = 3, 5  # steps
 OPERATORS = 10  # shown
 
-_clock: _Clock | None = None
+
+class Profiled(Protocol):
+    """What a profile asks of a stage: see `mars.train.stage.Stage`."""
+
+    train: TrainConfig
+
+    @property
+    def model(self) -> nn.Module: ...
+    def batch(self, indices: np.ndarray) -> Any: ...
+    def step(self, step: int, batches: list[Any], streams: list[torch.Generator]) -> Any: ...
 
 
 class _Clock:
     """Seconds of each part, without those of the parts inside it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.open = device, Counter[str](), list[str]()
+        self.device, self.open = device, list[str]()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.last = self._now()
 
     def _now(self) -> float:
@@ -52,6 +65,9 @@ class _Clock:
             self.open.append(name)
 
 
+_clock: _Clock | None = None  # of the profile being made
+
+
 @contextmanager
 def span(name: str) -> Iterator[None]:
     """A named part of a step."""
@@ -67,7 +83,7 @@ def span(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _timed(device: torch.device, modules: dict[str, nn.Module]) -> Iterator[Counter[str]]:
+def _timed(device: torch.device, modules: dict[str, nn.Module]) -> Iterator[dict[str, float]]:
     """Time the parts of steps meanwhile; the forward passes of `modules` are parts too."""
     global _clock
     _clock = _Clock(device)
@@ -93,44 +109,52 @@ def _timed(device: torch.device, modules: dict[str, nn.Module]) -> Iterator[Coun
             _clock = None
 
 
-def profile_steps(stage: Any, notes: np.ndarray, *, seed: int, device: torch.device, out: Path, console: Console) -> None:
-    """Train a few steps of `stage`, write a Chrome trace to `out` and print where the steps went.
+def profile_steps(
+    stage: Profiled, notes: np.ndarray, *, seed: int, device: torch.device, out: Path, console: Console
+) -> None:
+    """Train `stage` for a few steps, write a Chrome trace of them to `out` and print where the time went.
+
+    The steps are those around the middle of the run, so that a discriminator takes part; batches are made in between.
 
     Raises:
         OSError: the trace cannot be written.
     """
-    from mars.train.loop import batch_indices  # which names its parts with `span` itself
-
     train = stage.train
+    first, size = train.steps // 2, train.batch_size * train.accumulate
 
     def step(number: int) -> None:
-        indices = batch_indices(seed, number, train.batch_size * train.accumulate, notes)
         with span("data"):
-            batches = [stage.batch(part) for part in np.split(indices, train.accumulate)]
+            parts = np.split(batch_indices(seed, number, size, notes), train.accumulate)
+            batches = [stage.batch(part) for part in parts]
         stage.step(number, batches, [stream(seed, 1, number, i) for i in range(train.accumulate)])
 
-    first = getattr(stage, "profiled_step", 0)
     for number in range(first, first + WARM_UP):
         step(number)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    parts = {name: m for name, m in stage.model.named_modules() if name == "quantizer"}
+    parts = {name: module for name, module in stage.model.named_modules() if name == "quantizer"}
     with profile(activities=activities) as recorded, _timed(device, parts) as seconds:
         for number in range(first + WARM_UP, first + WARM_UP + RECORDED):
             step(number)
     recorded.export_chrome_trace(str(out))
     peak = peak_memory(lambda: step(first + WARM_UP + RECORDED), device)
-
-    total = sum(seconds.values())
-    table = Table("part of a step", "ms", "share", title=f"{RECORDED} steps of {train.batch_size * train.accumulate} notes")
-    for name, value in seconds.most_common():
-        table.add_row(name, f"{value / RECORDED * 1e3:.1f}", f"{value / total:.1%}")
-    console.print(table)
-    events = [e for e in recorded.key_averages() if not e.key.startswith(("mars: ", "ProfilerStep"))]
-    on_device = device.type == "cuda"
-    cost: Callable[[Any], float] = (lambda e: e.self_device_time_total) if on_device else (lambda e: e.self_cpu_time_total)
-    operators = Table("operator", "ms", "calls", title="the most expensive operators, per step")
-    for event in sorted(events, key=cost, reverse=True)[:OPERATORS]:
-        operators.add_row(event.key, f"{cost(event) / RECORDED / 1e3:.1f}", f"{event.count / RECORDED:g}")
-    console.print(operators)
+    console.print(_parts(seconds, f"{size} notes a step, mean of {RECORDED} steps"))
+    console.print(_operators(recorded, device))
     console.print(f"peak memory of a step, above weights and optimiser: {peak / 2**20:,.0f} MiB")
-    console.print(f"trace: {out} (chrome://tracing or ui.perfetto.dev)")
+    console.print(f"trace: {out}; open it in ui.perfetto.dev or chrome://tracing")
+
+
+def _parts(seconds: dict[str, float], title: str) -> Table:
+    table, total = Table("part", "ms", "share", title=title), sum(seconds.values())
+    for name, value in sorted(seconds.items(), key=itemgetter(1), reverse=True):
+        table.add_row(name, f"{value / RECORDED * 1e3:.1f}", f"{value / total:.1%}")
+    return table
+
+
+def _operators(recorded: profile, device: torch.device) -> Table:
+    """The operators that take the longest by themselves: on a GPU the time of their kernels."""
+    cost = attrgetter("self_device_time_total" if device.type == "cuda" else "self_cpu_time_total")
+    events = [event for event in recorded.key_averages() if not event.key.startswith("mars: ")]
+    table = Table("operator", "ms", "calls", title="the most expensive operators, per step")
+    for event in sorted(events, key=cost, reverse=True)[:OPERATORS]:
+        table.add_row(event.key, f"{cost(event) / RECORDED / 1e3:.1f}", f"{event.count / RECORDED:g}")
+    return table

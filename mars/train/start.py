@@ -19,10 +19,11 @@ from mars.errors import ConfigError
 from mars.train import folder, loop
 from mars.train.stage import Stage
 from mars.train.tokenizer import TokenizerStage
-from mars.train.var import VARStage, tokenize
+from mars.train.tokens import cached_tokens
+from mars.train.var import VARStage
 
 RUNS = Path("runs")
-TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
+TOKENS = ".tokens"  # beside the runs
 
 
 def train_tokenizer(
@@ -87,17 +88,10 @@ def train_var(
     trained = model.load(source, where)
     settings = _var_settings(out, trained.config, preset, overrides, source)
     _check_dataset(settings, dataset)
-    cached = None if out is None else out / TOKENS
-    if cached is not None and cached.is_dir():
-        checkpoint.verify(cached)
-        tokens = checkpoint.read_tensors(cached / "ids.safetensors")["ids"]
-    else:
-        tokens = _tokens(trained, settings, dataset, where, console)
+    tokens = _tokens((out.parent if out is not None else RUNS) / TOKENS, trained, settings, dataset, where, console)
     stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     run = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
-    if not (run.path / TOKENS).exists():
-        checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
     loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
     console.print(f"next: mars-generate -n 64 --model {run.path}")
     return run.path
@@ -252,8 +246,16 @@ def _open_run(
 
 
 def _tokens(
-    trained: model.Model, settings: Config, dataset: Dataset, device: torch.device, console: Console
+    cache: Path, trained: model.Model, settings: Config, dataset: Dataset, device: torch.device, console: Console
 ) -> torch.Tensor:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokens", total=len(dataset))
-        return tokenize(trained.tokenizer, settings, dataset, device, lambda n: progress.update(task, advance=n))
+        return cached_tokens(
+            cache,
+            trained.tokenizer,
+            settings,
+            dataset,
+            device,
+            advance=lambda n: progress.update(task, advance=n),
+            say=console.print,
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mars import audio, checkpoint
 from mars.config import Config
@@ -20,7 +20,7 @@ from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
-from mars.runtime import autocast, stream
+from mars.runtime import autocast, stream, to_device
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.profiling import span
 
@@ -41,7 +41,7 @@ class TokenizerStage:
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """CMX tensors (B, C, F, T)."""
-        return audio.multiplexed(self.dataset.waveforms(indices).to(self.device), self.config.audio)
+        return audio.multiplexed(to_device(self.dataset.waveforms(indices), self.device), self.config.audio)
 
     def adversarial_weight(self, step: int) -> float:
         """Weight of the adversarial term: 0 until its start, then a linear ramp."""
@@ -86,6 +86,19 @@ class TokenizerStage:
             with span("discriminator"):
                 sums |= self._discriminate(step, pairs, bad)
         return {**sums, "loss": sums["loss"].where(bad == 0, nan), "lr": rate}
+
+    def blocks(self) -> list[nn.Module]:
+        """What torch.compile gets."""
+        return [*self.model.encoder.blocks, *self.model.decoder.blocks]
+
+    def rehearse(self) -> None:
+        """The forward and backward pass of a micro-batch; leaves no trace."""
+        self.model.train()
+        x = self.batch(np.zeros(self.train.batch_size, np.int64))
+        with autocast(self.device, self.train.precision):
+            y, _ = self.model(x, stream(0))
+        y.sum().backward()
+        self.optimizer.forget()
 
     def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]], bad: Tensor) -> dict[str, Tensor]:
         """One update of the discriminator on real and reconstructed tensors, unless the tokenizer's step was bad."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mars import audio, checkpoint
+from mars import checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
 from mars.data import Dataset
 from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.runtime import autocast, stream
+from mars.runtime import autocast, stream, to_device
 from mars.train.loss import linear_cross_entropy, token_scores
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.profiling import span
@@ -32,7 +32,7 @@ class VARStage:
     def __init__(
         self, config: Config, dataset: Dataset, tokenizer: Tokenizer, tokens: Tensor, device: torch.device, seed: int
     ) -> None:
-        """tokens: integer (notes, L) of the whole dataset, from `tokenize`."""
+        """tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`."""
         self.config, self.train, self.dataset, self.device = config, config.train.var, dataset, device
         self.tokenizer, self.tokens = tokenizer, tokens
         self.conditions = condition_ids(dataset, config.var.condition)
@@ -44,15 +44,17 @@ class VARStage:
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, L), teacher-forcing inputs (B, L - n_1, D) and condition (B, attributes)."""
-        ids = self.tokens[indices].long().to(self.device)
+        ids = to_device(self.tokens[indices].long(), self.device)
         with torch.no_grad():
-            return ids, self.tokenizer.quantizer.teacher_inputs(ids), self.conditions[indices].to(self.device)
+            inputs = self.tokenizer.quantizer.teacher_inputs(ids)
+        return ids, inputs, to_device(self.conditions[indices], self.device)
 
     def step(
         self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], streams: list[torch.Generator]
     ) -> dict[str, float | Tensor]:
         """One update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
         self.model.train()
+        head = self.model.head
         total = torch.zeros((), device=self.device)
         for (ids, inputs, condition), generator in zip(batches, streams, strict=True):
             condition = self._hide(condition, generator)
@@ -60,7 +62,7 @@ class VARStage:
                 with span("forward"):
                     x = self.model.hidden(inputs, condition, generator)
                 with span("loss"):
-                    loss = linear_cross_entropy(x.flatten(0, 1), *self.model.head.parameters(), ids.flatten())
+                    loss = linear_cross_entropy(x.flatten(0, 1), head.weight, head.bias, ids.flatten())
             with span("backward"):
                 (loss / len(batches)).backward()
             total += loss.detach() / len(batches)
@@ -69,23 +71,36 @@ class VARStage:
         bad = not_finite(total + norm)
         return {"loss": total.where(bad == 0, nan), "grad_norm": norm, "lr": self.optimizer.update(step, bad=bad)}
 
+    def blocks(self) -> list[nn.Module]:
+        """What torch.compile gets."""
+        return list(self.model.blocks)
+
+    def rehearse(self) -> None:
+        """The forward and backward pass of a micro-batch; leaves no trace."""
+        self.model.train()
+        ids, inputs, condition = self.batch(np.zeros(self.train.batch_size, np.int64))
+        with autocast(self.device, self.train.precision):
+            x = self.model.hidden(inputs, condition, stream(0))
+        x.sum().backward()
+        self.optimizer.forget()
+
     def _hide(self, condition: Tensor, generator: torch.Generator) -> Tensor:
         """Replace by null the whole condition of some notes, for guidance, and single attributes of others."""
         rate = self.config.var.condition_dropout
         hidden = torch.rand(len(condition), 1, generator=generator) < rate
         hidden = hidden | (torch.rand(condition.shape, generator=generator) < rate)
-        return torch.where(hidden.to(self.device), self.model.null_condition(len(condition)), condition)
+        return torch.where(to_device(hidden, self.device), self.model.null_condition(len(condition)), condition)
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
         """Cross-entropy (nats per token) and accuracy of the averaged weights on held-out instruments, per scale."""
-        notes = held_out(self.dataset, self.train.validate_notes)
+        notes, head = held_out(self.dataset, self.train.validate_notes), self.averaged.head
         loss = correct = torch.zeros(())
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             ids, inputs, condition = self.batch(part)
             with autocast(self.device, self.train.precision):
                 x = self.averaged.hidden(inputs, condition)
-                losses, right = token_scores(x.flatten(0, 1), *self.averaged.head.parameters(), ids.flatten())
+                losses, right = token_scores(x.flatten(0, 1), head.weight, head.bias, ids.flatten())
             loss = loss + losses.view_as(ids).sum(0).cpu() / len(notes)
             correct = correct + right.view_as(ids).sum(0).cpu() / len(notes)
         lengths = self.model.lengths
@@ -116,22 +131,6 @@ class VARStage:
         """Write tokenizer and averaged VAR as a model directory that can generate."""
         notes = ranges(self.dataset)
         Model(config=self.config, tokenizer=self.tokenizer, var=self.averaged, notes=notes).save(path)
-
-
-@torch.inference_mode()
-def tokenize(
-    tokenizer: Tokenizer, config: Config, dataset: Dataset, device: torch.device, advance: Callable[[int], None]
-) -> Tensor:
-    """Tokens of every note, int32 (notes, L); `advance` is told how many notes are done. Batches of fixed size."""
-    size = config.train.var.batch_size
-    parts = []
-    for start in range(0, len(dataset), size):
-        indices = np.arange(start, min(start + size, len(dataset)))
-        x = audio.multiplexed(dataset.waveforms(indices).to(device), config.audio)
-        with autocast(device, config.train.var.precision):
-            parts.append(tokenizer.encode(x).int().cpu())
-        advance(len(indices))
-    return torch.cat(parts)
 
 
 def condition_ids(dataset: Dataset, attributes: tuple[str, ...]) -> Tensor:

@@ -21,7 +21,8 @@ from mars.runtime import stream
 from mars.train import loop
 from mars.train.folder import RunFolder
 from mars.train.tokenizer import TokenizerStage, codebook_use, held_out
-from mars.train.var import VARStage, condition_ids, ranges, tokenize
+from mars.train.tokens import tokenize
+from mars.train.var import VARStage, condition_ids, ranges
 
 STEPS = 7
 TRAIN = (
@@ -215,7 +216,9 @@ def test_the_discriminator_learns_from_its_own_loss_alone(smoke, notes, monkeypa
     stage = make("tokenizer-literal", smoke, notes, extra=("train.grad_clip=0",))
     twin, seen = copy.deepcopy(stage.discriminator), []
     original = stage._discriminate
-    monkeypatch.setattr(stage, "_discriminate", lambda step, pairs, bad: seen.extend(pairs) or original(step, pairs, bad))
+    monkeypatch.setattr(
+        stage, "_discriminate", lambda step, pairs, bad: seen.extend(pairs) or original(step, pairs, bad)
+    )
     metrics = stage.step(0, [stage.batch(np.arange(3)), stage.batch(np.arange(3, 6))], streams())
     loss = sum(hinge_loss(twin(real), twin(fake)) for real, fake in seen) / 2
     assert float(metrics["discriminator"]) == pytest.approx(loss.item(), rel=1e-4)
@@ -273,7 +276,7 @@ def test_tokens_do_not_depend_on_the_batch(smoke, notes):
     four, all_ = (override(smoke, (f"train.batch_size={n}", "train.precision=float32"), "var") for n in (4, 11))
     tokens = tokenize(tokenizer, four, notes, CPU, done.append)
     assert tokens.shape == (11, smoke.tokenizer.tokens)
-    assert tokens.dtype == torch.int32
+    assert tokens.dtype == torch.uint8
     assert done == [4, 4, 3]
     other = tokenize(tokenizer, all_, notes, CPU, lambda n: None)
     assert (tokens == other).double().mean() > 0.99  # rounding may turn a near-tie
