@@ -16,14 +16,13 @@ Letters: B batch, D code dimension, N scales, n_k tokens of scale k, L tokens in
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mars.config import Config
+from mars.config import AudioConfig, Config
 from mars.models import tokenizer as ours
 from mars.models.discriminator import Discriminator
 from mars.models.quantizer import Quantizer
@@ -31,6 +30,18 @@ from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.models.var import Block as VARBlock
 from mars.runtime import autocast
+
+
+def spectrogram(waveform: Tensor, config: AudioConfig) -> Tensor:
+    """CMX tensors (B, C, F, T), in [-1, 1], of waveforms (B, samples)."""
+    padded = F.pad(waveform[:, : config.samples], (0, (config.frames - 1) * config.hop - config.samples))
+    window = torch.hann_window(config.n_fft, device=waveform.device)
+    spectrum = torch.stft(padded, config.n_fft, config.hop, window=window, pad_mode="constant", return_complex=True)
+    below = 1 if config.drop == "dc" else 0
+    decibels = 20 * torch.log10(spectrum[:, below : below + config.bins].abs() + 10 ** (config.min_db / 20))
+    x = (2 * (decibels - config.min_db) / (config.max_db - config.min_db) - 1).clamp_max(1)
+    (r_f, r_t), (_, height, width) = config.cmx, config.shape
+    return x.view(len(x), height, r_f, width, r_t).permute(0, 2, 4, 1, 3).flatten(1, 2)
 
 
 def attend(attention: ours.Attention, x: Tensor) -> Tensor:
@@ -112,9 +123,9 @@ def additive_mask(lengths: list[int]) -> Tensor:
     return torch.where(scale[:, None] >= scale, 0.0, float("-inf"))[None, None]
 
 
-def var_block(block: VARBlock, x: Tensor, embedded: Tensor, mask: Tensor, keep: Tensor | None) -> Tensor:
-    """One AdaLN block: x (B, L, W), embedded (B, W)."""
-    gain1, gain2, scale1, scale2, shift1, shift2 = block.modulation(embedded).unbind(2)
+def var_block(block: VARBlock, x: Tensor, modulation: Tensor, mask: Tensor, keep: Tensor | None) -> Tensor:
+    """One AdaLN block: x (B, L, W), modulation (B, 1, 6, W)."""
+    gain1, gain2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
     attention = block.attn
     bias = torch.cat((attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias))
     y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (scale1 + 1) + shift1
@@ -157,9 +168,9 @@ class VARStep:
             embedded = model.embed_condition(condition)
             h = torch.cat((embedded[:, None] + model.start_position, model.embed(inputs)), dim=1)
             h = h + model.position + model.level(model.scale_of)
-            for i, block in enumerate(model.blocks):
+            for i, (block, modulation) in enumerate(zip(model.blocks, model.modulations(embedded), strict=True)):
                 factors = None if keep is None else keep[i].to(self.device)
-                h = var_block(cast(VARBlock, block), h, embedded, self.mask, factors)
+                h = var_block(cast(VARBlock, block), h, modulation, self.mask, factors)
             with torch.autocast(self.device.type, enabled=False):
                 scale, shift = model.head_ada(embedded.float())[:, None].chunk(2, dim=-1)
                 h = F.layer_norm(h.float(), h.shape[-1:], eps=1e-6) * (scale + 1) + shift
@@ -232,11 +243,6 @@ class TokenizerStep:
         for ids, use in zip(self.ids, self.use, strict=True):
             use.mul_(0.9).add_(torch.bincount(ids.flatten(), minlength=codes), alpha=0.1)
             self.used.append((use >= threshold).float().mean().item() * 100)
-
-
-def lengths(config: Config) -> list[int]:
-    """Tokens n_k of each scale."""
-    return [end - start for start, end in pairwise(config.tokenizer.starts)]
 
 
 def _to(keep: Tensor | None, device: torch.device) -> Tensor | None:

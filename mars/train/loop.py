@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -24,11 +25,27 @@ from torch import Tensor
 
 from mars.errors import Diverged
 from mars.runtime import stream
-from mars.train.batches import batch_indices
 from mars.train.folder import RunFolder
 from mars.train.stage import Stage
 
 MAX_BAD_STEPS = 10  # in a row
+
+
+@lru_cache(maxsize=2)  # a step may end one epoch and open the next
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return torch.randperm(count, generator=stream(seed, 0, epoch)).numpy()
+
+
+def batch_indices(seed: int, step: int, batch: int, notes: np.ndarray) -> np.ndarray:
+    """The notes of one step: each epoch is a new permutation, and an epoch's rest opens the next one."""
+    chosen: list[np.ndarray] = []
+    position, end = step * batch, (step + 1) * batch
+    while position < end:
+        epoch, offset = divmod(position, len(notes))
+        part = _order(seed, epoch, len(notes))[offset : offset + end - position]
+        chosen.append(notes[part])
+        position += len(part)
+    return np.concatenate(chosen)
 
 
 def run(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mars.config import TrainConfig
 from mars.errors import CheckpointError
-from mars.train.profiling import span
+from mars.train.spans import span
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

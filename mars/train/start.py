@@ -17,6 +17,8 @@ from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError
 from mars.train import folder, loop
+from mars.train.compiling import compile_blocks
+from mars.train.profiling import profile_steps
 from mars.train.stage import Stage
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import cached_tokens
@@ -38,8 +40,11 @@ def train_tokenizer(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    profile: Path | None = None,
 ) -> Path:
     """Train a tokenizer; returns the run folder.
+
+    profile: write a trace of a few steps there instead, and make no run folder; returns it.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
@@ -51,6 +56,10 @@ def train_tokenizer(
     settings = _settings(out, preset, overrides, "tokenizer")
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, where, seed)
+    compile_blocks(stage, console.print)
+    if profile is not None:
+        profile_steps(stage, dataset.split("train"), seed=seed, device=where, out=profile, console=console)
+        return profile
     run = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console)
     loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
     console.print(f"next: mars-train var --tokenizer {run.path}")
@@ -70,8 +79,11 @@ def train_var(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    profile: Path | None = None,
 ) -> Path:
     """Train a VAR on a tokenizer's tokens; returns the run folder.
+
+    profile: as in `train_tokenizer`.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
@@ -90,6 +102,10 @@ def train_var(
     _check_dataset(settings, dataset)
     tokens = _tokens((out.parent if out is not None else RUNS) / TOKENS, trained, settings, dataset, where, console)
     stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
+    compile_blocks(stage, console.print)
+    if profile is not None:
+        profile_steps(stage, dataset.split("train"), seed=seed, device=where, out=profile, console=console)
+        return profile
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     run = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
     loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)

@@ -22,7 +22,7 @@ from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import autocast, stream, to_device
 from mars.train.optimizer import Optimizer, not_finite
-from mars.train.profiling import span
+from mars.train.spans import span
 
 
 class TokenizerStage:

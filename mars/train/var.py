@@ -22,7 +22,7 @@ from mars.models.var import VAR
 from mars.runtime import autocast, stream, to_device
 from mars.train.loss import linear_cross_entropy, token_scores
 from mars.train.optimizer import Optimizer, not_finite
-from mars.train.profiling import span
+from mars.train.spans import span
 from mars.train.tokenizer import held_out
 
 
@@ -78,7 +78,7 @@ class VARStage:
     def rehearse(self) -> None:
         """The forward and backward pass of a micro-batch; leaves no trace."""
         self.model.train()
-        ids, inputs, condition = self.batch(np.zeros(self.train.batch_size, np.int64))
+        _, inputs, condition = self.batch(np.zeros(self.train.batch_size, np.int64))
         with autocast(self.device, self.train.precision):
             x = self.model.hidden(inputs, condition, stream(0))
         x.sum().backward()

@@ -22,8 +22,8 @@ from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.runtime import stream
 from mars.train import loop
-from mars.train.batches import batch_indices
 from mars.train.folder import RunFolder
+from mars.train.loop import batch_indices
 from mars.train.optimizer import Optimizer, learning_rate
 
 # ---------------------------------------------------------------- which notes
