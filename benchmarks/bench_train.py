@@ -1,9 +1,9 @@
 """One whole step of each stage, from the notes to the updated weights, beside the same step done as published.
 
-On a CPU the models are the paper's made smaller: its 256 x 256 x 2 spectrograms, scales and 16,384 codes, with a VAR of 4
-blocks of width 256 and a tokenizer of 6 + 6 blocks of width 192. That keeps two proportions of the published sizes: the
-encoder costs about a third of the VAR's forward pass, and the discriminator is narrower by the factor that the tokenizer
-is. Stochastic depth and quantiser dropout are off in the tokenizer, for both draw their random numbers in another order.
+On a CPU the models are the paper's made smaller: its 256 x 256 x 2 spectrograms, scales and 16,384 codes, with a VAR of
+4 blocks of width 256 and a tokenizer of 6 + 6 blocks of width 192. That keeps two proportions of the published sizes:
+the encoder costs about a third of the VAR's forward pass, and the discriminator is narrower by the factor that the
+tokenizer is. Stochastic depth and quantiser dropout are off in the tokenizer: there the order of draws differs.
 """
 
 from __future__ import annotations
