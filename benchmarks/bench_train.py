@@ -67,7 +67,9 @@ def var_steps(config: Config, data: Dataset, device: torch.device) -> tuple[Step
         return float(other(x, condition, generator))
 
     theirs()
-    assert (torch.cat(other.ids, dim=1).cpu() == tokens[notes]).double().mean() > 0.99  # rounding may turn a near-tie
+    assert (
+        torch.cat(other.ids, dim=1).cpu() == tokens[notes].long()
+    ).double().mean() > 0.99  # rounding may turn a near-tie
     other = published.VARStep(config, tokenizer, copy.deepcopy(stage.model))
     return ours, theirs
 

@@ -44,7 +44,7 @@ def token_scores(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tup
     for rows, aims in _chunks(x, weight, target):
         logits = _logits(rows.to(dtype), weight.to(dtype), bias.to(dtype))
         right.append(logits.argmax(1) == aims)
-        losses.append(_losses(logits, logits.softmax(1), aims))
+        losses.append(_softmax(logits, aims)[1])
     return torch.cat(losses), torch.cat(right)
 
 
@@ -60,9 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows, aims in _chunks(x, weight, target):
                 rows = rows.to(dtype)
                 logits = _logits(rows, w, b)
-                p = logits.softmax(1)
-                total += _losses(logits, p, aims).sum()
+                p, losses = _softmax(logits, aims)
                 del logits
+                total += losses.sum()
                 p.scatter_add_(1, aims[:, None], p.new_full((len(aims), 1), -1.0))
                 db += p.sum(0)
                 p = p.to(dtype)
@@ -97,6 +97,11 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight.T).float()
 
 
-def _losses(logits: Tensor, p: Tensor, target: Tensor) -> Tensor:
-    """log sum exp(z) - z_t: the largest p is exp(z_max) / sum exp(z), which spares a second pass of exponentials."""
-    return logits.amax(1) - p.amax(1).log() - logits.gather(1, target[:, None])[:, 0]
+def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities, on a CPU in place of the logits, and the losses log sum exp(z) - z_t.
+
+    The largest probability is exp(z_max) / sum exp(z), so that no second pass of exponentials is needed.
+    """
+    largest, aimed = logits.amax(1), logits.gather(1, target[:, None])[:, 0]
+    p = torch.softmax(logits, 1, out=logits if logits.device.type == "cpu" else None)
+    return p, largest - p.amax(1).log() - aimed
