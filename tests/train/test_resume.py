@@ -212,6 +212,41 @@ def test_the_adversarial_term_joins_at_its_start_and_ramps(smoke, notes):
     )
 
 
+def test_before_its_start_the_discriminator_is_never_called(smoke, notes, monkeypatch):
+    stage = make("tokenizer-adversarial", smoke, notes)  # which starts at 0.4 of 7 steps
+    calls: list[int] = []
+    stage.discriminator.register_forward_pre_hook(lambda *_: calls.append(1))
+    for step in range(4):
+        calls.clear()
+        stage.step(step, [stage.batch(np.arange(3))] * 2, streams(step))
+        assert len(calls) == (0 if step < 2.8 else 6)  # per micro-batch for the tokenizer, and for real and fake
+
+
+def test_the_tokenizers_backward_gives_the_discriminator_no_gradients(smoke, notes, monkeypatch):
+    stage = make("tokenizer-adversarial", smoke, notes)
+    seen = []
+    original = stage._discriminate
+
+    def look(*arguments):
+        seen.extend(p.grad for p in stage.discriminator.parameters())
+        return original(*arguments)
+
+    monkeypatch.setattr(stage, "_discriminate", look)
+    for step in (3, 4):
+        stage.step(step, [stage.batch(np.arange(3))] * 2, streams(step))
+    assert len(seen) == 2 * len(list(stage.discriminator.parameters()))
+    assert all(gradient is None for gradient in seen)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "var"])
+def test_workers_change_no_bit(name, smoke, notes, tmp_path):
+    for workers in (0, 1, 3):
+        stage = make(name, smoke, notes, extra=(f"train.workers={workers}",))
+        go(stage, tmp_path / str(workers), notes)
+    weights = [(contents(tmp_path / str(n))[f"step-{STEPS:08d}/model.safetensors"]) for n in (0, 1, 3)]
+    assert weights[0] == weights[1] == weights[2]
+
+
 def test_the_discriminator_learns_from_its_own_loss_alone(smoke, notes, monkeypatch):
     stage = make("tokenizer-literal", smoke, notes, extra=("train.grad_clip=0",))
     twin, seen = copy.deepcopy(stage.discriminator), []
