@@ -35,6 +35,13 @@ OPTIONS = (
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
     click.option("--tensorboard", is_flag=True, help="Log to TensorBoard too, in the run folder."),
+    click.option(
+        "--profile",
+        type=click.Path(path_type=Path, dir_okay=False),
+        is_flag=False,
+        flag_value=Path("profile.json"),
+        help="Only show where a step's time goes, and write a trace; default: profile.json. Makes no run.",
+    ),
 )
 
 

@@ -215,6 +215,8 @@ class TrainConfig:
     grad_clip: float = 1.0  # global norm; 0: off
     ema: float = 0.999  # decay of the averaged weights, which are the ones exported
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device has it
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the transformer blocks; auto: on CUDA
+    workers: int = 1  # threads that make batches ahead of the steps; 0: each batch when its step wants it
     adversarial: bool = False  # PatchGAN term (tokenizer only)
     adversarial_weight: float = 0.5
     adversarial_start: float = 0.28  # share of the steps before the discriminator joins
@@ -247,6 +249,8 @@ class TrainConfig:
             self.precision in ("auto", "float32", "bfloat16"),
             f"train.precision must be auto, float32 or bfloat16, got {self.precision!r}",
         )
+        _require(self.compile in ("auto", "on", "off"), f"train.compile must be auto, on or off, got {self.compile!r}")
+        _require(self.workers >= 0, f"train.workers must not be negative, got {self.workers}")
 
     @property
     def notes_per_step(self) -> int:

@@ -25,7 +25,9 @@ from mars.models.tokenizer import Tokenizer
 from mars.train import start
 from mars.train import tokenizer as tokenizer_stage
 from mars.train.tokenizer import TokenizerStage
-from mars.train.var import VARStage, tokenize
+from mars.train.tokens import tokenize
+from mars.train.var import VARStage
+from mars.train.world import ALONE
 
 TRAINERS = ("tokenizer", "var")
 STEPS, SEED = 12, 3
@@ -88,7 +90,7 @@ def stage(trainer: str) -> TokenizerStage | VARStage:
 
 
 def tokens(tokenizer: Tokenizer, settings: Config) -> torch.Tensor:
-    return tokenize(tokenizer, settings, notes(), torch.device("cpu"), lambda n: None)
+    return tokenize(tokenizer, settings, notes(), ALONE, lambda n: None)
 
 
 # ---------------------------------------------------------------- processes

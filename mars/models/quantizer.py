@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mars.config import TokenizerConfig
 from mars.kernels import area_downsample, dequantize_scale, multiscale_quantize
+from mars.runtime import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Quantizer(nn.Module):
         c = self.config
         with torch.autocast(f.device.type, enabled=False):
             f = f.float()
-            keep = self._draw_keep(len(f), generator).to(f.device) if self.training else None
+            keep = to_device(self._draw_keep(len(f), generator), f.device) if self.training else None
             ids, totals = self.search(f, keep)
             dims = (2, 3, 4)
             codebook = (totals - f.detach()).square().mean(dims)  # (N, B)

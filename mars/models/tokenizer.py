@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mars.config import Config, Pair, TokenizerConfig
 from mars.kernels import attention
 from mars.models.quantizer import Quantized, Quantizer
+from mars.runtime import to_device
 
 
 class Attention(nn.Module):
@@ -92,8 +93,10 @@ class ViT(nn.Module):
             position = position.flatten(2).transpose(1, 2)
         x = torch.cat((patch + self.position + self.level[0], latent + position + self.level[1]), dim=1)
         keep = drop_path(len(self.blocks), len(x), self.rate, generator) if self.training else None
+        if keep is not None:
+            keep = to_device(keep.to(x.dtype), x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if keep is None else keep[i].to(x))
+            x = block(x, None if keep is None else keep[i])
         x = self.norm(x)
         return x[:, : patch.shape[1]], x[:, patch.shape[1] :]
 

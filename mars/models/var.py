@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mars.config import CLASSES, TokenizerConfig, VARConfig
 from mars.kernels import cached_attention, scale_causal_attention
 from mars.models.tokenizer import drop_path
+from mars.runtime import to_device
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, n, d) and head_scale (H,) to (B, H, n, d)
 Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values (B, H, L, d), filled from the front
@@ -138,7 +139,7 @@ class VAR(nn.Module):
     def null_condition(self, batch: int) -> Tensor:
         """int64 (B, attributes): every attribute unknown."""
         rows = [CLASSES[name] for name in self.config.condition]
-        return torch.tensor(rows, dtype=torch.int64, device=self.position.device).expand(batch, -1)
+        return to_device(torch.tensor(rows, dtype=torch.int64), self.position.device).expand(batch, -1)
 
     def embed_condition(self, condition: Tensor) -> Tensor:
         """(B, W) of the class ids (B, attributes) in the order of `config.condition`; CLASSES[name] is unknown."""
@@ -156,12 +157,11 @@ class VAR(nn.Module):
         """What every block's modulation is made from: (B, W), or with shared AdaLN (B, 1, 6, W)."""
         return self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
 
-    def logits(self, x: Tensor, embedded: Tensor) -> Tensor:
-        """float32 logits (B, n, V) of the last block's output (B, n, W)."""
+    def modulate(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """The head's input, float32 (B, n, W), of the last block's output (B, n, W)."""
         with torch.autocast(x.device.type, enabled=False):
             scale, shift = self.head_ada(embedded.float())[:, None].chunk(2, dim=-1)
-            x = _norm(x.float()) * (scale + 1) + shift
-        return self.head(x).float()
+            return _norm(x.float()) * (scale + 1) + shift
 
     def forward(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Teacher forcing.
@@ -174,20 +174,26 @@ class VAR(nn.Module):
         Returns:
             float32 logits (B, L, V) of the tokens of every scale.
         """
+        return self.head(self.hidden(inputs, condition, generator)).float()
+
+    def hidden(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What `forward` gives to the head, float32 (B, L, W): for a loss that needs no logits."""
         embedded = self.embed_condition(condition)
         x = torch.cat((embedded[:, None] + self.start_position, self.embed(inputs)), dim=1)
         x = x + self.position + self.level(self.scale_of)
         keep = None
         if self.training:
             keep = drop_path(len(self.blocks), len(x), self.config.drop_path, generator)
+        if keep is not None:
+            keep = to_device(keep.to(x.dtype), x.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
             return scale_causal_attention(q, k, v, self.lengths, head_scale=head_scale)
 
         shared = self._block_condition(embedded)
         for i, block in enumerate(self.blocks):
-            x = block(x, shared, attend, None if keep is None else keep[i].to(x))
-        return self.logits(x, embedded)
+            x = block(x, shared, attend, None if keep is None else keep[i])
+        return self.modulate(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:
         """Keys and values of all L tokens, allocated once."""
@@ -221,4 +227,4 @@ class VAR(nn.Module):
                 return cached_attention(q, k, v, keys, values, start, head_scale=head_scale)
 
             x = typing.cast(Block, block).transform(x, modulation, attend, None)
-        return self.logits(x, embedded)
+        return self.head(self.modulate(x, embedded)).float()

@@ -4,15 +4,47 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mars.errors import Diverged
 from mars.files import write_atomically
 
 MAX_BAD_STEPS = 10  # in a row
+
+
+Metrics = Mapping[str, float | Tensor]
+
+
+class Verdicts:
+    """Whether the loss of each step was finite, found out without making a GPU wait for the host.
+
+    What a step on a GPU gave is read one step later, when its copy to the host has long arrived.
+    """
+
+    def __init__(self) -> None:
+        self._arriving: deque[tuple[int, Metrics, Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Take the "loss" of a step."""
+        loss, event = torch.as_tensor(metrics["loss"]).detach(), None
+        if loss.device.type == "cuda":
+            event = torch.cuda.Event()
+            loss = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
+            event.record()
+        self._arriving.append((step, metrics, loss, event))
+
+    def known(self, wait: bool) -> Iterator[tuple[int, Metrics, bool]]:
+        """Step, metrics and verdict of each step that is known and was not given before; all if it may `wait`."""
+        while self._arriving and (wait or len(self._arriving) > 1 or self._arriving[0][3] is None):
+            step, metrics, loss, event = self._arriving.popleft()
+            if event is not None:
+                event.synchronize()
+            yield step, metrics, math.isfinite(float(loss))
 
 
 class BadSteps:
@@ -27,7 +59,7 @@ class BadSteps:
         """A step was good."""
         self.steps.clear()
 
-    def add(self, step: int, metrics: Mapping[str, float | Tensor], notes: Sequence[object]) -> None:
+    def add(self, step: int, metrics: Metrics, notes: Sequence[object]) -> None:
         """A step was bad; `notes` are the names of its notes.
 
         Raises:

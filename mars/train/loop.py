@@ -7,12 +7,13 @@ and the same validation; the main one alone writes.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -24,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mars.errors import CheckpointError
 from mars.runtime import stream
 from mars.train.deadline import Deadline
-from mars.train.divergence import BadSteps
+from mars.train.divergence import BadSteps, Verdicts
 from mars.train.folder import RunFolder, checkpoint_size
 from mars.train.stage import Stage
 from mars.train.watch import Watch
@@ -33,14 +34,18 @@ SAVE_RATE = 1e8  # bytes per second that a disk is trusted with until the first 
 STOP_SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n))
 
 
+@lru_cache(maxsize=2)  # a step may end one epoch and open the next
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return torch.randperm(count, generator=stream(seed, 0, epoch)).numpy()
+
+
 def batch_indices(seed: int, step: int, batch: int, notes: np.ndarray) -> np.ndarray:
     """The notes of one step: each epoch is a new permutation, and an epoch's rest opens the next one."""
     chosen: list[np.ndarray] = []
     position, end = step * batch, (step + 1) * batch
     while position < end:
         epoch, offset = divmod(position, len(notes))
-        order = torch.randperm(len(notes), generator=stream(seed, 0, epoch)).numpy()
-        part = order[offset : offset + end - position]
+        part = _order(seed, epoch, len(notes))[offset : offset + end - position]
         chosen.append(notes[part])
         position += len(part)
     return np.concatenate(chosen)
@@ -84,15 +89,25 @@ def run(
     end = min(train.steps, max_steps) if max_steps is not None else train.steps
     batch = train.batch_size * train.accumulate
     last_log = time.monotonic()
-    logged, bad = done, BadSteps(folder.path / "diverged.json")
+    logged, bad, verdicts = done, BadSteps(folder.path / "diverged.json"), Verdicts()
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)
         parts = np.split(indices, train.accumulate)
         return [stage.batch(parts[i]) for i in mine]
 
+    def judge(wait: bool) -> None:
+        for step, found, finite in verdicts.known(wait):
+            if finite:
+                bad.forget()
+            else:
+                position.skipped += 1
+                drawn = batch_indices(seed, step - 1, batch, notes).tolist()
+                bad.add(step, found, [names[i] for i in drawn] if names else drawn)
+
     def save() -> None:
         nonlocal saved
+        judge(wait=True)
         with deadline.timed("save"):
             folder.save(position, stage)
         saved = done
@@ -105,26 +120,22 @@ def run(
         _stop_signals() as stop,
         watch.sitting(done),
         _progress(console) as progress,
-        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as loader,
+        ThreadPoolExecutor(max(train.workers, 1), initializer=torch.set_num_threads, initargs=(1,)) as loader,
     ):
         task = progress.add_task("", total=end, completed=done, info="")
-        upcoming = loader.submit(load, done) if done < end else None
+        upcoming: deque[Future[list[Any]]] = deque()
         while done < end and not world.any(stop() or not in_time()):
-            assert upcoming is not None
+            while len(upcoming) <= train.workers and done + len(upcoming) < end:
+                upcoming.append(loader.submit(load, done + len(upcoming)))
             with deadline.timed("step"):
-                batches = upcoming.result()
-                upcoming = loader.submit(load, done + 1) if done + 1 < end else None
+                batches = upcoming.popleft().result()
                 metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in mine])
-                finite = math.isfinite(float(metrics["loss"]))
-            done += 1
-            position.step = done
-            if finite:
-                bad.forget()
-            else:
-                position.skipped += 1
-                drawn = batch_indices(seed, done - 1, batch, notes).tolist()
-                bad.add(done, metrics, [names[i] for i in drawn] if names else drawn)
+                done += 1
+                position.step = done
+                verdicts.add(done, metrics)
+                judge(wait=False)
             if done % train.log_every == 0 or done == end:
+                judge(wait=True)
                 now = time.monotonic()
                 values = {name: round(float(value), 6) for name, value in world.means(metrics).items()}
                 rate = (done - logged) * batch / (now - last_log)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mars.config import TrainConfig
 from mars.errors import CheckpointError
+from mars.train.spans import span
 from mars.train.world import World
 
 
@@ -23,6 +24,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     progress = min((step - warmup) / max(config.steps - warmup, 1), 1.0)
     fall = max(progress - 0.05, 0) / 0.95 if config.schedule == "lin0" else 0.5 - 0.5 * math.cos(math.pi * progress)
     return config.peak_lr * (1 - (1 - config.final_lr) * fall)
+
+
+def not_finite(value: Tensor) -> Tensor:
+    """float32 (): 1 where `value` (), is infinite or NaN, else 0; on its device, so that the host need not wait."""
+    return value.isfinite().logical_not().float()
 
 
 class Optimizer:
@@ -59,27 +65,60 @@ class Optimizer:
                 matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
             self.optimizers.append(muon)
-        self.averaged = list[Tensor](averaged.parameters()) if averaged is not None else None
-        self.current = list[Tensor](module.parameters())  # what is averaged: a frozen codebook, too
+        self.averaged = [World.local(p) for p in averaged.parameters()] if averaged is not None else None
+        self.current = [World.local(p) for p in module.parameters()]  # what is averaged: a frozen codebook, too
+        self.waits = bool(matrices) or any(World.local(p) is not p for p in self.parameters)
 
     def clip(self) -> Tensor:
-        """Clip the gradients; their global norm before that."""
+        """Clip the gradients; their global norm before that. The host does not wait for it."""
         limit = self.config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
-    def update(self, step: int) -> float:
-        """Apply the gradients with the scheduled rate, which is returned; then forget them."""
+    def update(self, step: int, bad: Tensor | None = None) -> float:
+        """Apply the gradients with the scheduled rate, which is returned; then forget them.
+
+        bad: float32 (), where it is 1 nothing changes but that the gradients are forgotten. It stays on its device:
+            AdamW and the average read it in their kernels. Muon and sharded weights cannot, so there the host waits.
+        """
         rate = learning_rate(self.config, step)
+        if self.waits and bad is not None:
+            if bad:
+                self.forget()
+                return rate
+            bad = None
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
-        self.forget()
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
+            with span("optimizer"):
+                optimizer.step()
         if self.averaged is not None:
-            decay = min(self.config.ema, (1 + step) / (10 + step))  # follows quickly at first
-            torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
+            with span("average"):
+                self._average(self.averaged, min(self.config.ema, (1 + step) / (10 + step)), bad)  # quick at first
+        self.forget()
         return rate
+
+    @torch.no_grad()
+    def _average(self, averaged: list[Tensor], decay: float, bad: Tensor | None) -> None:
+        """mean += (1 - decay) (weight - mean), as a step of gradient descent: that has a fused kernel that reads `bad`.
+
+        With the weight as the gradient to go up along and a decay of 1: mean - rate (mean - weight).
+        """
+        torch._fused_sgd_(
+            averaged,
+            self.current,
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=1 - decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=bad,
+        )
 
     def forget(self) -> None:
         """Drop the gradients."""
@@ -123,8 +162,10 @@ class Optimizer:
                     if value is None or (key != "step" and value.shape != p.shape):
                         raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
                     unknown.discard(f"{name}/{key}")
-                    value = value.clone().to(p.device)  # the fused kernel wants the step there too
-                    moments[key] = value if key == "step" else World.part(value, p)
+                    if key == "step":  # the fused kernel wants it on the device too
+                        moments[key] = value.clone().to(p.device)
+                    else:  # and the moments laid out as the weight is
+                        moments[key] = torch.empty_like(p).copy_(World.part(value, p))
                 optimizer.state[p] = moments
         if unknown:
             raise CheckpointError(f"{source} has an unknown optimiser state {min(unknown)}; it is of another run")

@@ -21,16 +21,19 @@ from mars.errors import ConfigError, DiskError
 from mars.files import probe, write_atomically
 from mars.train import folder, lock, loop
 from mars.train.compare import RUNS
+from mars.train.compiling import compile_blocks
+from mars.train.profiling import profile_steps
 from mars.train.samples import Sampler
 from mars.train.stage import Stage
 from mars.train.tensorboard import check_installed
 from mars.train.tokenizer import TokenizerStage
-from mars.train.var import VARStage, tokenize
+from mars.train.tokens import cached_tokens
+from mars.train.var import VARStage
 from mars.train.watch import Watch
 from mars.train.world import World, join
 
 ENDS = 3.0  # seconds of --max-time for the start and the end of the process
-TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
+TOKENS = ".tokens"  # beside the runs
 
 
 def train_tokenizer(
@@ -46,11 +49,13 @@ def train_tokenizer(
     device: str = "auto",
     threads: int | None = None,
     tensorboard: bool = False,
+    profile: Path | None = None,
     began: float | None = None,
 ) -> Path:
     """Train a tokenizer; returns the run folder.
 
     Args:
+        profile: write a trace of a few steps there instead, and make no run folder; returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
 
     Raises:
@@ -61,12 +66,18 @@ def train_tokenizer(
         check_installed()
     began = time.monotonic() if began is None else began
     console, seconds, world = _prepare(max_time, device, threads)
+    if profile is not None and world.size > 1:
+        raise ConfigError("--profile looks at one process; start it without torchrun")
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     settings = _settings(out, preset, overrides, "tokenizer")
     world.check(settings.train.tokenizer)
     _check_dataset(settings, dataset)
     stage = TokenizerStage(settings, dataset, world.device, seed, world)
+    compile_blocks(stage, console.print)
+    if profile is not None:
+        profile_steps(stage, dataset.split("train"), seed=seed, device=world.device, out=profile, console=console)
+        return profile
     with _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console, world) as run:
         left = None if seconds is None else began + seconds - ENDS - time.monotonic()
         _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
@@ -89,13 +100,14 @@ def train_var(
     threads: int | None = None,
     shard: bool = False,
     tensorboard: bool = False,
+    profile: Path | None = None,
     began: float | None = None,
 ) -> Path:
     """Train a VAR on a tokenizer's tokens; returns the run folder.
 
     Args:
         shard: spread weights, averages and optimiser over the processes instead of copying them to each.
-        began: the `time.monotonic()` that `max_time` counts from; None: now.
+        profile, began: as in `train_tokenizer`.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
@@ -105,6 +117,8 @@ def train_var(
         check_installed()
     began = time.monotonic() if began is None else began
     console, seconds, world = _prepare(max_time, device, threads)
+    if profile is not None and world.size > 1:
+        raise ConfigError("--profile looks at one process; start it without torchrun")
     if shard and world.size == 1:
         raise ConfigError("--shard: there is one process, nothing to spread a model over; start several with torchrun")
     dataset = open_dataset(data)
@@ -118,17 +132,14 @@ def train_var(
     settings = _var_settings(out, trained.config, preset, overrides, source)
     world.check(settings.train.var)
     _check_dataset(settings, dataset)
-    cached = None if out is None else out / TOKENS
-    if cached is not None and cached.is_dir():
-        checkpoint.verify(cached)
-        tokens = checkpoint.read_tensors(cached / "ids.safetensors")["ids"]
-    else:
-        tokens = _tokens(trained, settings, dataset, console, world)
+    tokens = _tokens((out.parent if out is not None else RUNS) / TOKENS, trained, settings, dataset, console, world)
     stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
+    compile_blocks(stage, console.print)
+    if profile is not None:
+        profile_steps(stage, dataset.split("train"), seed=seed, device=world.device, out=profile, console=console)
+        return profile
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     with _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, world, origin) as run:
-        if world.main and not (run.path / TOKENS).exists():
-            checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
         left = None if seconds is None else began + seconds - ENDS - time.monotonic()
         _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
     console.print(f"next: mars-generate -n 64 --model {run.path}")
@@ -354,9 +365,17 @@ def _probe(path: Path) -> None:
         raise DiskError(f"{path} cannot be written: {error.strerror or error}; name another --out") from error
 
 
-def _tokens(trained: model.Model, settings: Config, dataset: Dataset, console: Console, world: World) -> torch.Tensor:
+def _tokens(
+    cache: Path, trained: model.Model, settings: Config, dataset: Dataset, console: Console, world: World
+) -> torch.Tensor:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokens", total=len(dataset))
-        return tokenize(
-            trained.tokenizer, settings, dataset, world.device, lambda n: progress.update(task, advance=n), world
+        return cached_tokens(
+            cache,
+            trained.tokenizer,
+            settings,
+            dataset,
+            world,
+            advance=lambda n: progress.update(task, advance=n),
+            say=console.print,
         )

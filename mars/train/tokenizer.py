@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mars import audio, checkpoint
 from mars.config import Config, TrainConfig
@@ -21,9 +22,10 @@ from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
-from mars.runtime import autocast, stream
+from mars.runtime import autocast, stream, to_device
 from mars.train.codebook import CodebookTraining, usage
-from mars.train.optimizer import Optimizer
+from mars.train.optimizer import Optimizer, not_finite
+from mars.train.spans import span
 from mars.train.world import ALONE, World
 
 
@@ -50,7 +52,7 @@ class TokenizerStage:
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """CMX tensors (B, C, F, T)."""
-        return audio.multiplexed(self.dataset.waveforms(indices).to(self.device), self.config.audio)
+        return audio.multiplexed(to_device(self.dataset.waveforms(indices), self.device), self.config.audio)
 
     def adversarial_weight(self, step: int) -> float:
         """Weight of the adversarial term: 0 until its start, then a linear ramp."""
@@ -68,42 +70,58 @@ class TokenizerStage:
         weight = self.adversarial_weight(step)
         sums: dict[str, Tensor] = {}
         pairs = []
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(False)  # the tokenizer's backward pass leaves nothing there
         for i, (x, generator) in enumerate(zip(batches, streams, strict=True)):
             self.world.sync(self.wrapped, last=i == len(batches) - 1)
-            with autocast(self.device, self.train.precision):
+            with autocast(self.device, self.train.precision), span("forward"):
                 y, quantized = self.wrapped(x, generator)
-            part = self.world.rank * len(batches) + i, self.world.size * len(batches)
-            self.codebook.gather(quantized, generator, part)
-            reconstruction = (y - x).square().mean()
-            loss = reconstruction + quantized.loss
+            with span("codebook"):
+                part = self.world.rank * len(batches) + i, self.world.size * len(batches)
+                self.codebook.gather(quantized, generator, part)
+            with span("loss"):
+                reconstruction = (y - x).square().mean()
+                loss = reconstruction + quantized.loss
             parts = {"reconstruction": reconstruction, "vq": quantized.loss}
             if weight and self.discriminator is not None:
-                with autocast(self.device, self.train.precision):
+                self.discriminator.requires_grad_(False)  # this backward is the tokenizer's alone
+                with autocast(self.device, self.train.precision), span("discriminator"):
                     adversarial = -self.discriminator(y).float().mean()
                 if self.train.adaptive_weight:
-                    parts["adaptive"] = adaptive_weight(reconstruction, adversarial, self.model.head.weight)
+                    with span("discriminator"):
+                        parts["adaptive"] = adaptive_weight(reconstruction, adversarial, self.model.head.weight)
                 loss = loss + weight * parts.get("adaptive", 1.0) * adversarial
                 parts["adversarial"] = adversarial
                 pairs.append((x, y.detach()))
-            (loss / len(batches)).backward()
+            with span("backward"):
+                (loss / len(batches)).backward()
             for name, value in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach() / len(batches)
         sums["loss"] = self.world.mean(sums["loss"])
-        sums["grad_norm"] = self.optimizer.clip()
-        finite = torch.isfinite(sums["loss"] + sums["grad_norm"])
-        self.codebook.update(finite)
-        if not finite:
-            self.optimizer.forget()
-            return {**sums, "loss": float("nan")}
-        rate = self.optimizer.update(step)
+        with span("optimizer"):
+            sums["grad_norm"] = self.optimizer.clip()
+        bad = not_finite(sums["loss"] + sums["grad_norm"])
+        with span("codebook"):
+            self.codebook.update(bad == 0)
+        rate = self.optimizer.update(step, bad=bad)
         if pairs:
-            sums |= self._discriminate(step, pairs)
-        return {**sums, "lr": rate}
+            with span("discriminator"):
+                sums |= self._discriminate(step, pairs, bad)
+        return {**sums, "loss": sums["loss"].where(bad == 0, nan), "lr": rate}
 
-    def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """One update of the discriminator on real and reconstructed tensors."""
+    def blocks(self) -> list[nn.Module]:
+        """What torch.compile gets."""
+        return [*self.model.encoder.blocks, *self.model.decoder.blocks]
+
+    def rehearse(self) -> None:
+        """The forward and backward pass of a micro-batch; leaves no trace."""
+        self.wrapped.train()
+        x = self.batch(np.zeros(self.train.batch_size, np.int64))
+        with autocast(self.device, self.train.precision):
+            y, quantized = self.wrapped(x, stream(0))
+        (y.sum() + quantized.loss).backward()
+        self.optimizer.forget()
+
+    def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]], bad: Tensor) -> dict[str, Tensor]:
+        """One update of the discriminator on real and reconstructed tensors, unless the tokenizer's step was bad."""
         assert self.discriminator is not None
         self.discriminator.requires_grad_(True)
         total = torch.zeros((), device=self.device)
@@ -116,10 +134,8 @@ class TokenizerStage:
             loss.backward()
             total += loss.detach()
         total = self.world.mean(total)
-        if torch.isfinite(total + self.d_optimizer.clip()):
-            self.d_optimizer.update(step - self.d_start)
-        else:
-            self.d_optimizer.forget()
+        bad = torch.maximum(bad, not_finite(total + self.d_optimizer.clip()))
+        self.d_optimizer.update(step - self.d_start, bad=bad)
         return {"discriminator": total}
 
     @torch.no_grad()

@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mars import audio, checkpoint
+from mars import checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
 from mars.data import Dataset
 from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.runtime import autocast, stream
-from mars.train.optimizer import Optimizer
+from mars.runtime import autocast, stream, to_device
+from mars.train.loss import linear_cross_entropy, token_scores
+from mars.train.optimizer import Optimizer, not_finite
+from mars.train.spans import span
 from mars.train.tokenizer import held_out
 from mars.train.world import ALONE, World
 
@@ -42,10 +44,14 @@ class Objective(nn.Module):
             ids: int64 (B, L), the tokens; the results per token have this shape.
             inputs, condition, generator: as for `VAR.forward`.
         """
-        logits = self.model(inputs, condition, generator)
-        if self.model.training:
-            return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
-        return F.cross_entropy(logits.transpose(1, 2), ids, reduction="none"), logits.argmax(-1) == ids
+        head = self.model.head
+        with span("forward"):
+            x = self.model.hidden(inputs, condition, generator).flatten(0, 1)
+        with span("loss"):
+            if self.model.training:
+                return linear_cross_entropy(x, head.weight, head.bias, ids.flatten())
+            losses, right = token_scores(x, head.weight, head.bias, ids.flatten())
+        return losses.view_as(ids), right.view_as(ids)
 
 
 class VARStage:
@@ -62,7 +68,7 @@ class VARStage:
         world: World = ALONE,
         shard: bool = False,
     ) -> None:
-        """tokens: integer (notes, L) of the whole dataset, from `tokenize`; shard: spread the VAR over processes."""
+        """tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`; shard: spread the VAR."""
         self.train = config.train.var.resolved(len(dataset.split("train")))
         self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, var=self.train))
         self.dataset, self.device, self.world = dataset, device, world
@@ -82,9 +88,10 @@ class VARStage:
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, L), teacher-forcing inputs (B, L - n_1, D) and condition (B, attributes)."""
-        ids = self.tokens[indices].long().to(self.device)
+        ids = to_device(self.tokens[indices].long(), self.device)
         with torch.no_grad():
-            return ids, self.tokenizer.quantizer.teacher_inputs(ids), self.conditions[indices].to(self.device)
+            inputs = self.tokenizer.quantizer.teacher_inputs(ids)
+        return ids, inputs, to_device(self.conditions[indices], self.device)
 
     def step(
         self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], streams: list[torch.Generator]
@@ -97,21 +104,34 @@ class VARStage:
             condition = self._hide(condition, generator)
             with autocast(self.device, self.train.precision):
                 loss = self.trained(ids, inputs, condition, generator) / len(batches)
-            loss.backward()
+            with span("backward"):
+                loss.backward()
             total += loss.detach()
         total = self.world.mean(total)
-        norm = self.optimizer.clip()
-        if not torch.isfinite(total + norm):
-            self.optimizer.forget()
-            return {"loss": float("nan"), "grad_norm": norm}
-        return {"loss": total, "grad_norm": norm, "lr": self.optimizer.update(step)}
+        with span("optimizer"):
+            norm = self.optimizer.clip()
+        bad = not_finite(total + norm)
+        return {"loss": total.where(bad == 0, nan), "grad_norm": norm, "lr": self.optimizer.update(step, bad=bad)}
+
+    def blocks(self) -> list[nn.Module]:
+        """What torch.compile gets."""
+        return list(self.model.blocks)
+
+    def rehearse(self) -> None:
+        """The forward and backward pass of a micro-batch; leaves no trace."""
+        self.trained.train()
+        ids, inputs, condition = self.batch(np.zeros(self.train.batch_size, np.int64))
+        with autocast(self.device, self.train.precision):
+            loss = self.trained(ids, inputs, condition, stream(0))
+        loss.backward()
+        self.optimizer.forget()
 
     def _hide(self, condition: Tensor, generator: torch.Generator) -> Tensor:
         """Replace by null the whole condition of some notes, for guidance, and single attributes of others."""
         rate = self.config.var.condition_dropout
         hidden = torch.rand(len(condition), 1, generator=generator) < rate
         hidden = hidden | (torch.rand(condition.shape, generator=generator) < rate)
-        return torch.where(hidden.to(self.device), self.model.null_condition(len(condition)), condition)
+        return torch.where(to_device(hidden, self.device), self.model.null_condition(len(condition)), condition)
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Nothing gathers here."""
@@ -175,30 +195,6 @@ class VARStage:
         var.load_state_dict(weights, assign=True)
         var.scale_of = self.averaged.scale_of.cpu()
         return var.requires_grad_(False).eval()
-
-
-@torch.inference_mode()
-def tokenize(
-    tokenizer: Tokenizer,
-    config: Config,
-    dataset: Dataset,
-    device: torch.device,
-    advance: Callable[[int], None],
-    world: World = ALONE,
-) -> Tensor:
-    """Tokens of every note, int32 (notes, L); `advance` is told how many notes are done. Batches of fixed size.
-
-    Several processes take the batches in turn, and all get all tokens.
-    """
-    size = config.train.var.batch_size
-    tokens = torch.zeros(len(dataset), config.tokenizer.tokens, dtype=torch.int32)
-    for start in range(world.rank * size, len(dataset), world.size * size):
-        indices = np.arange(start, min(start + size, len(dataset)))
-        x = audio.multiplexed(dataset.waveforms(indices).to(device), config.audio)
-        with autocast(device, config.train.var.precision):
-            tokens[indices] = tokenizer.encode(x).int().cpu()
-        advance(len(indices) * world.size)
-    return world.sum(tokens)  # every note is zero in all processes but one
 
 
 def condition_ids(dataset: Dataset, attributes: tuple[str, ...]) -> Tensor:

@@ -148,6 +148,11 @@ class World:
         return found
 
     @staticmethod
+    def local(tensor: Tensor) -> Tensor:
+        """`tensor`, or of a sharded one the part that this process holds, as a view."""
+        return tensor.to_local() if _sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+    @staticmethod
     def part(full: Tensor, like: Tensor) -> Tensor:
         """`full`, or where `like` is sharded this process's part of it, on the same device."""
         if not _sharded(like):

@@ -36,9 +36,10 @@ from mars.train.folder import RunFolder
 from mars.train.log import read_log
 from mars.train.samples import Sampler
 from mars.train.tokenizer import TokenizerStage
-from mars.train.var import VARStage, tokenize
+from mars.train.tokens import tokenize
+from mars.train.var import VARStage
 from mars.train.watch import Watch
-from mars.train.world import World
+from mars.train.world import ALONE, World
 
 CPU = torch.device("cpu")
 SETTINGS = (
@@ -53,7 +54,7 @@ def make(kind: str, smoke, notes, *extra: str):
         return TokenizerStage(c, notes, CPU, seed=4)
     torch.manual_seed(0)
     tokenizer = Tokenizer(c).eval().requires_grad_(False)
-    return VARStage(c, notes, tokenizer, tokenize(tokenizer, c, notes, CPU, lambda n: None), CPU, seed=4)
+    return VARStage(c, notes, tokenizer, tokenize(tokenizer, c, notes, ALONE, lambda n: None), CPU, seed=4)
 
 
 def train(stage, path: Path, notes, sampler="own", said=None, **options) -> Path:
