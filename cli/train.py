@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
 from mars.cli.errors import user_errors
+from mars.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +36,9 @@ OPTIONS = (
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
+    click.option("--plan", is_flag=True, help="Train nothing: print the memory, the FLOPs and the batch that fits."),
+    click.option("--memory", metavar="SIZE", help="With --plan: of the device, e.g. 24GB or 80GiB; default: 32GB."),
+    click.option("--json", "as_json", is_flag=True, help="With --plan: print JSON."),
 )
 
 
@@ -41,6 +47,23 @@ def training_options(function: F) -> F:
     for option in reversed(OPTIONS):
         function = option(function)
     return function
+
+
+def planned(stage: Literal["tokenizer", "var"], options: dict[str, Any]) -> bool:
+    """Print the plan if it is asked for; takes its options out of `options`."""
+    wanted, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
+    if not wanted:
+        if memory or as_json:
+            raise ConfigError(f"{'--memory' if memory else '--json'} goes with --plan")
+        return False
+    from mars.train import plan
+    from mars.train.start import settings_of
+
+    used = ("preset", "overrides", "out", "resume", "tokenizer")
+    settings = settings_of(stage, **{name: options[name] for name in used if name in options})
+    found = plan.plan(settings, stage, plan.parse_device(options["device"]), plan.parse_memory(memory or "32GB"))
+    click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else plan.report(found))
+    return True
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,6 +76,8 @@ def main() -> None:
 def tokenizer(**options: Any) -> None:
     """Train the tokenizer: spectrograms to tokens and back."""
     with user_errors():
+        if planned("tokenizer", options):
+            return
         from mars.train.start import train_tokenizer
 
         train_tokenizer(**options)
@@ -66,6 +91,8 @@ def tokenizer(**options: Any) -> None:
 def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
     with user_errors():
+        if planned("var", options):
+            return
         from mars.train.start import train_var
 
         train_var(**options)

@@ -206,6 +206,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # global norm; 0: off
     ema: float = 0.999  # decay of the averaged weights, which are the ones exported
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device has it
+    checkpointing: bool = False  # activation checkpointing: the blocks run again in the backward, to save memory
     adversarial: bool = False  # PatchGAN term (tokenizer only)
     adversarial_weight: float = 0.5
     adversarial_start: float = 0.28  # share of the steps before the discriminator joins

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mars.config import CLASSES, TokenizerConfig, VARConfig
 from mars.kernels import cached_attention, scale_causal_attention
-from mars.models.tokenizer import drop_path
+from mars.models.tokenizer import drop_path, recomputed
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, n, d) and head_scale (H,) to (B, H, n, d)
 Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values (B, H, L, d), filled from the front
@@ -80,6 +80,8 @@ def _norm(x: Tensor) -> Tensor:
 
 class VAR(nn.Module):
     """Logits of every scale's tokens given all coarser scales and the condition."""
+
+    checkpointing = False  # in training mode: see `mars.models.tokenizer.recomputed`
 
     def __init__(self, config: VARConfig, tokenizer: TokenizerConfig) -> None:
         super().__init__()
@@ -177,7 +179,8 @@ class VAR(nn.Module):
             return scale_causal_attention(q, k, v, self.lengths, head_scale=head_scale)
 
         for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(embedded), strict=True)):
-            x = block(x, modulation, attend, None if keep is None else keep[i].to(x))
+            arguments = x, modulation, attend, None if keep is None else keep[i].to(x)
+            x = recomputed(block, *arguments) if self.training and self.checkpointing else block(*arguments)
         return self.logits(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:

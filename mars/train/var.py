@@ -38,6 +38,7 @@ class VARStage:
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer).to(device)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.model.checkpointing = self.train.checkpointing
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
