@@ -111,6 +111,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # most calls by far; as the fake mode itself would answer
+            return cast(FakeTensor, args[0]).fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return self.value
         kwargs = kwargs or {}
@@ -179,7 +181,7 @@ class Rehearsal:
                 tokens = torch.zeros(1, config.tokenizer.tokens, dtype=torch.int32)
                 tokenizer = Tokenizer(settings).eval().requires_grad_(False)
                 self.stage = VARStage(settings, notes, tokenizer, tokens, cpu, 0)
-        self.step(1, 1)
+        self.step(train.batch_size, 1)
 
     def step(self, batch: int, micro_batches: int) -> Step:
         """A step of micro-batches of `batch` notes, while as many are at hand for the next."""
@@ -235,7 +237,7 @@ def plan(config: Config, stage: StageName, device: Device = "cuda", memory: int 
     for checkpointing in (False, True):
         rehearsal = Rehearsal(_with(config, stage, checkpointing=checkpointing), stage, device)
         needs = _Needs(rehearsal, train)
-        largest = _largest(needs, usable, train.batch_size)
+        largest = _largest(needs, usable, train.batch_size, rehearsal.allocations.held)
         divisors = (n for n in range(min(largest, needs.notes), 0, -1) if needs.notes % n == 0)
         fits.append(
             Fit(
@@ -243,7 +245,7 @@ def plan(config: Config, stage: StageName, device: Device = "cuda", memory: int 
                 peak=needs(train.batch_size),
                 flops=needs.flops,
                 largest=largest,
-                micro_batch=next((n for n in divisors if needs(n) <= usable), 0),
+                micro_batch=next(divisors, 0),
             )
         )
     assert rehearsal is not None
@@ -271,23 +273,24 @@ class _Needs:
 
     def __init__(self, rehearsal: Rehearsal, train: TrainConfig) -> None:
         self.notes = train.batch_size * train.accumulate
-        self._rehearsal, self._known = rehearsal, dict[int, int]()
-        one, two, three = (rehearsal.step(train.batch_size, n) for n in (1, 2, 3))
-        self.flops = one.flops + (train.accumulate - 1) * (two.flops - one.flops)
+        self._rehearsal, self._steps = rehearsal, dict[tuple[int, int], Step]()
+        two, three = (self._step(train.batch_size, n) for n in (2, 3))
+        self.flops = two.flops + (train.accumulate - 2) * (three.flops - two.flops)
         self._more = (three.peak - two.peak) / train.batch_size  # per note of a micro-batch after the second
 
     def __call__(self, batch: int) -> int:
-        if batch not in self._known:
-            micro_batches = -(-self.notes // batch)
-            step = self._rehearsal.step(batch, min(micro_batches, 2))
-            more = max(micro_batches - 2, 0) * batch * self._more
-            self._known[batch] = step.peak + step.loading + math.ceil(more)
-        return self._known[batch]
+        step = self._step(batch, 2 if batch < self.notes else 1)
+        return step.peak + step.loading + math.ceil(max(self.notes - 2 * batch, 0) * self._more)
+
+    def _step(self, batch: int, micro_batches: int) -> Step:
+        if (batch, micro_batches) not in self._steps:
+            self._steps[batch, micro_batches] = self._rehearsal.step(batch, micro_batches)
+        return self._steps[batch, micro_batches]
 
 
-def _largest(needs: Callable[[int], int], usable: int, guess: int) -> int:
-    """The largest micro-batch that needs at most `usable` bytes; 0 if not even one does."""
-    found: dict[int, int] = {}
+def _largest(needs: Callable[[int], int], usable: int, guess: int, least: int) -> int:
+    """The largest micro-batch that needs at most `usable` bytes, 0 if not even one does; `least` is what none needs."""
+    found = {0: least}
     low, high = 0, math.inf
     while high - low > 1:
         found[guess] = needs(guess)
@@ -295,10 +298,11 @@ def _largest(needs: Callable[[int], int], usable: int, guess: int) -> int:
             low = guess
         else:
             high = guess
-        # Needs are nearly affine: the line through the two nearest points, or through one and the origin.
-        a, b, *_ = *sorted(found, key=lambda n: abs(found[n] - usable)), 0
-        slope = (found[a] - found.get(b, 0)) / (a - b)
-        wanted = a + (usable - found[a]) / slope if slope > 0 else 2 * a
+        a, b, *_ = sorted(found, key=lambda n: abs(found[n] - usable))
+        slope = (found[a] - found[b]) / (a - b)  # needs are nearly affine
+        wanted = a + (usable - found[a]) / slope if slope > 0 else math.inf
+        if a == low > 0 and wanted < low + 1:
+            break
         guess = int(max(min(wanted, high - 1, 8 * low + 8), low + 1))
     return low
 
