@@ -301,7 +301,7 @@ def _largest(needs: Callable[[int], int], usable: int, guess: int, least: int) -
         a, b, *_ = sorted(found, key=lambda n: abs(found[n] - usable))
         slope = (found[a] - found[b]) / (a - b)  # needs are nearly affine
         wanted = a + (usable - found[a]) / slope if slope > 0 else math.inf
-        if a == low > 0 and wanted < low + 1:
+        if a == low > 0 < b and wanted < low + 1:
             break
         guess = int(max(min(wanted, high - 1, 8 * low + 8), low + 1))
     return low
