@@ -61,7 +61,8 @@ def planned(stage: Literal["tokenizer", "var"], options: dict[str, Any]) -> bool
 
     used = ("preset", "overrides", "out", "resume", "tokenizer")
     settings = settings_of(stage, **{name: options[name] for name in used if name in options})
-    found = plan.plan(settings, stage, plan.parse_device(options["device"]), plan.parse_memory(memory or "32GB"))
+    size, device = plan.parse_memory(memory or "32GB"), plan.parse_device(options["device"])
+    found = plan.Planner(settings, stage, device).plan(size)
     click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else plan.report(found))
     return True
 

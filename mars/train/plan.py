@@ -229,62 +229,68 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copy
 
 
-def plan(config: Config, stage: StageName, device: Device = "cuda", memory: int = 32 * 10**9) -> Plan:
-    """What `stage` of `config` needs on a device with `memory` bytes, and the micro-batch that fits it."""
-    train: TrainConfig = getattr(config.train, stage)
-    usable = max(0, int(memory * (1 - FRAGMENTED)) - RESERVED)
-    fits, rehearsal = [], None
-    for checkpointing in (False, True):
-        rehearsal = Rehearsal(_with(config, stage, checkpointing=checkpointing), stage, device)
-        needs = _Needs(rehearsal, train)
-        largest = _largest(needs, usable, train.batch_size, rehearsal.allocations.held)
-        divisors = (n for n in range(min(largest, needs.notes), 0, -1) if needs.notes % n == 0)
-        fits.append(
-            Fit(
-                checkpointing=checkpointing,
-                peak=needs(train.batch_size),
-                flops=needs.flops,
-                largest=largest,
-                micro_batch=next(divisors, 0),
-            )
+class Planner:
+    """Plans of a stage for any amount of memory."""
+
+    def __init__(self, config: Config, stage: StageName, device: Device = "cuda") -> None:
+        self.config, self.stage, self.device = config, stage, device
+        self._needs = [_Needs(_with(config, stage, checkpointing=on), stage, device) for on in (False, True)]
+
+    def plan(self, memory: int) -> Plan:
+        """What the stage needs on a device with `memory` bytes, and the micro-batch that fits it."""
+        train: TrainConfig = getattr(self.config.train, self.stage)
+        usable = max(0, int(memory * (1 - FRAGMENTED)) - RESERVED)
+        plain, checkpointed = (needs.fit(usable) for needs in self._needs)
+        tokens = self.config.tokenizer.tokens
+        if self.stage == "tokenizer":
+            tokens = math.prod(self.config.patches) + math.prod(self.config.tokenizer.latent)
+        rehearsal = self._needs[train.checkpointing].rehearsal
+        return Plan(
+            stage=self.stage,
+            preset=self.config.preset,
+            device=self.device,
+            precision=rehearsal.stage.train.precision,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            checkpointing=train.checkpointing,
+            memory=memory,
+            usable=usable,
+            fits=(plain, checkpointed),
+            recommended=_recommended(plain, checkpointed, tokens, train),
+            **rehearsal.sizes(),
         )
-    assert rehearsal is not None
-    tokens = config.tokenizer.tokens
-    if stage == "tokenizer":
-        tokens = math.prod(config.patches) + math.prod(config.tokenizer.latent)
-    return Plan(
-        stage=stage,
-        preset=config.preset,
-        device=device,
-        precision=rehearsal.stage.train.precision,
-        batch_size=train.batch_size,
-        accumulate=train.accumulate,
-        checkpointing=train.checkpointing,
-        memory=memory,
-        usable=usable,
-        fits=(fits[0], fits[1]),
-        recommended=_recommended(fits[0], fits[1], tokens, train),
-        **rehearsal.sizes(),
-    )
 
 
 class _Needs:
     """Bytes that a step needs by its micro-batch: the notes of a step are given."""
 
-    def __init__(self, rehearsal: Rehearsal, train: TrainConfig) -> None:
-        self.notes = train.batch_size * train.accumulate
-        self._rehearsal, self._steps = rehearsal, dict[tuple[int, int], Step]()
-        two, three = (self._step(train.batch_size, n) for n in (2, 3))
-        self.flops = two.flops + (train.accumulate - 2) * (three.flops - two.flops)
-        self._more = (three.peak - two.peak) / train.batch_size  # per note of a micro-batch after the second
+    def __init__(self, config: Config, stage: StageName, device: Device) -> None:
+        self.train: TrainConfig = getattr(config.train, stage)
+        self.notes = self.train.batch_size * self.train.accumulate
+        self.rehearsal = Rehearsal(config, stage, device)
+        self._steps: dict[tuple[int, int], Step] = {}
+        two, three = (self._step(self.train.batch_size, n) for n in (2, 3))
+        self.flops = two.flops + (self.train.accumulate - 2) * (three.flops - two.flops)
+        self._more = (three.peak - two.peak) / self.train.batch_size  # per note of a micro-batch after the second
 
     def __call__(self, batch: int) -> int:
         step = self._step(batch, 2 if batch < self.notes else 1)
         return step.peak + step.loading + math.ceil(max(self.notes - 2 * batch, 0) * self._more)
 
+    def fit(self, usable: int) -> Fit:
+        """What fits into `usable` bytes."""
+        largest = _largest(self, usable, self.train.batch_size, self.rehearsal.allocations.held)
+        return Fit(
+            checkpointing=self.train.checkpointing,
+            peak=self(self.train.batch_size),
+            flops=self.flops,
+            largest=largest,
+            micro_batch=next((n for n in range(min(largest, self.notes), 0, -1) if self.notes % n == 0), 0),
+        )
+
     def _step(self, batch: int, micro_batches: int) -> Step:
         if (batch, micro_batches) not in self._steps:
-            self._steps[batch, micro_batches] = self._rehearsal.step(batch, micro_batches)
+            self._steps[batch, micro_batches] = self.rehearsal.step(batch, micro_batches)
         return self._steps[batch, micro_batches]
 
 

@@ -19,7 +19,7 @@ from mars.models.tokenizer import Tokenizer
 from mars.runtime import stream
 from mars.train import plan
 from mars.train.memory import peak_memory
-from mars.train.plan import Fit, Notes, Rehearsal
+from mars.train.plan import Fit, Notes, Planner, Rehearsal
 from mars.train.start import settings_of
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
@@ -159,15 +159,14 @@ def test_what_fits_is_the_most_that_fits():
     stage = "tokenizer"
     values = "train.batch_size=6", "train.accumulate=5", "train.optimizer=adamw"
     config = preset("smoke", (*ACTIVATIONS, *values), stage)
-    found = plan.plan(config, stage, memory=plan.RESERVED * 20 // 19 + 120 * 10**6)
+    found = Planner(config, stage).plan(plan.RESERVED * 20 // 19 + 120 * 10**6)
     assert found.usable == pytest.approx(114e6, rel=1e-3)
     for fit in found.fits:
-        rehearsal = Rehearsal(plan._with(config, stage, checkpointing=fit.checkpointing), stage, "cuda")
-        needs = plan._Needs(rehearsal, getattr(config.train, stage))
+        needs = plan._Needs(plan._with(config, stage, checkpointing=fit.checkpointing), stage, "cuda")
         assert needs(fit.largest) <= found.usable < needs(fit.largest + 1)
         assert 30 % fit.micro_batch == 0
         assert all(30 % n for n in range(fit.micro_batch + 1, min(fit.largest, 30) + 1))
-        whole = rehearsal.step(6, 5)  # all five, where the plan went on from three
+        whole = needs.rehearsal.step(6, 5)  # all five, where the plan went on from three
         assert fit.peak == pytest.approx(whole.peak + whole.loading, rel=1e-3)
         assert fit.flops == whole.flops
     assert found.fits[0].largest < found.fits[1].largest
