@@ -105,7 +105,7 @@ class Allocations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.alignment = alignment
         self.held = self.peak = self.flops = 0
-        self.value: float = 0  # of every scalar that is read, as a fake tensor has none
+        self.truth = False  # what reading a bool gives, since fake ones have no values; a number reads as 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -114,7 +114,7 @@ class Allocations(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # most calls by far; as the fake mode itself would answer
             return cast(FakeTensor, args[0]).fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
-            return self.value
+            return self.truth if cast(Tensor, args[0]).dtype == torch.bool else 0
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         for tensor in tree_iter(out):
@@ -141,21 +141,25 @@ class Allocations(TorchDispatchMode):
 
 
 class Notes:
-    """Stands in for a dataset: notes of any index, all of them silent and unlabelled."""
+    """Stands in for a dataset: silent notes without labels, all of them for training."""
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
+    def __init__(self, samples: int, count: int = 1024) -> None:
+        self.samples, self.count = samples, count
 
     def __len__(self) -> int:
-        return 1
+        return self.count
+
+    def split(self, name: str) -> np.ndarray:
+        """int64 (notes,)."""
+        return np.arange(self.count)
 
     def waveforms(self, indices: np.ndarray) -> Tensor:
         """float32 (notes, samples)."""
         return torch.zeros(len(indices), self.samples)
 
     def column(self, name: str) -> np.ndarray:
-        """int32 (1,)."""
-        return np.full(1, -1, np.int32)
+        """int32 (notes,)."""
+        return np.full(self.count, -1, np.int32)
 
 
 class Rehearsal:
@@ -164,7 +168,6 @@ class Rehearsal:
     def __init__(self, config: Config, stage: StageName, device: Device, *, at: int | None = None) -> None:
         """at: the step to rehearse; None: the last one, in which all terms of the loss are on."""
         train = getattr(config.train, stage)
-        self.at = train.steps - 1 if at is None else at
         self.device = device
         self.allocations = Allocations(alignment=512 if device == "cuda" else 1)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -181,6 +184,7 @@ class Rehearsal:
                 tokens = torch.zeros(1, config.tokenizer.tokens, dtype=torch.int32)
                 tokenizer = Tokenizer(settings).eval().requires_grad_(False)
                 self.stage = VARStage(settings, notes, tokenizer, tokens, cpu, 0)
+        self.at = self.stage.train.steps - 1 if at is None else at
         self.step(train.batch_size, 1)
 
     def step(self, batch: int, micro_batches: int) -> Step:
@@ -192,10 +196,10 @@ class Rehearsal:
             loading = count.peak - count.held
             batches = [first, *(tree_map_only(Tensor, torch.clone, first) for _ in range(2 * micro_batches - 1))]
             held = count.peak = count.held
-            count.value, flops = 1, count.flops  # every loss is finite
+            count.truth, flops = True, count.flops  # is it finite? it is
             streams = [stream(0, i) for i in range(micro_batches)]
             self.stage.step(self.at, batches[:micro_batches], streams)
-            count.value = 0
+            count.truth = False
             return Step(held=held, peak=count.peak, loading=loading, flops=count.flops - flops)
 
     def sizes(self) -> dict[str, int]:

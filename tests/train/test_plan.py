@@ -41,7 +41,6 @@ def real(config, stage):
     else:
         tokens = torch.randint(config.tokenizer.codebook_size, (BATCH, config.tokenizer.tokens), dtype=torch.int32)
         made = VARStage(config, Notes(config.audio.samples), Tokenizer(config), tokens, CPU, 0)
-        made.conditions = made.conditions.expand(BATCH, -1)
         batch = made.batch(np.arange(BATCH))
     with torch.no_grad():
         for p in made.model.parameters():
