@@ -217,6 +217,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the transformer blocks; auto: on CUDA
     workers: int = 1  # threads that make batches ahead of the steps; 0: each batch when its step wants it
+    checkpointing: bool = False  # activation checkpointing: the blocks run again in the backward, to save memory
     adversarial: bool = False  # PatchGAN term (tokenizer only)
     adversarial_weight: float = 0.5
     adversarial_start: float = 0.28  # share of the steps before the discriminator joins

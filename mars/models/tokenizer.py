@@ -9,9 +9,12 @@ Letters: B batch, C CMX channels, (F, T) CMX grid, K patches, S latent tokens, W
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mars.config import Config, Pair, TokenizerConfig
 from mars.kernels import attention
@@ -69,8 +72,18 @@ def drop_path(depth: int, batch: int, rate: float, generator: torch.Generator | 
     return (mask / keep)[..., None, None]
 
 
+def recomputed(block: nn.Module, *arguments: Any) -> Tensor:
+    """`block(*arguments)`, whose activations the backward computes again (Chen et al. 2016, arXiv:1604.06174).
+
+    What is random must be among the arguments, as stochastic depth's factors are.
+    """
+    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 class ViT(nn.Module):
     """Transformer over two groups of tokens: the patch grid and the latent grid, told apart by a level embedding."""
+
+    checkpointing = False  # in training mode: see `recomputed`
 
     def __init__(self, config: TokenizerConfig, patches: Pair) -> None:
         super().__init__()
@@ -96,7 +109,8 @@ class ViT(nn.Module):
         if keep is not None:
             keep = to_device(keep.to(x.dtype), x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if keep is None else keep[i])
+            arguments = x, None if keep is None else keep[i]
+            x = recomputed(block, *arguments) if self.training and self.checkpointing else block(*arguments)
         x = self.norm(x)
         return x[:, : patch.shape[1]], x[:, patch.shape[1] :]
 

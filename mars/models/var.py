@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mars.config import CLASSES, TokenizerConfig, VARConfig
 from mars.kernels import cached_attention, scale_causal_attention
-from mars.models.tokenizer import drop_path
+from mars.models.tokenizer import drop_path, recomputed
 from mars.runtime import to_device
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, n, d) and head_scale (H,) to (B, H, n, d)
@@ -85,6 +85,8 @@ def _norm(x: Tensor) -> Tensor:
 
 class VAR(nn.Module):
     """Logits of every scale's tokens given all coarser scales and the condition."""
+
+    checkpointing = False  # in training mode: see `mars.models.tokenizer.recomputed`
 
     def __init__(self, config: VARConfig, tokenizer: TokenizerConfig) -> None:
         super().__init__()
@@ -192,7 +194,8 @@ class VAR(nn.Module):
 
         shared = self._block_condition(embedded)
         for i, block in enumerate(self.blocks):
-            x = block(x, shared, attend, None if keep is None else keep[i])
+            arguments = x, shared, attend, None if keep is None else keep[i]
+            x = recomputed(block, *arguments) if self.training and self.checkpointing else block(*arguments)
         return self.modulate(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:

@@ -89,8 +89,10 @@ class CodebookTraining:
         self.quantizer, self.averaged, self.optimizer, self.world = quantizer, averaged, optimizer, world
         self.means, self.restarts = c.ema_codebook, c.restart_dead_codes > 0
         size = len(codes)
-        lengths = torch.tensor(quantizer.starts).diff()
-        self.scale = torch.arange(len(lengths)).repeat_interleave(lengths).to(codes.device)
+        starts = quantizer.starts
+        lengths = torch.tensor(starts).diff()
+        scale = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=starts[-1])
+        self.scale = scale.to(codes.device)
         self.counts = torch.zeros(len(lengths), size, dtype=torch.int64, device=codes.device)  # since the last report
         self.peak = torch.zeros(len(lengths), dtype=torch.float64)  # largest share of usable codes in a report so far
         # As though every code had been chosen equally often: a new one has time until it counts as dead.

@@ -176,6 +176,26 @@ def _train(
     )
 
 
+def settings_of(
+    stage: str,
+    *,
+    preset: str | None = None,
+    overrides: tuple[str, ...] = (),
+    out: Path | None = None,
+    resume: str = "auto",
+    tokenizer: Path | None = None,
+) -> Config:
+    """The settings that training `stage` would have with these options; without a tokenizer, a VAR's are the preset's.
+
+    Raises:
+        ConfigError, CheckpointError: something asked for cannot be used.
+    """
+    out = _resumed(out, resume)
+    if tokenizer is None:
+        return _settings(out, preset, overrides, stage)
+    return _var_settings(out, config.load(model.locate(tokenizer) / "config.json"), preset, overrides, tokenizer)
+
+
 def newest_tokenizer(preset: str | None = None) -> Path:
     """The newest tokenizer run under `runs/` that has a model, of `preset` if that is given.
 

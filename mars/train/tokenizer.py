@@ -41,6 +41,7 @@ class TokenizerStage:
             self.model = Tokenizer(config).to(device)
             self.discriminator = Discriminator(config.audio.channels).to(device) if self.train.adversarial else None
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.model.encoder.checkpointing = self.model.decoder.checkpointing = self.train.checkpointing
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
         self.wrapped = self.world.wrap(self.model)
         if self.discriminator is not None:

@@ -78,6 +78,7 @@ class VARStage:
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer).to(device)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.model.checkpointing = self.train.checkpointing
         self.objective, self.judge = Objective(self.model), Objective(self.averaged)
         self.sharded = shard
         if shard:

@@ -205,10 +205,8 @@ def test_the_transformers_weight_decay_does_not_change(smoke, notes):
 # ---------------------------------------------------------------- the table in docs/paper.md
 
 # How a run is watched and cut into pieces, which changes nothing of what is learnt.
-OPERATION = {"steps", "precision", "log_every", "validate_every", "validate_notes", "save_every"} | {
-    "keep",
-    "sample_every",
-}
+OPERATION = {"steps", "precision", "compile", "workers", "checkpointing", "keep"}
+OPERATION |= {"log_every", "validate_every", "validate_notes", "save_every", "sample_every"}
 
 
 def documented() -> dict[str, str]:
