@@ -221,12 +221,21 @@ class Rehearsal:
     def _pretending(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(_backend.planned(self.device))
-            # Two things that fake parameters cannot do: be moved to the device where they are, and be copied.
-            stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
+            # Two things that fake parameters do not do: be moved, be it to the device where they are, and be copied.
+            stack.enter_context(mock.patch.object(nn.Module, "to", _moved))
             stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied))
             stack.enter_context(self._fake)
             stack.enter_context(self.allocations)
             yield
+
+
+def _moved(module: nn.Module, *_: Any, memory_format: torch.memory_format | None = None) -> nn.Module:
+    if memory_format is not None:
+        for part in module.modules():
+            for name, p in list(part.named_parameters(recurse=False)):
+                if p.ndim == 4:
+                    setattr(part, name, nn.Parameter(p.detach().contiguous(memory_format=memory_format)))
+    return module
 
 
 def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:

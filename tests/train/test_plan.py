@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mars.cli.train import main
@@ -29,7 +30,7 @@ ACTIVATIONS = (  # more of them than weights
     *("tokenizer.width=128", "tokenizer.depth=2", "tokenizer.drop_path=0.2", "tokenizer.layer_scale=1e-5"),
     *("tokenizer.scales=1,2,3,4,6,8", "var.width=128", "var.depth=2", "var.drop_path=0.2"),
 )
-BATCH = 4
+BATCH = 8
 STAGES = ["tokenizer", "var"]
 
 
@@ -144,6 +145,15 @@ def test_sizes_are_those_of_the_stage(stage):
     assert sizes["gradients"] == sizes["averaged"] + (others if stage == "tokenizer" else 0)
     buffers = sum(b.nbytes for m in (made.model, other) for b in m.buffers())
     assert sizes["weights"] == sizes["averaged"] + others + buffers
+
+
+def test_moving_changes_the_layout_alone():
+    convolution = nn.Conv2d(2, 3, 4)
+    assert plan._moved(convolution, CPU) is convolution
+    assert convolution.weight.is_contiguous()
+    plan._moved(convolution, memory_format=torch.channels_last)
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    assert convolution.weight.requires_grad
 
 
 def test_nothing_is_left_behind_by_a_step():
