@@ -44,7 +44,7 @@ def step_of(name: str, batch: int, device: str, joined: bool, small: bool) -> Ca
 @pytest.mark.benchmark(group="channel multiplexing, MARS §3.4")
 @pytest.mark.parametrize("discriminator", ["before", "after"])
 def bench_step(benchmark: Any, place: Place, discriminator: str) -> None:
-    batch = 16 if place.device == "cuda" else 1
+    batch = 16 if place.device == "cuda" else 2
     names = {"128 x 128 x 4": "cmx", "256 x 256 x 1": "truncated"}
     contenders = {}
     for shape, name in names.items():
