@@ -391,8 +391,7 @@ def signals(lab: Laboratory, trainer: str) -> list[Row]:
         faults.started[:8] = (0).to_bytes(8, "little")
         child = fork(partial(slowly, trainer, words) if row is twice else command(words), lab.output)
         problems = []
-        while faults.started[:8] == bytes(8):
-            time.sleep(0.01)
+        until(lambda: faults.started[:8] != bytes(8))
         if row is once:
             time.sleep(rng.uniform(0, 0.5))
         os.kill(child, number)
@@ -412,6 +411,14 @@ def signals(lab: Laboratory, trainer: str) -> list[Row]:
             problems.append(f"signal {number} twice: exit code {status}")
         row.count(*problems)
     return [once, twice]
+
+
+def until(happened: Callable[[], Any]) -> None:
+    """Wait for something that a child must do."""
+    end = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end, "a trainer does not start"
+        time.sleep(0.01)
 
 
 def slowly(trainer: str, words: list[str]) -> None:
@@ -501,8 +508,7 @@ def rivals(lab: Laboratory, trainer: str) -> Row:
         (other,) = outputs.keys() - {first}
         said, code = outputs[first].read_text(), os.waitstatus_to_exitcode(status)
         refused = code == 2 and f"is in use by process {other} on" in " ".join(said.split())
-        while not run.checkpoints():
-            time.sleep(0.05)
+        until(run.checkpoints)
         os.kill(other, signal.SIGTERM)
         ended = wait(other)
         row.count(None if refused and ended == 0 else f"exit codes {code} and {ended}: {said}")
