@@ -165,8 +165,8 @@ def test_a_bad_update_changes_nothing_and_a_good_one_does_not_notice_it(kind):
         assert torch.equal(p, old)
     update(one, 2, 0.0)
     update(other, 2, None)
-    for a, b in zip((*one[0].parameters(), *one[1].parameters()), (*other[0].parameters(), *other[1].parameters())):
-        assert torch.equal(a, b)
+    for ours, theirs in zip(one[:2], other[:2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert all(torch.equal(v, other[2].state()[k]) for k, v in one[2].state().items())
 
 
