@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2))
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(attention(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2).flatten(2))
 
 

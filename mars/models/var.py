@@ -41,7 +41,7 @@ class Attention(nn.Module):
         """x: (B, n, W); attend normalises its queries and keys."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = (t.transpose(1, 2) for t in qkv.unflatten(2, (3, self.heads, -1)).unbind(2))
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         head_scale = self.log_scale.clamp_max(math.log(100)).exp().flatten()
         return self.proj(attend(q, k, v, head_scale).transpose(1, 2).flatten(2))
 

@@ -403,7 +403,7 @@ def test_a_backward_under_autocast_keeps_its_dtype():
         ("auto", torch.float32, 16, (160, 9), "hybrid"),
         ("auto", torch.float32, 16, (9, 160), "grouped"),  # a single group: nothing to gain but the normalisation
         ("auto", torch.bfloat16, 16, (160, 9), "hybrid"),
-        ("auto", torch.bfloat16, 16, (1, 4), "grouped"),
+        ("auto", torch.bfloat16, 16, (9, 160), "grouped"),
         ("auto", torch.float64, 16, (160, 9), "hybrid"),
         ("auto", torch.float16, 16, (160, 9), "grouped"),
         ("native", torch.float32, 16, (160, 9), "hybrid"),
