@@ -28,7 +28,7 @@ from mars.train.var import VARStage
 
 SMALLER = (
     *("tokenizer.width=192", "tokenizer.depth=6", "tokenizer.heads=3", "var.width=256", "var.heads=4", "var.depth=4"),
-    *("var.drop_path=0.017", "train.tokenizer.batch_size=2", "train.var.batch_size=2"),
+    *("var.drop_path=0.017", "train.tokenizer.batch_size=4", "train.var.batch_size=4"),
 )
 SAME = (
     "tokenizer.drop_path=0",
