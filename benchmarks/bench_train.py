@@ -29,7 +29,7 @@ from mars.train.world import World
 
 SMALLER = (
     *("tokenizer.width=192", "tokenizer.depth=6", "tokenizer.heads=3", "var.width=256", "var.heads=4", "var.depth=4"),
-    *("var.drop_path=0.017", "train.tokenizer.batch_size=2", "train.var.batch_size=2"),
+    *("var.drop_path=0.017", "train.tokenizer.batch_size=4", "train.var.batch_size=4"),
 )
 SAME = (
     "tokenizer.drop_path=0",
@@ -68,9 +68,8 @@ def var_steps(config: Config, data: Dataset, device: torch.device) -> tuple[Step
         return float(other(x, condition, generator))
 
     theirs()
-    assert (
-        torch.cat(other.ids, dim=1).cpu() == tokens[notes].long()
-    ).double().mean() > 0.99  # rounding may turn a near-tie
+    same = torch.cat(other.ids, dim=1).cpu() == tokens[notes].long()
+    assert same.double().mean() > 0.99  # rounding may turn a near-tie
     other = published.VARStep(config, tokenizer, copy.deepcopy(stage.model))
     return ours, theirs
 

@@ -39,10 +39,9 @@ def token_scores(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tup
 
     Arguments and precision are those of `linear_cross_entropy`; among equal logits the first counts.
     """
-    dtype = _product_dtype(x)
-    losses, right = [], []
-    for rows, aims in _chunks(x, weight, target):
-        logits = _logits(rows.to(dtype), weight.to(dtype), bias.to(dtype))
+    head, losses, right = _Head(x, weight, bias, _product_dtype(x)), [], []
+    for rows, aims in zip(x.split(head.rows), target.split(head.rows), strict=True):
+        logits = head.logits(rows.to(head.dtype))
         right.append(logits.argmax(1) == aims)
         losses.append(_softmax(logits, aims)[1])
     return torch.cat(losses), torch.cat(right)
@@ -52,49 +51,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            w, b = weight.to(dtype), bias.to(dtype)
+            head = _Head(x, weight, bias, dtype)
             total = torch.zeros((), device=x.device)
-            dx = torch.empty_like(x)
-            dw, db = torch.zeros_like(weight), torch.zeros_like(bias)
-            start = 0
-            for rows, aims in _chunks(x, weight, target):
+            dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.zeros_like(bias)
+            chunks = zip(*(t.split(head.rows) for t in (x, target, dx)), strict=True)
+            for i, (rows, aims, out) in enumerate(chunks):
                 rows = rows.to(dtype)
-                logits = _logits(rows, w, b)
-                p, losses = _softmax(logits, aims)
-                del logits
+                p, losses = _softmax(head.logits(rows), aims)
                 total += losses.sum()
                 p.scatter_add_(1, aims[:, None], p.new_full((len(aims), 1), -1.0))
                 db += p.sum(0)
-                p = p.to(dtype)
-                dx[start : start + len(rows)] = p @ w
-                if dtype == dw.dtype:
-                    dw.addmm_(p.T, rows)
+                p = head.lowered(p)
+                if dtype == x.dtype:
+                    torch.mm(p, head.weight, out=out)
+                    dw.addmm_(p.T, rows, beta=min(i, 1))  # 0 overwrites
                 else:
-                    dw += p.T @ rows
-                start += len(rows)
+                    out.copy_(p @ head.weight)
+                    dw.copy_(p.T @ rows) if i == 0 else dw.add_(p.T @ rows)
         ctx.save_for_backward(dx, dw, db)
         return total / len(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, db = ctx.saved_tensors
-        gradient = gradient / len(dx)
-        return dx * gradient, dw * gradient, db * gradient, None, None
+        gradient = gradient / len(ctx.saved_tensors[0])
+        return *(saved.mul_(gradient) for saved in ctx.saved_tensors), None, None  # in place: a second time would raise
+
+
+class _Head:
+    """Logits of some rows at a time, float32, in memory that serves all of them."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        self.weight, self.bias, self.dtype = weight.to(dtype), bias.to(dtype), dtype
+        self.rows = min(max(CHUNK["cpu" if x.device.type == "cpu" else "other"] // len(weight), 1), len(x))
+        shape = self.rows, len(weight)
+        self._logits = torch.empty(shape, device=x.device)
+        self._low = self._logits if dtype == torch.float32 else torch.empty(shape, device=x.device, dtype=dtype)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """float32 (n, V) of rows (n, W); overwrites those given before."""
+        low = torch.addmm(self.bias, rows, self.weight.T, out=self._low[: len(rows)])
+        return low if self._low is self._logits else self._logits[: len(rows)].copy_(low)
+
+    def lowered(self, gradient: Tensor) -> Tensor:
+        """The gradient (n, V) of the logits in the dtype of the products."""
+        return gradient if self._low is self._logits else self._low[: len(gradient)].copy_(gradient)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _chunks(x: Tensor, weight: Tensor, target: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    rows = max(CHUNK["cpu" if x.device.type == "cpu" else "other"] // len(weight), 1)
-    return zip(x.split(rows), target.split(rows), strict=True)
-
-
-def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, x, weight.T).float()
 
 
 def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

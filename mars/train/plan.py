@@ -188,13 +188,14 @@ class Rehearsal:
         self.step(train.batch_size, 1)
 
     def step(self, batch: int, micro_batches: int) -> Step:
-        """A step of micro-batches of `batch` notes, while as many are at hand for the next."""
+        """A step of micro-batches of `batch` notes, while those of the next steps (`train.workers`) are at hand."""
         count = self.allocations
         with self._pretending():
             count.peak = count.held
             first = self.stage.batch(np.zeros(batch, np.int64))
             loading = count.peak - count.held
-            batches = [first, *(tree_map_only(Tensor, torch.clone, first) for _ in range(2 * micro_batches - 1))]
+            held_ahead = (1 + self.stage.train.workers) * micro_batches
+            batches = [first, *(tree_map_only(Tensor, torch.clone, first) for _ in range(held_ahead - 1))]
             held = count.peak = count.held
             count.truth, flops = True, count.flops  # is it finite? it is
             streams = [stream(0, i) for i in range(micro_batches)]

@@ -24,7 +24,6 @@ CPU = torch.device("cpu")
 PARTS = {"data", "forward", "loss", "backward", "optimizer", "average", "other"}
 
 
-@pytest.mark.filterwarnings("ignore:.*USDT")
 @pytest.mark.parametrize("kind", ["tokenizer", "var"])
 def test_the_parts_of_a_step(kind, smoke, notes, tmp_path, monkeypatch):
     monkeypatch.setattr("mars.train.tokenizer.Discriminator", partial(Discriminator, width=4))
