@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from mars.config import override
 from mars.models.tokenizer import Tokenizer
-from mars.train import tokens
+from mars.train import start, tokens
 from mars.train.tokens import cached_tokens, tokenize
 from mars.train.world import ALONE
 
 CPU = torch.device("cpu")
+
+
+SMALL = ("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1")
 
 
 @pytest.fixture
@@ -113,3 +117,23 @@ def test_the_smallest_type_that_holds_them(codes, dtype, smoke, notes, monkeypat
     assert found.dtype == dtype
     assert torch.equal(found.long(), ids.expand(11, -1))
     assert torch.equal(found[[3, 1]].long(), ids.expand(2, -1))
+
+
+def test_runs_on_the_same_tokenizer_share_their_tokens_and_a_profile_makes_no_run(notes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "open_dataset", lambda path: notes)
+    few = ("train.steps=2", "train.batch_size=2", "train.save_every=2")
+    first = start.train_tokenizer(preset="smoke", overrides=(*SMALL, *few), out=Path("runs/a"))
+    counted = []
+    original = tokens.tokenize
+    monkeypatch.setattr(tokens, "tokenize", lambda *arguments: counted.append(1) or original(*arguments))
+    for name in ("b", "c", "b"):  # the third goes on with the first
+        start.train_var(tokenizer=first, overrides=few, out=Path("runs") / name)
+    assert len(counted) == 1
+    trace = start.train_var(tokenizer=first, overrides=few, profile=Path("trace.json"))
+    assert trace.is_file()
+    assert len(counted) == 1
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [".tokens", "a", "b", "c"]
+    assert sorted(p.name for p in (tmp_path / "runs" / "b").iterdir()) == sorted(
+        p.name for p in (tmp_path / "runs" / "a").iterdir()
+    )
