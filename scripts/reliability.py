@@ -483,7 +483,8 @@ def poisoned(trainer: str, words: list[str], place: str, value: float, when: ran
         result = clean(self, step, batches, streams)
         if step == when[0] and place in self.state():
             tensors = [t.data for t in self.state()[place].values() if t.is_floating_point() and t.ndim > 0]
-            tensors[step % len(tensors)].view(-1)[0] = value
+            tensor = tensors[step % len(tensors)]
+            tensor[(0,) * tensor.ndim] = value
         return result
 
     def poison(self: Optimizer) -> Any:

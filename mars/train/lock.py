@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +49,9 @@ def claim(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
             locked = True
         except OSError as error:
             if error.errno in _HELD:
-                holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
-                raise ConfigError(f"{folder} is in use by {holder}; wait for it to end or name another --out") from None
+                raise ConfigError(
+                    f"{folder} is in use by {_holder(path)}; wait for it to end or name another --out"
+                ) from None
             if error.errno not in _UNSUPPORTED:
                 raise
             locked = False
@@ -60,6 +62,15 @@ def claim(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
         yield locked
     finally:
         os.close(descriptor)
+
+
+def _holder(path: Path) -> str:
+    """What the process that has the lock wrote; it may have taken it this very moment."""
+    for _ in range(100):
+        if text := path.read_text(encoding="utf-8", errors="replace").strip():
+            return text
+        time.sleep(0.01)
+    return "another process"
 
 
 def held(folder: Path) -> bool | None:
