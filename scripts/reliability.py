@@ -491,7 +491,7 @@ def poisoned(trainer: str, words: list[str], place: str, value: float, when: ran
         if spoilt[0] and place == "gradients":
             gradient = self.parameters[-1].grad
             assert gradient is not None
-            gradient.view(-1)[0] = value
+            gradient[(0,) * gradient.ndim] = value
         return clip(self)
 
     kind.step, Optimizer.clip = step, poison  # type: ignore[method-assign]
