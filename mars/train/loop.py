@@ -112,9 +112,12 @@ def run(
             folder.save(position, stage)
         saved = done
 
+    def validates(step: int) -> bool:
+        return step % train.validate_every == 0 or step == end
+
     def in_time() -> bool:
-        validates = (done + 1) % train.validate_every == 0 or done + 1 == end
-        return deadline.leaves_time_for("step", "save", *(["validation", "samples"] if validates else []))
+        parts = {"validation": validates(done + 1), "samples": watch.samples_due(done + 1, done + 1 == end)}
+        return deadline.leaves_time_for("step", "save", *(part for part, due in parts.items() if due))
 
     with (
         _stop_signals() as stop,
@@ -154,7 +157,7 @@ def run(
                     )
             progress.update(task, completed=done)
             pause, improved = time.monotonic(), False
-            if done % train.validate_every == 0 or done == end:
+            if validates(done):
                 with deadline.timed("validation"):
                     values = world.same(stage.validate())  # GPUs may differ in the last bit
                 # One that only this sitting's end made would make the best depend on where the run was stopped.

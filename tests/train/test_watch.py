@@ -32,6 +32,7 @@ from mars.config import override
 from mars.errors import CheckpointError, ConfigError, Diverged
 from mars.models.tokenizer import Tokenizer
 from mars.train import charts, compare, loop, memory, report, samples
+from mars.train.deadline import Deadline
 from mars.train.folder import RunFolder
 from mars.train.log import read_log
 from mars.train.samples import Sampler
@@ -249,6 +250,17 @@ def test_how_often_is_a_setting(every, wanted, tmp_path, smoke, notes):
     run = train(make("tokenizer", smoke, notes, f"train.sample_every={every}"), tmp_path / "run", notes)
     assert [int(p.name[5:]) for p in sorted((run / "samples").glob("step-*"))] == wanted
     assert (run / "report.html").is_file()
+
+
+def test_time_is_kept_for_what_follows_the_next_step(tmp_path, smoke, notes, monkeypatch):
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Deadline, "leaves_time_for", lambda self, *kinds: asked.append(kinds) is None)
+    train(make("tokenizer", smoke, notes), tmp_path / "run", notes, max_time=1e6)
+    always = ("step", "save")
+    assert asked == [
+        *(always, always, (*always, "samples"), (*always, "validation")),
+        *(always, (*always, "samples"), always, (*always, "validation", "samples")),
+    ]
 
 
 def test_samples_are_whole_or_absent(tmp_path, monkeypatch):
