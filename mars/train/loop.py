@@ -172,8 +172,10 @@ def run(
             last_log += time.monotonic() - pause
         if done != saved:
             save()
-        if 0 < done < end:
-            console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
+        if done < train.steps:
+            where = f"; saved in {folder.path}" if done else ""
+            ahead = f"the same command with --out {folder.path} goes on"
+            console.print(f"stopped at step {done:,} of {train.steps:,}{where}; {ahead}")
     world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
 

@@ -33,6 +33,7 @@ from mars.kernels import _backend, costs
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import native_bfloat16, stream
 from mars.train.optimizer import Optimizer
+from mars.train.stage import StageName
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
 
@@ -40,7 +41,6 @@ RESERVED = 1 << 30  # bytes: the CUDA context, and the workspaces of cuBLAS and 
 FRAGMENTED = 0.05  # share of the memory that lies unused between the allocator's blocks
 ROWS = 2048  # of a micro-batch's matrices, below which a GPU idles: worth a third more FLOPs
 
-StageName = Literal["tokenizer", "var"]
 Device = Literal["cpu", "cuda"]
 
 

@@ -22,7 +22,7 @@ from mars.data import open_dataset
 from mars.errors import ConfigError, Diverged, LostProcess
 from mars.train.folder import RunFolder
 from mars.train.loop import batch_indices
-from mars.train.start import train_var
+from mars.train.start import train
 from mars.train.world import ALONE, World, join, parting
 from tests.train import processes
 
@@ -291,7 +291,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
 
 def test_what_several_processes_cannot_have(monkeypatch):
     with pytest.raises(ConfigError, match="--shard: there is one process"):
-        train_var(shard=True, device="cpu")
+        train("var", shard=True, device="cpu")
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="--device mps: several processes need cpu or cuda"):

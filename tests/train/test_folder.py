@@ -391,15 +391,25 @@ def test_a_folder_in_use_is_refused(train, path):
     assert train(path).exit_code == 0
 
 
+def test_what_to_do_next_is_said(train, path):
+    output = train(path, "--max-steps", 2).output
+    assert f"stopped at step 2 of 4; saved in {path}; the same command with --out {path} goes on\n" in output
+    assert "next:" not in output
+    assert f"next: mars-train var --tokenizer {path}\n" in train(path).output
+    result = CliRunner().invoke(main, ["var", "--device", "cpu", "--out", str(path)])
+    assert result.exit_code == 2
+    assert "is a run with stage tokenizer, not var" in result.output
+
+
 def test_time_counts_from_the_start_of_the_command(train, path, monkeypatch):
     given = {}
     with monkeypatch.context() as patch:
-        patch.setattr(start, "train_tokenizer", lambda **options: given.update(options))
+        patch.setattr(start, "train", lambda stage, **options: given.update(options))
         began = time.monotonic()
         assert train(path, "--max-time", "59m").exit_code == 0
         assert began <= given["began"] <= time.monotonic()
     for hours, steps in ((1, []), (0, [4])):
-        start.train_tokenizer(**given | {"began": time.monotonic() - hours * 3600})
+        start.train("tokenizer", **given | {"began": time.monotonic() - hours * 3600})
         assert [p.name for p in path.glob("checkpoints/*")] == [f"step-{n:08d}" for n in steps]
 
 
