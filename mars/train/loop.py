@@ -82,7 +82,7 @@ def run(
     position = folder.restore(stage, console.print)
     done = saved = position.step
     if world.same(done) != done:
-        raise CheckpointError(f"process {world.rank} found another newest checkpoint in {folder.path} than process 0")
+        raise CheckpointError(f"found another newest checkpoint in {folder.path} than process 0")
     folder.rewind(done)
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")

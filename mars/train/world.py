@@ -206,7 +206,7 @@ def _own(device: torch.device) -> torch.device:
 
 @contextmanager
 def parting() -> Iterator[None]:
-    """Take leave of the other processes at the end, if there are any.
+    """Take leave of the other processes at the end, if there are any; errors say whose they are.
 
     Raises:
         LostProcess: another process went away. After any error the process group is left as it is, since closing it
@@ -214,7 +214,9 @@ def parting() -> Iterator[None]:
     """
     try:
         yield
-    except MarsError:
+    except MarsError as error:
+        if dist.is_initialized() and dist.get_rank():
+            error.args = (f"process {dist.get_rank()}: {error}",)
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's own errors have no class

@@ -244,11 +244,12 @@ def test_a_lost_process_ends_the_others(tmp_path, start):
 
 
 def test_micro_batches_that_cannot_be_shared_are_a_usage_error(tmp_path, pair):
-    for process in pair(*options(tmp_path / "run", "train.accumulate=3")):
+    whose = ("", "process 1: ")
+    for label, process in zip(whose, pair(*options(tmp_path / "run", "train.accumulate=3")), strict=True):
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 2
         assert output == (
-            "Error: train.accumulate must be a multiple of the 2 processes, got 3; "
+            f"Error: {label}train.accumulate must be a multiple of the 2 processes, got 3; "
             "train.batch_size=3 train.accumulate=4 keep the 12 notes a step\n"
         )
     assert not (tmp_path / "run").exists()
