@@ -48,7 +48,7 @@ class Stage(Protocol):
         """Restore them, from whole tensors; CheckpointError if anything does not fit."""
 
     def snapshot(self) -> Model | None:
-        """The model with the averaged weights, which are not copied."""
+        """The model with the averaged weights, able to generate; None but on the main process."""
 
     def export(self, path: Path) -> None:
         """Write the model directory; every process calls this, the main one writes."""
