@@ -186,9 +186,9 @@ class RunFolder:
 
     def _check_identity(self, document: Mapping[str, Any], path: Path) -> None:
         for key, wanted in self.identity.items():
-            difference = _difference(document.get(key), wanted, key)
-            if difference is not None:
-                raise CheckpointError(f"{path} is of another run: {difference}")
+            found = difference(document.get(key), wanted, key)
+            if found is not None:
+                raise CheckpointError(f"{path} is of another run: {found}")
 
 
 def checkpoint_size(stage: Stage) -> int:
@@ -236,9 +236,9 @@ def _position(document: Any, path: Path) -> Position:
     return position
 
 
-def _difference(found: Any, wanted: Any, where: str) -> str | None:
+def difference(found: Any, wanted: Any, where: str) -> str | None:
     """The first value of `wanted` that is another in `found`; settings that `found` does not know are passed over."""
     if isinstance(found, dict) and isinstance(wanted, dict):
-        parts = (_difference(found[k], v, f"{where}.{k}") for k, v in wanted.items() if k in found)
+        parts = (difference(found[k], v, f"{where}.{k}") for k, v in wanted.items() if k in found)
         return next((part for part in parts if part is not None), None)
     return None if found == wanted else f"{where} is {found}, not {wanted}"

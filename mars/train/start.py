@@ -289,7 +289,7 @@ def _open_run(
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
     asked = json.dumps([run.identity, str(path)])
     if world.same(asked) != asked:  # this waits for all to have read what the main process may write now
-        raise ConfigError(f"process {world.rank} was started with other settings, data or --out than process 0")
+        raise ConfigError("started with other settings, data or --out than process 0")
     if not world.main:
         world.barrier()
         yield run
@@ -333,9 +333,10 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str
             raise ConfigError(
                 f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
             )
-    if config.load(path / "config.json") != settings:
+    had, asked = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
+    if (other := folder.difference(had, asked, "config")) is not None:
         raise ConfigError(
-            f"--out {path} is a run with other settings; repeat its --set or name a new folder with --out"
+            f"--out {path} is a run with other settings: {other}; repeat its --set or name a new folder with --out"
         )
 
 
