@@ -17,11 +17,11 @@ import mars
 from mars import checkpoint
 from mars.errors import CheckpointError, DiskError, Diverged
 from mars.files import size_of, write_atomically
+from mars.train.log import JUDGED_BY
 from mars.train.stage import Stage
 from mars.train.world import ALONE, World
 
 FORMAT = 1  # of state.json
-JUDGED_BY = ("val_loss", "val_mse")  # the first of these that a validation reports; the lowest is the best
 VERSIONS = {
     "mars": mars.__version__,
     "torch": torch.__version__,

@@ -89,7 +89,7 @@ def run(
     end = min(train.steps, max_steps) if max_steps is not None else train.steps
     batch = train.batch_size * train.accumulate
     last_log = time.monotonic()
-    logged, bad, verdicts = done, BadSteps(folder.path / "diverged.json"), Verdicts()
+    logged, bad, verdicts = done, BadSteps(folder.path / "diverged.json", world.main), Verdicts()
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)

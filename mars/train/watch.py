@@ -73,11 +73,12 @@ class Watch:
         self.step = record["step"]
         if not self.main:
             return
-        memory = process_peak(self.device) if kind(record) == "training" else None
+        what = kind(record)
+        memory = process_peak(self.device) if what == "training" else None
         added = {"time": round(time.time(), 1)} | ({} if memory is None else {"memory_mb": round(memory / 1e6)})
         record = {**record, **added}
         self.run.log(record)
-        self.news |= any(name.startswith("val_") for name in record)
+        self.news |= what == "validation"
         if self.board is not None:
             self.board.log(record)
 
