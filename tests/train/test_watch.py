@@ -84,9 +84,6 @@ def contents(path: Path, *folders: str) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for f in folders for p in (path / f).rglob("*") if p.is_file()}
 
 
-# ---------------------------------------------------------------- the log
-
-
 def write_log(path: Path, *records: object, torn: str = "") -> Path:
     path.mkdir(exist_ok=True)
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
@@ -164,9 +161,6 @@ def test_memory_is_what_the_process_took():
     before = memory.process_peak(CPU)
     block = np.ones(40_000_000)
     assert memory.process_peak(CPU) >= min(before, block.nbytes) > 0
-
-
-# ---------------------------------------------------------------- samples
 
 
 def test_samples_come_in_time_and_originals_once(run):
@@ -277,9 +271,6 @@ def test_samples_are_whole_or_absent(tmp_path, monkeypatch):
     assert contents(tmp_path, "x") == before
 
 
-# ---------------------------------------------------------------- what goes wrong
-
-
 @pytest.mark.parametrize(
     "error", [RuntimeError("cuFFT\n[/x] failed"), CheckpointError("not finite"), ValueError("bug")]
 )
@@ -338,9 +329,6 @@ def test_a_diverged_run_says_so(tmp_path, smoke, notes):
     train(make("tokenizer", smoke, notes, "train.steps=30"), tmp_path / "run", notes)
     assert compare.summary(tmp_path / "run")["state"] == "finished"
     assert "Training diverged" not in (tmp_path / "run/report.html").read_text()
-
-
-# ---------------------------------------------------------------- the report
 
 
 class Page(HTMLParser):
@@ -532,9 +520,6 @@ def test_tensorboard_gets_all_of_it(tmp_path, smoke, notes):
     assert [e.step for e in found.Audio("original/0")] == [3]
 
 
-# ---------------------------------------------------------------- the charts
-
-
 def test_buckets_keep_mean_and_range():
     points = [(s, None if s == 5 else float(s % 10)) for s in range(1000)]
     found = charts.buckets(points, 100)
@@ -577,9 +562,6 @@ def test_numbers_are_short(value, text):
 )
 def test_durations_are_short(seconds, text):
     assert report.duration(seconds) == text
-
-
-# ---------------------------------------------------------------- runs side by side
 
 
 def test_listing_runs_does_not_wait_for_pytorch(run):
