@@ -87,7 +87,7 @@ def run(
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")
     end = min(train.steps, max_steps) if max_steps is not None else train.steps
-    batch = train.batch_size * train.accumulate
+    batch = train.notes_per_step
     last_log = time.monotonic()
     logged, bad, verdicts = done, BadSteps(folder.path / "diverged.json", world.main), Verdicts()
 

@@ -47,7 +47,7 @@ class World:
         """Raise ConfigError if the micro-batches of a step cannot be shared equally."""
         if train.accumulate % self.size == 0:
             return
-        notes = train.batch_size * train.accumulate
+        notes = train.notes_per_step
         counts = [a for a in range(self.size, notes + 1, self.size) if notes % a == 0]
         smaller = [a for a in counts if a >= train.accumulate]  # whose micro-batches need no more memory
         if counts:
