@@ -14,6 +14,7 @@ from mars.models.tokenizer import Tokenizer
 from mars.runtime import stream
 from mars.train.memory import peak_memory
 from mars.train.plan import Notes, Rehearsal
+from mars.train.stage import StageName
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
 
@@ -23,7 +24,7 @@ BATCH, MICRO_BATCHES = 8, 2
 @pytest.mark.benchmark(group="planned memory of a training step")
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("stage", ["tokenizer", "var"])
-def bench_memory(benchmark: Any, place: Place, stage: Literal["tokenizer", "var"], checkpointing: str) -> None:
+def bench_memory(benchmark: Any, place: Place, stage: StageName, checkpointing: str) -> None:
     """The plan is within 15 % of `torch.cuda.max_memory_allocated`, or of what PyTorch allocates on a CPU."""
     name = "smoke" if not benchmark.enabled else "paper" if place.device == "cuda" else "notes"
     config = preset(name, (f"train.checkpointing={checkpointing}",), stage)

@@ -7,12 +7,15 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mars.cli.errors import user_errors
 from mars.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mars.train.stage import StageName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,7 +61,7 @@ def training_options(function: F) -> F:
     return function
 
 
-def planned(stage: Literal["tokenizer", "var"], options: dict[str, Any]) -> bool:
+def planned(stage: StageName, options: dict[str, Any]) -> bool:
     """Print the plan if it is asked for; takes its options out of `options`."""
     wanted, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
     if not wanted:
@@ -76,6 +79,18 @@ def planned(stage: Literal["tokenizer", "var"], options: dict[str, Any]) -> bool
     return True
 
 
+def _train(stage: StageName, options: dict[str, Any]) -> None:
+    began = time.monotonic()  # importing PyTorch counts too
+    with user_errors():
+        if planned(stage, options):
+            return
+        from mars.train.start import train
+        from mars.train.world import parting
+
+        with parting():
+            train(stage, **options, began=began)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Train a model: first the tokenizer, then the VAR transformer on its tokens."""
@@ -85,15 +100,7 @@ def main() -> None:
 @training_options
 def tokenizer(**options: Any) -> None:
     """Train the tokenizer: spectrograms to tokens and back."""
-    began = time.monotonic()  # importing PyTorch counts too
-    with user_errors():
-        if planned("tokenizer", options):
-            return
-        from mars.train.start import train_tokenizer
-        from mars.train.world import parting
-
-        with parting():
-            train_tokenizer(**options, began=began)
+    _train("tokenizer", options)
 
 
 @main.command()
@@ -104,15 +111,7 @@ def tokenizer(**options: Any) -> None:
 @training_options
 def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
-    began = time.monotonic()  # importing PyTorch counts too
-    with user_errors():
-        if planned("var", options):
-            return
-        from mars.train.start import train_var
-        from mars.train.world import parting
-
-        with parting():
-            train_var(**options, began=began)
+    _train("var", options)
 
 
 @main.command("list")

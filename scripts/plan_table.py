@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from mars.config import preset, preset_names
 from mars.train.plan import Planner, Rehearsal
+from mars.train.stage import StageName
 
-STAGES: tuple[Literal["tokenizer", "var"], ...] = ("tokenizer", "var")
+STAGES: tuple[StageName, ...] = ("tokenizer", "var")
 MEMORIES = (24, 32, 80)  # GB
 NOTES = 289_205  # of NSynth's training split
 EPOCHS = {"tokenizer": 400, "var": 350}  # the paper's
@@ -49,7 +48,7 @@ def main() -> None:
         print(f"| {label} | {flops:.2e} | " + " | ".join(days) + " |")
 
 
-def training(stage: Literal["tokenizer", "var"]) -> float:
+def training(stage: StageName) -> float:
     """FLOP of the whole training with the settings of `paper`."""
     config = preset("paper")
     train = getattr(config.train, stage)

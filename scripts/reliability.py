@@ -159,9 +159,6 @@ def leftovers(run: RunFolder) -> str | None:
     return f"left over: {', '.join(names)}" if names else None
 
 
-# ---------------------------------------------------------------- the campaigns
-
-
 def kills(lab: Laboratory, trainer: str) -> Row:
     """SIGKILL at random moments; each run goes on until it is done, then a new one starts."""
     row, rng = Row(f"SIGKILL at a random moment, {trainer}, saving every step"), lab.random(1, TRAINERS.index(trainer))

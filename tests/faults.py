@@ -93,9 +93,6 @@ def tokens(tokenizer: Tokenizer, settings: Config) -> torch.Tensor:
     return tokenize(tokenizer, settings, notes(), ALONE, lambda n: None)
 
 
-# ---------------------------------------------------------------- processes
-
-
 def fork(function: Callable[[], Any], output: Path) -> int:
     """Run `function` in a forked process, which ends with the status of an installed command; its process id."""
     child = os.fork()
@@ -126,9 +123,6 @@ def wait(child: int) -> int:
 def command(words: list[str]) -> Callable[[], None]:
     """mars-train with these arguments."""
     return lambda: main(words, prog_name="mars-train")
-
-
-# ---------------------------------------------------------------- faults of the disk
 
 
 class Disk:
@@ -203,9 +197,6 @@ def failing(error: int) -> Callable[[Disk, str], None]:
         raise OSError(error, os.strerror(error))
 
     return strike
-
-
-# ---------------------------------------------------------------- damage
 
 
 def flip(file: Path, rng: np.random.Generator) -> None:

@@ -11,8 +11,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------- resizing
-
 
 def area_matrix(size: int, out: int) -> Tensor:
     """(out, size): row i averages the cells that the interval [i, i + 1) size / out touches."""
@@ -44,9 +42,6 @@ def resize(x: Tensor, grid: tuple[int, int], matrix) -> Tensor:
     """x (B, D, h, w) -> (B, D, *grid), separable."""
     rows, columns = matrix(x.shape[2], grid[0]).to(x), matrix(x.shape[3], grid[1]).to(x)
     return torch.einsum("ih,bdhw,jw->bdij", rows, x, columns)
-
-
-# ---------------------------------------------------------------- quantiser
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -123,9 +118,6 @@ def teacher_inputs(ids: Tensor, codebook, phis, which, scales, ratio: float) -> 
         inputs.append(resize(total, scales[k + 1], area_matrix).flatten(2).transpose(1, 2))
         start += n
     return torch.cat(inputs, dim=1)
-
-
-# ---------------------------------------------------------------- transformer
 
 
 def parameter(*shape: int) -> nn.Parameter:

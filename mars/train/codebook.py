@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mars.errors import CheckpointError
 from mars.models.quantizer import Quantized, Quantizer
-from mars.runtime import stream
+from mars.runtime import stream, to_device
 from mars.train.optimizer import Optimizer
 from mars.train.world import ALONE, World
 
@@ -71,7 +71,7 @@ class Statistics:
             i, n = part
             slots = torch.arange(i, size, n)
             chosen = torch.randperm(len(rows), generator=generator)[torch.arange(len(slots)) % len(rows)]
-            self.candidates[slots.to(rows.device)] = rows[chosen.to(rows.device)]
+            self.candidates[to_device(slots, rows.device)] = rows[to_device(chosen, rows.device)]
 
 
 class CodebookTraining:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mars.errors import ConfigError
-from mars.train.log import BEST, read_log
+from mars.train.log import JUDGED_BY, read_log
 
 RUNS = Path("runs")
 
@@ -61,7 +61,7 @@ def summary(run: Path) -> Summary:
     except (OSError, ValueError, RecursionError) as error:
         return {**found, "problem": str(error)}
     best = log.best()
-    name = best[0] if best else next((n for n in BEST if log.series(n)), None)
+    name = best[0] if best else next((n for n in JUDGED_BY if log.series(n)), None)
     return found | {
         "stage": stage,
         "preset": record.get("preset"),

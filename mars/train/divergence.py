@@ -50,9 +50,9 @@ class Verdicts:
 class BadSteps:
     """The bad steps since the last good one."""
 
-    def __init__(self, report: Path) -> None:
-        """report: where the steps and their notes are listed in the end."""
-        self.report = report
+    def __init__(self, report: Path, writes: bool = True) -> None:
+        """report: where the steps and their notes are listed in the end, by the process that `writes`."""
+        self.report, self.writes = report, writes
         self.steps: list[dict[str, object]] = []
 
     def forget(self) -> None:
@@ -69,7 +69,8 @@ class BadSteps:
         self.steps.append({"step": step, **shown, "notes": list(notes)})
         if len(self.steps) < MAX_BAD_STEPS:
             return
-        write_atomically(self.report, (json.dumps(self.steps, indent=1) + "\n").encode(), durable=True)
+        if self.writes:
+            write_atomically(self.report, (json.dumps(self.steps, indent=1) + "\n").encode(), durable=True)
         raise Diverged(
             f"{MAX_BAD_STEPS} steps in a row were not finite, the last at step {step}; lower train.lr in a new run; "
             f"the notes of these steps are listed in {self.report}"

@@ -17,11 +17,11 @@ import mars
 from mars import checkpoint
 from mars.errors import CheckpointError, DiskError, Diverged
 from mars.files import size_of, write_atomically
+from mars.train.log import JUDGED_BY
 from mars.train.stage import Stage
 from mars.train.world import ALONE, World
 
 FORMAT = 1  # of state.json
-JUDGED_BY = ("val_loss", "val_mse")  # the first of these that a validation reports; the lowest is the best
 VERSIONS = {
     "mars": mars.__version__,
     "torch": torch.__version__,
@@ -186,9 +186,9 @@ class RunFolder:
 
     def _check_identity(self, document: Mapping[str, Any], path: Path) -> None:
         for key, wanted in self.identity.items():
-            difference = _difference(document.get(key), wanted, key)
-            if difference is not None:
-                raise CheckpointError(f"{path} is of another run: {difference}")
+            found = difference(document.get(key), wanted, key)
+            if found is not None:
+                raise CheckpointError(f"{path} is of another run: {found}")
 
 
 def checkpoint_size(stage: Stage) -> int:
@@ -236,9 +236,9 @@ def _position(document: Any, path: Path) -> Position:
     return position
 
 
-def _difference(found: Any, wanted: Any, where: str) -> str | None:
+def difference(found: Any, wanted: Any, where: str) -> str | None:
     """The first value of `wanted` that is another in `found`; settings that `found` does not know are passed over."""
     if isinstance(found, dict) and isinstance(wanted, dict):
-        parts = (_difference(found[k], v, f"{where}.{k}") for k, v in wanted.items() if k in found)
+        parts = (difference(found[k], v, f"{where}.{k}") for k, v in wanted.items() if k in found)
         return next((part for part in parts if part is not None), None)
     return None if found == wanted else f"{where} is {found}, not {wanted}"

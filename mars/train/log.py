@@ -18,7 +18,7 @@ from typing import Any
 from mars.train.lock import held
 
 FILE = "log.jsonl"
-BEST = ("val_mse", "val_loss")  # what a validation is judged by: the tokenizer's, the VAR's
+JUDGED_BY = ("val_mse", "val_loss")  # the tokenizer's validation, the VAR's: the lowest is the best
 ENDS = ("finished", "stopped", "diverged")  # the events that end a sitting
 
 Record = dict[str, Any]
@@ -54,7 +54,7 @@ class Log:
 
     def best(self) -> tuple[str, int, float] | None:
         """(name, step, value) of the lowest validation."""
-        found = [(value, step, name) for name in BEST for step, value in self.series(name) if value is not None]
+        found = [(value, step, name) for name in JUDGED_BY for step, value in self.series(name) if value is not None]
         value, step, name = min(found, default=(0.0, 0, ""))
         return (name, step, value) if name else None
 

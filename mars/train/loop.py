@@ -82,14 +82,14 @@ def run(
     position = folder.restore(stage, console.print)
     done = saved = position.step
     if world.same(done) != done:
-        raise CheckpointError(f"process {world.rank} found another newest checkpoint in {folder.path} than process 0")
+        raise CheckpointError(f"found another newest checkpoint in {folder.path} than process 0")
     folder.rewind(done)
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")
     end = min(train.steps, max_steps) if max_steps is not None else train.steps
-    batch = train.batch_size * train.accumulate
+    batch = train.notes_per_step
     last_log = time.monotonic()
-    logged, bad, verdicts = done, BadSteps(folder.path / "diverged.json"), Verdicts()
+    logged, bad, verdicts = done, BadSteps(folder.path / "diverged.json", world.main), Verdicts()
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)
@@ -112,9 +112,12 @@ def run(
             folder.save(position, stage)
         saved = done
 
+    def validates(step: int) -> bool:
+        return step % train.validate_every == 0 or step == end
+
     def in_time() -> bool:
-        validates = (done + 1) % train.validate_every == 0 or done + 1 == end
-        return deadline.leaves_time_for("step", "save", *(["validation", "samples"] if validates else []))
+        parts = {"validation": validates(done + 1), "samples": watch.samples_due(done + 1, done + 1 == end)}
+        return deadline.leaves_time_for("step", "save", *(part for part, due in parts.items() if due))
 
     with (
         _stop_signals() as stop,
@@ -154,7 +157,7 @@ def run(
                     )
             progress.update(task, completed=done)
             pause, improved = time.monotonic(), False
-            if done % train.validate_every == 0 or done == end:
+            if validates(done):
                 with deadline.timed("validation"):
                     values = world.same(stage.validate())  # GPUs may differ in the last bit
                 # One that only this sitting's end made would make the best depend on where the run was stopped.
@@ -169,8 +172,10 @@ def run(
             last_log += time.monotonic() - pause
         if done != saved:
             save()
-        if 0 < done < end:
-            console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
+        if done < train.steps:
+            where = f"; saved in {folder.path}" if done else ""
+            ahead = f"the same command with --out {folder.path} goes on"
+            console.print(f"stopped at step {done:,} of {train.steps:,}{where}; {ahead}")
     world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
 

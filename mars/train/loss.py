@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mars.kernels import _backend
+
 CHUNK = {"cpu": 1 << 22, "other": 1 << 25}  # logits at once: near the cache; on a GPU, enough to fill it
 
 
@@ -83,7 +85,7 @@ class _Head:
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.bias, self.dtype = weight.to(dtype), bias.to(dtype), dtype
-        self.rows = min(max(CHUNK["cpu" if x.device.type == "cpu" else "other"] // len(weight), 1), len(x))
+        self.rows = min(max(CHUNK["cpu" if _backend.device_type(x) == "cpu" else "other"] // len(weight), 1), len(x))
         shape = self.rows, len(weight)
         self._logits = torch.empty(shape, device=x.device)
         self._low = self._logits if dtype == torch.float32 else torch.empty(shape, device=x.device, dtype=dtype)
@@ -109,5 +111,5 @@ def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     The largest probability is exp(z_max) / sum exp(z), so that no second pass of exponentials is needed.
     """
     largest, aimed = logits.amax(1), logits.gather(1, target[:, None])[:, 0]
-    p = torch.softmax(logits, 1, out=logits if logits.device.type == "cpu" else None)
+    p = torch.softmax(logits, 1, out=logits if _backend.device_type(logits) == "cpu" else None)
     return p, largest - p.amax(1).log() - aimed

@@ -33,6 +33,7 @@ from mars.kernels import _backend, costs
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import native_bfloat16, stream
 from mars.train.optimizer import Optimizer
+from mars.train.stage import StageName
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
 
@@ -40,7 +41,6 @@ RESERVED = 1 << 30  # bytes: the CUDA context, and the workspaces of cuBLAS and 
 FRAGMENTED = 0.05  # share of the memory that lies unused between the allocator's blocks
 ROWS = 2048  # of a micro-batch's matrices, below which a GPU idles: worth a third more FLOPs
 
-StageName = Literal["tokenizer", "var"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -282,7 +282,7 @@ class _Needs:
 
     def __init__(self, config: Config, stage: StageName, device: Device) -> None:
         self.train: TrainConfig = getattr(config.train, stage)
-        self.notes = self.train.batch_size * self.train.accumulate
+        self.notes = self.train.notes_per_step
         self.rehearsal = Rehearsal(config, stage, device)
         self._steps: dict[tuple[int, int], Step] = {}
         two, three = (self._step(self.train.batch_size, n) for n in (2, 3))
@@ -334,7 +334,7 @@ def _recommended(plain: Fit, checkpointed: Fit, tokens: int, train: TrainConfig)
     chosen = plain if enough else checkpointed
     if not chosen.micro_batch:
         return ()
-    notes = train.batch_size * train.accumulate
+    notes = train.notes_per_step
     settings = [f"train.batch_size={chosen.micro_batch}", f"train.accumulate={notes // chosen.micro_batch}"]
     if chosen.checkpointing != train.checkpointing:
         settings.append(f"train.checkpointing={str(chosen.checkpointing).lower()}")

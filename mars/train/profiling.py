@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from mars.runtime import stream
 from mars.train.loop import batch_indices
 from mars.train.memory import peak_memory
 from mars.train.spans import span, timed
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch prints that its profiler starts and stops
 
 WARM_UP, RECORDED = 3, 5  # steps
 OPERATORS = 10  # shown
@@ -44,8 +47,9 @@ def profile_steps(
     Raises:
         OSError: the trace cannot be written.
     """
+    out.touch()  # the profiler says nothing if it cannot write
     train = stage.train
-    first, size = train.steps // 2, train.batch_size * train.accumulate
+    first, size = train.steps // 2, train.notes_per_step
 
     def step(number: int) -> None:
         with span("data"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from mars.config import TrainConfig
 from mars.model import Model
+
+StageName = Literal["tokenizer", "var"]
 
 
 class Stage(Protocol):
@@ -24,7 +26,7 @@ class Stage(Protocol):
         """What is trained."""
 
     def batch(self, indices: np.ndarray) -> Any:
-        """Inputs for the notes of one micro-batch; called on a second thread, one batch ahead."""
+        """Inputs for the notes of one micro-batch; called on other threads (`train.workers`), ahead of the steps."""
 
     def step(self, step: int, batches: list[Any], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
         """One optimiser update on this process's micro-batches, each with its own random stream.
@@ -46,7 +48,7 @@ class Stage(Protocol):
         """Restore them, from whole tensors; CheckpointError if anything does not fit."""
 
     def snapshot(self) -> Model | None:
-        """The model with the averaged weights, which are not copied."""
+        """The model with the averaged weights, able to generate; None but on the main process."""
 
     def export(self, path: Path) -> None:
         """Write the model directory; every process calls this, the main one writes."""

@@ -24,7 +24,7 @@ from mars.train.compare import RUNS
 from mars.train.compiling import compile_blocks
 from mars.train.profiling import profile_steps
 from mars.train.samples import Sampler
-from mars.train.stage import Stage
+from mars.train.stage import StageName
 from mars.train.tensorboard import check_installed
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import cached_tokens
@@ -36,7 +36,8 @@ ENDS = 3.0  # seconds of --max-time for the start and the end of the process
 TOKENS = ".tokens"  # beside the runs
 
 
-def train_tokenizer(
+def train(
+    stage_name: StageName,
     *,
     data: Path | None = None,
     preset: str | None = None,
@@ -51,12 +52,16 @@ def train_tokenizer(
     tensorboard: bool = False,
     profile: Path | None = None,
     began: float | None = None,
+    tokenizer: Path | None = None,
+    shard: bool = False,
 ) -> Path:
-    """Train a tokenizer; returns the run folder.
+    """Train a tokenizer, or a VAR on the tokens of one; returns the run folder.
 
     Args:
         profile: write a trace of a few steps there instead, and make no run folder; returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
+        tokenizer: run or model that a VAR is trained on; None: the newest run.
+        shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
@@ -65,119 +70,63 @@ def train_tokenizer(
     if tensorboard:
         check_installed()
     began = time.monotonic() if began is None else began
-    console, seconds, world = _prepare(max_time, device, threads)
-    if profile is not None and world.size > 1:
-        raise ConfigError("--profile looks at one process; start it without torchrun")
-    dataset = open_dataset(data)
-    out = _resumed(out, resume)
-    settings = _settings(out, preset, overrides, "tokenizer")
-    world.check(settings.train.tokenizer)
-    _check_dataset(settings, dataset)
-    stage = TokenizerStage(settings, dataset, world.device, seed, world)
-    compile_blocks(stage, console.print)
-    if profile is not None:
-        profile_steps(stage, dataset.split("train"), seed=seed, device=world.device, out=profile, console=console)
-        return profile
-    with _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console, world) as run:
-        left = None if seconds is None else began + seconds - ENDS - time.monotonic()
-        _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
-    console.print(f"next: mars-train var --tokenizer {run.path}")
-    return run.path
-
-
-def train_var(
-    *,
-    tokenizer: Path | None = None,
-    data: Path | None = None,
-    preset: str | None = None,
-    overrides: tuple[str, ...] = (),
-    out: Path | None = None,
-    resume: str = "auto",
-    max_steps: int | None = None,
-    max_time: str | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    threads: int | None = None,
-    shard: bool = False,
-    tensorboard: bool = False,
-    profile: Path | None = None,
-    began: float | None = None,
-) -> Path:
-    """Train a VAR on a tokenizer's tokens; returns the run folder.
-
-    Args:
-        shard: spread weights, averages and optimiser over the processes instead of copying them to each.
-        profile, began: as in `train_tokenizer`.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: something asked for cannot be used.
-        Diverged, OSError: see `mars.train.loop.run`.
-    """
-    if tensorboard:
-        check_installed()
-    began = time.monotonic() if began is None else began
-    console, seconds, world = _prepare(max_time, device, threads)
+    seconds = parse_time(max_time)
+    world = _prepare(device, threads)
+    console = Console(stderr=True, soft_wrap=True, quiet=not world.main)
     if profile is not None and world.size > 1:
         raise ConfigError("--profile looks at one process; start it without torchrun")
     if shard and world.size == 1:
         raise ConfigError("--shard: there is one process, nothing to spread a model over; start several with torchrun")
     dataset = open_dataset(data)
     out = _resumed(out, resume)
-    if tokenizer is None and out is not None and (out / "run.json").is_file():
-        tokenizer = Path(checkpoint.read_json(out / "run.json")["tokenizer"])
-    source = tokenizer or Path(world.same(str(newest_tokenizer(preset))))
-    if tokenizer is None:
-        console.print(f"tokenizer: {source} (the newest run; --tokenizer names another)")
-    trained = model.load(source, world.device)
-    settings = _var_settings(out, trained.config, preset, overrides, source)
-    world.check(settings.train.var)
-    _check_dataset(settings, dataset)
-    tokens = _tokens((out.parent if out is not None else RUNS) / TOKENS, trained, settings, dataset, console, world)
-    stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
+    stage: TokenizerStage | VARStage
+    origin: dict[str, Any] = {}
+    if stage_name == "tokenizer":
+        settings = _settings(out, preset, overrides, stage_name)
+        world.check(settings.train.tokenizer)
+        _check_dataset(settings, dataset)
+        stage = TokenizerStage(settings, dataset, world.device, seed, world)
+    else:
+        source = _source(tokenizer, out, preset, console, world)
+        trained = model.load(source, world.device)
+        settings = _var_settings(out, trained.config, preset, overrides, source)
+        world.check(settings.train.var)
+        _check_dataset(settings, dataset)
+        tokens = _tokens((out.parent if out is not None else RUNS) / TOKENS, trained, settings, dataset, console, world)
+        stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
+        origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     compile_blocks(stage, console.print)
+    notes = dataset.split("train")
     if profile is not None:
-        profile_steps(stage, dataset.split("train"), seed=seed, device=world.device, out=profile, console=console)
+        profile_steps(stage, notes, seed=seed, device=world.device, out=profile, console=console)
         return profile
-    origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    with _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, world, origin) as run:
-        left = None if seconds is None else began + seconds - ENDS - time.monotonic()
-        _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
-    console.print(f"next: mars-generate -n 64 --model {run.path}")
+    with _open_run(out, stage_name, stage, dataset, seed, resume, console, origin) as run:
+        done = loop.run(
+            stage,
+            run,
+            notes,
+            seed=seed,
+            max_steps=max_steps,
+            max_time=None if seconds is None else began + seconds - ENDS - time.monotonic(),
+            console=console,
+            names=dataset.names,
+            watch=Watch(
+                run,
+                stage.train,
+                console.print,
+                Sampler(stage, dataset, seed),
+                device=world.device,
+                tensorboard=tensorboard,
+            ),
+        )
+    if done >= stage.train.steps:
+        following = "mars-train var --tokenizer" if stage_name == "tokenizer" else "mars-generate -n 64 --model"
+        console.print(f"next: {following} {run.path}")
     return run.path
 
 
-def _train(
-    stage: TokenizerStage | VARStage,
-    run: folder.RunFolder,
-    dataset: Dataset,
-    seed: int,
-    max_steps: int | None,
-    max_time: float | None,
-    console: Console,
-    tensorboard: bool,
-) -> None:
-    loop.run(
-        stage,
-        run,
-        dataset.split("train"),
-        seed=seed,
-        max_steps=max_steps,
-        max_time=max_time,
-        console=console,
-        names=dataset.names,
-        watch=Watch(
-            run,
-            stage.train,
-            console.print,
-            Sampler(stage, dataset, seed),
-            device=stage.device,
-            tensorboard=tensorboard,
-        ),
-    )
-
-
 def settings_of(
-    stage: str,
+    stage_name: StageName,
     *,
     preset: str | None = None,
     overrides: tuple[str, ...] = (),
@@ -185,14 +134,14 @@ def settings_of(
     resume: str = "auto",
     tokenizer: Path | None = None,
 ) -> Config:
-    """The settings that training `stage` would have with these options; without a tokenizer, a VAR's are the preset's.
+    """The settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
 
     Raises:
         ConfigError, CheckpointError: something asked for cannot be used.
     """
     out = _resumed(out, resume)
     if tokenizer is None:
-        return _settings(out, preset, overrides, stage)
+        return _settings(out, preset, overrides, stage_name)
     return _var_settings(out, config.load(model.locate(tokenizer) / "config.json"), preset, overrides, tokenizer)
 
 
@@ -236,15 +185,14 @@ def parse_time(text: str | None) -> float | None:
     return seconds
 
 
-def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Console, float | None, World]:
+def _prepare(device: str, threads: int | None) -> World:
     if threads:
         torch.set_num_threads(threads)
     where = runtime.pick_device(device)
     if where.type == "cpu" and not runtime.native_bfloat16(where):
         # oneDNN instead of MKL, twice as fast on some CPUs and as exact; with bfloat16 units it would round to that.
         torch.set_float32_matmul_precision("medium")
-    seconds, world = parse_time(max_time), join(where)
-    return Console(stderr=True, soft_wrap=True, quiet=not world.main), seconds, world
+    return join(where)
 
 
 def _resumed(out: Path | None, resume: str) -> Path | None:
@@ -262,6 +210,20 @@ def _settings(out: Path | None, preset: str | None, overrides: tuple[str, ...], 
     if preset is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
     return config.preset(preset or "notes", overrides, stage)
+
+
+def _source(tokenizer: Path | None, out: Path | None, preset: str | None, console: Console, world: World) -> Path:
+    """The tokenizer to train on: the one named, else that of the run to go on with, else the newest run."""
+    if tokenizer is None and out is not None and (out / "run.json").is_file():
+        record = checkpoint.read_json(out / "run.json")
+        if record.get("stage") != "var":
+            raise ConfigError(f"--out {out} is a run with stage {record.get('stage')}, not var; name a new folder")
+        tokenizer = Path(record["tokenizer"])
+    if tokenizer is not None:
+        return tokenizer
+    newest = Path(world.same(str(newest_tokenizer(preset))))
+    console.print(f"tokenizer: {newest} (the newest run; --tokenizer names another)")
+    return newest
 
 
 def _var_settings(
@@ -297,37 +259,37 @@ def _check_dataset(settings: Config, dataset: Dataset) -> None:
 @contextmanager
 def _open_run(
     out: Path | None,
-    stage_name: str,
-    settings: Config,
+    stage_name: StageName,
+    stage: TokenizerStage | VARStage,
     dataset: Dataset,
     seed: int,
     resume: str,
-    stage: Stage,
     console: Console,
-    world: World,
-    origin: dict[str, Any] | None = None,
+    origin: dict[str, Any],
 ) -> Iterator[folder.RunFolder]:
     """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile.
 
     The main process does so for all.
     """
+    settings, world = stage.config, stage.world
     default = RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = Path(world.same(str(out or default)))
+    notes = len(dataset.split("train"))
     record = {
         "stage": stage_name,
         "preset": settings.preset,
         "seed": seed,
         "data": dataset.fingerprint,
         "notes": len(dataset),
-        "train_notes": len(dataset.split("train")),
+        "train_notes": notes,
         "created": time.time(),
-        **(origin or {}),
+        **origin,
     }
     identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
     asked = json.dumps([run.identity, str(path)])
     if world.same(asked) != asked:  # this waits for all to have read what the main process may write now
-        raise ConfigError(f"process {world.rank} was started with other settings, data or --out than process 0")
+        raise ConfigError("started with other settings, data or --out than process 0")
     if not world.main:
         world.barrier()
         yield run
@@ -347,7 +309,6 @@ def _open_run(
             write_atomically(path / "run.json", (json.dumps(record, indent=1) + "\n").encode(), durable=True)
         world.barrier()
         count = sum(p.numel() for p in stage.model.parameters()) / 1e6
-        notes = len(dataset.split("train"))
         console.print(
             f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
         )
@@ -372,9 +333,10 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str
             raise ConfigError(
                 f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
             )
-    if config.load(path / "config.json") != settings:
+    had, asked = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
+    if (other := folder.difference(had, asked, "config")) is not None:
         raise ConfigError(
-            f"--out {path} is a run with other settings; repeat its --set or name a new folder with --out"
+            f"--out {path} is a run with other settings: {other}; repeat its --set or name a new folder with --out"
         )
 
 

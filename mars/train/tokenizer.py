@@ -146,10 +146,10 @@ class TokenizerStage:
         order = torch.randperm(len(notes), generator=stream(self.seed, 3))
         notes = notes[order[: self.config.tokenizer.kmeans_init].numpy()]
         parts = np.array_split(notes, -(-len(notes) // self.train.batch_size))
-        self.model.eval()
         with autocast(self.device, self.train.precision):
             mine = range(self.world.rank, len(parts), self.world.size)
-            latents = {i: self.model.latent(self.batch(parts[i])) for i in mine}
+            # The average still is the model itself, and is never compiled: these parts differ in length.
+            latents = {i: self.averaged.latent(self.batch(parts[i])) for i in mine}
         self.codebook.start(latents, len(parts), self.seed)
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:

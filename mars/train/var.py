@@ -174,11 +174,12 @@ class VARStage:
         self.optimizer.load_state(state["optimizer"], source)
 
     def snapshot(self) -> Model | None:
-        """Tokenizer and averaged VAR, which can generate, not copied unless sharded; None but on the main process."""
+        """Tokenizer and averaged VAR, able to generate: as they are or, if sharded, copied to the CPU."""
         var = self._whole_average() if self.sharded else self.averaged
         if not self.world.main:
             return None
-        return Model(config=self.config, tokenizer=self.tokenizer, var=var, notes=ranges(self.dataset))
+        tokenizer = copy.deepcopy(self.tokenizer).cpu() if self.sharded else self.tokenizer  # where the VAR is
+        return Model(config=self.config, tokenizer=tokenizer, var=var, notes=ranges(self.dataset))
 
     def export(self, path: Path) -> None:
         """Write tokenizer and averaged VAR as a model directory that can generate."""

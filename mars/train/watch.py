@@ -73,11 +73,12 @@ class Watch:
         self.step = record["step"]
         if not self.main:
             return
-        memory = process_peak(self.device) if kind(record) == "training" else None
+        what = kind(record)
+        memory = process_peak(self.device) if what == "training" else None
         added = {"time": round(time.time(), 1)} | ({} if memory is None else {"memory_mb": round(memory / 1e6)})
         record = {**record, **added}
         self.run.log(record)
-        self.news |= any(name.startswith("val_") for name in record)
+        self.news |= what == "validation"
         if self.board is not None:
             self.board.log(record)
 
@@ -90,11 +91,15 @@ class Watch:
         peak = process_peak(self.device)
         return "" if peak is None else f"{peak / 1e9:.1f} GB"
 
-    def show(self, step: int, last: bool) -> None:
-        """After each step: samples where they are due or at the last step, and a report if there is news."""
-        self.step = step
+    def samples_due(self, step: int, last: bool) -> bool:
+        """Whether `show` makes samples after this step."""
         every = self.train.sample_every
-        if self.sampler is not None and every and (last or step % every == 0):
+        return self.sampler is not None and every > 0 and (last or step % every == 0)
+
+    def show(self, step: int, last: bool) -> None:
+        """After each step: samples where they are due, and a report if there is news."""
+        self.step = step
+        if self.sampler is not None and self.samples_due(step, last):
             with self._harmless("samples"):
                 self._sample(self.sampler)
         if self.news:

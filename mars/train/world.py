@@ -47,7 +47,7 @@ class World:
         """Raise ConfigError if the micro-batches of a step cannot be shared equally."""
         if train.accumulate % self.size == 0:
             return
-        notes = train.batch_size * train.accumulate
+        notes = train.notes_per_step
         counts = [a for a in range(self.size, notes + 1, self.size) if notes % a == 0]
         smaller = [a for a in counts if a >= train.accumulate]  # whose micro-batches need no more memory
         if counts:
@@ -206,7 +206,7 @@ def _own(device: torch.device) -> torch.device:
 
 @contextmanager
 def parting() -> Iterator[None]:
-    """Take leave of the other processes at the end, if there are any.
+    """Take leave of the other processes at the end, if there are any; errors say whose they are.
 
     Raises:
         LostProcess: another process went away. After any error the process group is left as it is, since closing it
@@ -214,7 +214,9 @@ def parting() -> Iterator[None]:
     """
     try:
         yield
-    except MarsError:
+    except MarsError as error:
+        if dist.is_initialized() and dist.get_rank():
+            error.args = (f"process {dist.get_rank()}: {error}",)
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's own errors have no class

@@ -42,9 +42,9 @@ def train(name: str, out: Path, **options: Any) -> None:
     """The run `name`; the second stage learns from the tokenizer that one process trained, in `one/` beside `out`."""
     options |= {"device": "cpu", "preset": "smoke", "overrides": SETTINGS[name], "out": out}
     if name in ("var", "muon"):
-        start.train_var(tokenizer=out.parents[1] / "one" / "tokenizer", **options)
+        start.train("var", tokenizer=out.parents[1] / "one" / "tokenizer", **options)
     else:
-        start.train_tokenizer(**options)
+        start.train("tokenizer", **options)
 
 
 def prepare(loaded: list[list[int]]) -> None:

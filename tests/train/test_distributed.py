@@ -22,7 +22,7 @@ from mars.data import open_dataset
 from mars.errors import ConfigError, Diverged, LostProcess
 from mars.train.folder import RunFolder
 from mars.train.loop import batch_indices
-from mars.train.start import train_var
+from mars.train.start import train
 from mars.train.world import ALONE, World, join, parting
 from tests.train import processes
 
@@ -244,11 +244,12 @@ def test_a_lost_process_ends_the_others(tmp_path, start):
 
 
 def test_micro_batches_that_cannot_be_shared_are_a_usage_error(tmp_path, pair):
-    for process in pair(*options(tmp_path / "run", "train.accumulate=3")):
+    whose = ("", "process 1: ")
+    for label, process in zip(whose, pair(*options(tmp_path / "run", "train.accumulate=3")), strict=True):
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 2
         assert output == (
-            "Error: train.accumulate must be a multiple of the 2 processes, got 3; "
+            f"Error: {label}train.accumulate must be a multiple of the 2 processes, got 3; "
             "train.batch_size=3 train.accumulate=4 keep the 12 notes a step\n"
         )
     assert not (tmp_path / "run").exists()
@@ -291,7 +292,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
 
 def test_what_several_processes_cannot_have(monkeypatch):
     with pytest.raises(ConfigError, match="--shard: there is one process"):
-        train_var(shard=True, device="cpu")
+        train("var", shard=True, device="cpu")
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="--device mps: several processes need cpu or cuda"):

@@ -57,9 +57,6 @@ class Judged(Counter):
         (path / "weight").write_text(str(float(self.weight)))
 
 
-# ---------------------------------------------------------------- the best
-
-
 def test_the_best_is_saved_exported_and_kept(path):
     stage = Judged([5.0, 3.0, 4.0, float("nan"), 3.0, 3.5, 3.2, 3.3], keep=2, save_every=2)
     go(stage, RunFolder(path))
@@ -117,9 +114,6 @@ def test_the_best_model_can_be_loaded(smoke, notes, path):
     stage = TokenizerStage(c, notes, torch.device("cpu"), 0)
     loop.run(stage, RunFolder(path), notes.split("train"), seed=0, console=Console(file=io.StringIO()))
     assert model.load(path / "best").config == c
-
-
-# ---------------------------------------------------------------- what a checkpoint holds
 
 
 def test_the_state_says_what_it_belongs_to(path):
@@ -189,9 +183,6 @@ def test_what_is_not_finite_is_not_saved(value, path):
     assert steps_saved(path) == [4]
 
 
-# ---------------------------------------------------------------- the log
-
-
 def test_the_log_has_every_step_once(path):
     go(Counter(), RunFolder(path), max_steps=4)
     with (path / "log.jsonl").open("a") as file:
@@ -241,9 +232,6 @@ def test_diverged_runs_name_the_notes(path):
     ]
 
 
-# ---------------------------------------------------------------- who may use it
-
-
 def test_a_second_trainer_is_told_who_is_first(path):
     with lock.claim(path, print) as locked:
         assert locked
@@ -268,9 +256,6 @@ def test_other_faults_of_the_lock_are_errors(path, monkeypatch):
     monkeypatch.setattr(lock, "_take", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"), lock.claim(path, print):
         pass
-
-
-# ---------------------------------------------------------------- time
 
 
 def test_a_deadline_keeps_time_for_what_is_to_come(monkeypatch):
@@ -303,8 +288,6 @@ def test_a_run_ends_before_its_time_limit(path, monkeypatch):
     assert 1.0 < time.monotonic() - began < 2.6
     assert steps_saved(path)[-1] == len(stage.seen)
 
-
-# ---------------------------------------------------------------- the commands
 
 SMALL = (
     *("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1"),
@@ -391,15 +374,25 @@ def test_a_folder_in_use_is_refused(train, path):
     assert train(path).exit_code == 0
 
 
+def test_what_to_do_next_is_said(train, path):
+    output = train(path, "--max-steps", 2).output
+    assert f"stopped at step 2 of 4; saved in {path}; the same command with --out {path} goes on\n" in output
+    assert "next:" not in output
+    assert f"next: mars-train var --tokenizer {path}\n" in train(path).output
+    result = CliRunner().invoke(main, ["var", "--device", "cpu", "--out", str(path)])
+    assert result.exit_code == 2
+    assert "is a run with stage tokenizer, not var" in result.output
+
+
 def test_time_counts_from_the_start_of_the_command(train, path, monkeypatch):
     given = {}
     with monkeypatch.context() as patch:
-        patch.setattr(start, "train_tokenizer", lambda **options: given.update(options))
+        patch.setattr(start, "train", lambda stage, **options: given.update(options))
         began = time.monotonic()
         assert train(path, "--max-time", "59m").exit_code == 0
         assert began <= given["began"] <= time.monotonic()
     for hours, steps in ((1, []), (0, [4])):
-        start.train_tokenizer(**given | {"began": time.monotonic() - hours * 3600})
+        start.train("tokenizer", **given | {"began": time.monotonic() - hours * 3600})
         assert [p.name for p in path.glob("checkpoints/*")] == [f"step-{n:08d}" for n in steps]
 
 

@@ -28,8 +28,6 @@ from mars.train.folder import RunFolder
 from mars.train.loop import batch_indices
 from mars.train.optimizer import Optimizer, learning_rate
 
-# ---------------------------------------------------------------- which notes
-
 
 @pytest.mark.parametrize(("notes", "batch"), [(10, 3), (7, 7), (5, 12), (1, 4), (64, 16), (13, 1)])
 def test_every_note_comes_once_per_epoch(notes, batch):
@@ -73,9 +71,6 @@ def test_streams_are_functions_of_their_key():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-# ---------------------------------------------------------------- which rate
-
-
 def test_warm_up_then_cosine():
     c = TrainConfig(steps=1000, lr=2.0, warmup=0.1, final_lr=0.2)
     rates = [learning_rate(c, s) for s in range(1000)]
@@ -102,9 +97,6 @@ def test_warm_up_then_lin0():
 def test_the_rate_stays_between_zero_and_its_peak(schedule, settings):
     c = TrainConfig(**{"steps": 30, "lr": 0.5, "final_lr": 0.0, "schedule": schedule} | settings)
     assert all(0 < learning_rate(c, s) <= 0.5 for s in range(c.steps))
-
-
-# ---------------------------------------------------------------- what is updated
 
 
 def test_updates_are_adamw_with_clipping_and_an_average():
@@ -246,9 +238,6 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(smoke):
     missing = {k: v for k, v in optimizer.state().items() if k != "blocks.1.mlp.0.weight/momentum_buffer"}
     with pytest.raises(CheckpointError, match=r"optimiser state of blocks\.1\.mlp\.0\.weight is missing"):
         Optimizer(model, c).load_state(missing, "f")
-
-
-# ---------------------------------------------------------------- what runs
 
 
 class Counter:
@@ -426,9 +415,6 @@ def test_nine_bad_steps_in_a_row_are_not(go):
     stage = Counter(steps=40)
     stage.act = lambda step: float("inf") if step % 10 else None
     assert go(stage) == 40
-
-
-# ---------------------------------------------------------------- what is restored
 
 
 DAMAGE = {

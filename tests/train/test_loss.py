@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mars.kernels import _backend
 from mars.train import loss
 from mars.train.loss import linear_cross_entropy, token_scores
 from mars.train.memory import peak_memory
@@ -75,3 +76,11 @@ def test_the_logits_never_exist(monkeypatch):
     cpu = torch.device("cpu")
     assert peak_memory(lambda: results(linear_cross_entropy, *arguments), cpu) < needed < n * codes * 4
     assert peak_memory(lambda: token_scores(*arguments), cpu) < needed
+
+
+def test_a_plan_takes_the_chunks_of_the_device_planned_for(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", {"cpu": 4, "other": 8})
+    x, weight, bias = torch.zeros(9, 3), torch.zeros(2, 3), torch.zeros(2)
+    assert loss._Head(x, weight, bias, torch.float32).rows == 2
+    with _backend.planned("cuda"):
+        assert loss._Head(x, weight, bias, torch.float32).rows == 4

@@ -50,6 +50,12 @@ def test_the_parts_of_a_step(kind, smoke, notes, tmp_path, monkeypatch):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in stage.model.modules())
 
 
+def test_a_trace_that_cannot_be_written_is_no_trace(smoke, notes, tmp_path):
+    stage = TokenizerStage(smoke, notes, CPU, 0)
+    with pytest.raises(FileNotFoundError):
+        profile_steps(stage, notes.split("train"), seed=0, device=CPU, out=tmp_path / "no/x.json", console=Console())
+
+
 def test_a_part_counts_without_those_inside_it(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 6.0, 10.0])
     monkeypatch.setattr("mars.train.spans.time.perf_counter", lambda: next(now))

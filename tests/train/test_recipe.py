@@ -39,9 +39,6 @@ def one_step(stage, step: int = 0) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-# ---------------------------------------------------------------- rates
-
-
 def test_rates_grow_with_the_notes_of_a_step():
     fixed = TrainConfig(lr=3e-5, batch_size=32, accumulate=8)
     assert fixed.peak_lr == 3e-5
@@ -63,9 +60,6 @@ def test_the_published_rates():
     # A floor that is a ratio stays below the peak at any batch; ImageFolder's absolute 5e-5 does not.
     single = dataclasses.replace(paper.tokenizer, batch_size=1, accumulate=1)
     assert learning_rate(single, 999) < 0.21 * single.peak_lr < 5e-5
-
-
-# ---------------------------------------------------------------- epochs
 
 
 @pytest.mark.parametrize(("epochs", "notes", "steps"), [(400, 289_205, 451_883), (1, 7, 2), (0.5, 8, 1), (3, 8, 6)])
@@ -116,9 +110,6 @@ def test_a_run_keeps_the_steps_that_its_epochs_made(tmp_path, monkeypatch):
     notes = json.loads((tmp_path / "run" / "run.json").read_text())["train_notes"]
     assert (saved["epochs"], saved["steps"]) == (0.5, -(-notes // 128))
     assert "resuming at step 1 of 2" in result.output
-
-
-# ---------------------------------------------------------------- the adversarial term
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -201,8 +192,6 @@ def test_the_transformers_weight_decay_does_not_change(smoke, notes):
         one_step(stage, step)
         assert [g["weight_decay"] for g in stage.optimizer.optimizers[0].param_groups] == [0.05, 0.0]
 
-
-# ---------------------------------------------------------------- the table in docs/paper.md
 
 # How a run is watched and cut into pieces, which changes nothing of what is learnt.
 OPERATION = {"steps", "precision", "compile", "workers", "checkpointing", "keep"}

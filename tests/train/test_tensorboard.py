@@ -12,14 +12,14 @@ import torch
 
 from mars.errors import ConfigError
 from mars.train.samples import Sample
-from mars.train.start import train_tokenizer
+from mars.train.start import train
 from mars.train.tensorboard import Board
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install 'mars-audio\[tensorboard\]'"):
-        train_tokenizer(preset="smoke", out=tmp_path / "run", tensorboard=True)
+        train("tokenizer", preset="smoke", out=tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -32,6 +32,7 @@ from mars.config import override
 from mars.errors import CheckpointError, ConfigError, Diverged
 from mars.models.tokenizer import Tokenizer
 from mars.train import charts, compare, loop, memory, report, samples
+from mars.train.deadline import Deadline
 from mars.train.folder import RunFolder
 from mars.train.log import read_log
 from mars.train.samples import Sampler
@@ -81,9 +82,6 @@ def run(request, tmp_path_factory, smoke, notes) -> Path:
 
 def contents(path: Path, *folders: str) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for f in folders for p in (path / f).rglob("*") if p.is_file()}
-
-
-# ---------------------------------------------------------------- the log
 
 
 def write_log(path: Path, *records: object, torn: str = "") -> Path:
@@ -163,9 +161,6 @@ def test_memory_is_what_the_process_took():
     before = memory.process_peak(CPU)
     block = np.ones(40_000_000)
     assert memory.process_peak(CPU) >= min(before, block.nbytes) > 0
-
-
-# ---------------------------------------------------------------- samples
 
 
 def test_samples_come_in_time_and_originals_once(run):
@@ -251,6 +246,17 @@ def test_how_often_is_a_setting(every, wanted, tmp_path, smoke, notes):
     assert (run / "report.html").is_file()
 
 
+def test_time_is_kept_for_what_follows_the_next_step(tmp_path, smoke, notes, monkeypatch):
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Deadline, "leaves_time_for", lambda self, *kinds: asked.append(kinds) is None)
+    train(make("tokenizer", smoke, notes), tmp_path / "run", notes, max_time=1e6)
+    always = ("step", "save")
+    assert asked == [
+        *(always, always, (*always, "samples"), (*always, "validation")),
+        *(always, (*always, "samples"), always, (*always, "validation", "samples")),
+    ]
+
+
 def test_samples_are_whole_or_absent(tmp_path, monkeypatch):
     good = [samples.Sample("a", torch.zeros(100), torch.zeros(8, 8))]
     (tmp_path / ".tmp-step-00000001").mkdir()
@@ -263,9 +269,6 @@ def test_samples_are_whole_or_absent(tmp_path, monkeypatch):
             samples.write(path, bad, 100)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert contents(tmp_path, "x") == before
-
-
-# ---------------------------------------------------------------- what goes wrong
 
 
 @pytest.mark.parametrize(
@@ -326,9 +329,6 @@ def test_a_diverged_run_says_so(tmp_path, smoke, notes):
     train(make("tokenizer", smoke, notes, "train.steps=30"), tmp_path / "run", notes)
     assert compare.summary(tmp_path / "run")["state"] == "finished"
     assert "Training diverged" not in (tmp_path / "run/report.html").read_text()
-
-
-# ---------------------------------------------------------------- the report
 
 
 class Page(HTMLParser):
@@ -520,9 +520,6 @@ def test_tensorboard_gets_all_of_it(tmp_path, smoke, notes):
     assert [e.step for e in found.Audio("original/0")] == [3]
 
 
-# ---------------------------------------------------------------- the charts
-
-
 def test_buckets_keep_mean_and_range():
     points = [(s, None if s == 5 else float(s % 10)) for s in range(1000)]
     found = charts.buckets(points, 100)
@@ -565,9 +562,6 @@ def test_numbers_are_short(value, text):
 )
 def test_durations_are_short(seconds, text):
     assert report.duration(seconds) == text
-
-
-# ---------------------------------------------------------------- runs side by side
 
 
 def test_listing_runs_does_not_wait_for_pytorch(run):
