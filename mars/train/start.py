@@ -79,28 +79,44 @@ def train(
         raise ConfigError("--shard: there is one process, nothing to spread a model over; start several with torchrun")
     dataset = open_dataset(data)
     out = _resumed(out, resume)
-    stage: TokenizerStage | VARStage
+    notes = dataset.split("train")
     origin: dict[str, Any] = {}
+    trained: model.Model | None = None
     if stage_name == "tokenizer":
         settings = _settings(out, preset, overrides, stage_name)
-        world.check(settings.train.tokenizer)
-        _check_dataset(settings, dataset)
-        stage = TokenizerStage(settings, dataset, world.device, seed, world)
     else:
         source = _source(tokenizer, out, preset, console, world)
         trained = model.load(source, world.device)
         settings = _var_settings(out, trained.config, preset, overrides, source)
-        world.check(settings.train.var)
-        _check_dataset(settings, dataset)
-        tokens = _tokens((out.parent if out is not None else RUNS) / TOKENS, trained, settings, dataset, console, world)
-        stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
         origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    compile_blocks(stage, console.print)
-    notes = dataset.split("train")
+    plan = getattr(settings.train, stage_name).resolved(len(notes))
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **{stage_name: plan}))
+    world.check(plan)
+    _check_dataset(settings, dataset)
+
+    def made() -> TokenizerStage | VARStage:
+        stage: TokenizerStage | VARStage
+        if trained is None:
+            stage = TokenizerStage(settings, dataset, world.device, seed, world)
+        else:
+            cache = (out.parent if out is not None else RUNS) / TOKENS
+            tokens = _tokens(cache, trained, settings, dataset, console, world)
+            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
+        compile_blocks(stage, console.print)
+        return stage
+
     if profile is not None:
-        profile_steps(stage, notes, seed=seed, device=world.device, out=profile, console=console)
+        profile_steps(made(), notes, seed=seed, device=world.device, out=profile, console=console)
         return profile
-    with _open_run(out, stage_name, stage, dataset, seed, resume, console, origin) as run:
+    with _open_run(out, stage_name, settings, dataset, seed, resume, console, origin, world) as run:
+        stage = made()
+        if world.main:
+            runtime.free_space(run.path, run.space_needed(stage))
+        count = sum(p.numel() for p in stage.model.parameters()) / 1e6
+        console.print(
+            f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {len(notes):,} training notes, "
+            f"run {run.path}"
+        )
         done = loop.run(
             stage,
             run,
@@ -260,28 +276,27 @@ def _check_dataset(settings: Config, dataset: Dataset) -> None:
 def _open_run(
     out: Path | None,
     stage_name: StageName,
-    stage: TokenizerStage | VARStage,
+    settings: Config,
     dataset: Dataset,
     seed: int,
     resume: str,
     console: Console,
     origin: dict[str, Any],
+    world: World,
 ) -> Iterator[folder.RunFolder]:
     """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile.
 
     The main process does so for all.
     """
-    settings, world = stage.config, stage.world
     default = RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = Path(world.same(str(out or default)))
-    notes = len(dataset.split("train"))
     record = {
         "stage": stage_name,
         "preset": settings.preset,
         "seed": seed,
         "data": dataset.fingerprint,
         "notes": len(dataset),
-        "train_notes": notes,
+        "train_notes": len(dataset.split("train")),
         "created": time.time(),
         **origin,
     }
@@ -296,7 +311,6 @@ def _open_run(
         return
     if path.exists() and not (path / "run.json").is_file() and not _abandoned(path):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
-    runtime.free_space(path, run.space_needed(stage))
     path.mkdir(parents=True, exist_ok=True)
     with lock.claim(path, console.print) as locked:
         if (path / "run.json").is_file():
@@ -308,10 +322,6 @@ def _open_run(
             config.save(settings, path / "config.json")
             write_atomically(path / "run.json", (json.dumps(record, indent=1) + "\n").encode(), durable=True)
         world.barrier()
-        count = sum(p.numel() for p in stage.model.parameters()) / 1e6
-        console.print(
-            f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
-        )
         yield run
 
 

@@ -123,14 +123,14 @@ def test_runs_on_the_same_tokenizer_share_their_tokens_and_a_profile_makes_no_ru
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(start, "open_dataset", lambda path: notes)
     few = ("train.steps=2", "train.batch_size=2", "train.save_every=2")
-    first = start.train_tokenizer(preset="smoke", overrides=(*SMALL, *few), out=Path("runs/a"))
+    first = start.train("tokenizer", preset="smoke", overrides=(*SMALL, *few), out=Path("runs/a"))
     counted = []
     original = tokens.tokenize
     monkeypatch.setattr(tokens, "tokenize", lambda *arguments: counted.append(1) or original(*arguments))
     for name in ("b", "c", "b"):  # the third goes on with the first
-        start.train_var(tokenizer=first, overrides=few, out=Path("runs") / name)
+        start.train("var", tokenizer=first, overrides=few, out=Path("runs") / name)
     assert len(counted) == 1
-    trace = start.train_var(tokenizer=first, overrides=few, profile=Path("trace.json"))
+    trace = start.train("var", tokenizer=first, overrides=few, profile=Path("trace.json"))
     assert trace.is_file()
     assert len(counted) == 1
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [".tokens", "a", "b", "c"]
