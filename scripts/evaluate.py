@@ -21,7 +21,7 @@ from mars import audio
 from mars.data import open_dataset
 from mars.runtime import autocast
 from mars.train.tokenizer import codebook_use, held_out
-from mars.train.var import VARStage
+from mars.train.var import Objective, VARStage
 
 
 def mel(waveform: np.ndarray, rate: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def main() -> None:
         tokens = torch.zeros(len(dataset), model.config.tokenizer.tokens, dtype=torch.int32)
         tokens[notes] = torch.cat(ids).int()
         stage = VARStage(model.config, dataset, model.tokenizer, tokens, model.device, seed=0)
-        stage.averaged = model.var
+        stage.judge = Objective(model.var)
         print(stage.validate())
 
 
