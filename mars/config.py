@@ -263,12 +263,6 @@ class TrainConfig:
         """`lr`, brought from `lr_batch` to the notes of a step."""
         return self.lr * (self.notes_per_step / self.lr_batch if self.lr_batch else 1)
 
-    def resolved(self, notes: int) -> TrainConfig:
-        """With the number of steps that `epochs` passes over `notes` training notes take; itself without `epochs`."""
-        if not self.epochs:
-            return self
-        return dataclasses.replace(self, steps=math.ceil(self.epochs * notes / self.notes_per_step))
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainStages:
@@ -299,6 +293,18 @@ class Config:
             not self.train.tokenizer.adversarial or min(bins, frames) >= 24,
             f"train.adversarial wants a grid of 24 x 24 or more, audio.cmx {self.audio.cmx} gives ({bins}, {frames})",
         )
+
+    def with_train(self, stage: str, **values: Any) -> Config:
+        """With other values for the training of `stage`, "tokenizer" or "var"."""
+        train = dataclasses.replace(getattr(self.train, stage), **values)
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, **{stage: train}))
+
+    def resolved(self, stage: str, notes: int) -> Config:
+        """With the number of steps that the epochs of `stage` take on `notes` training notes; itself without epochs."""
+        train: TrainConfig = getattr(self.train, stage)
+        if not train.epochs:
+            return self
+        return self.with_train(stage, steps=math.ceil(train.epochs * notes / train.notes_per_step))
 
     @property
     def patches(self) -> Pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -74,8 +75,12 @@ def sync(path: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the files below a directory; 0 where there is none."""
-    return sum(p.lstat().st_size for p in path.rglob("*") if p.is_file())
+    """Bytes of the files below a directory, 0 where there is none; what vanishes meanwhile counts as nothing."""
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.lstat().st_size if file.is_file() else 0
+    return total
 
 
 def probe(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mars.errors import ConfigError
+from mars.files import size_of
 from mars.train.log import JUDGED_BY, read_log
 
 RUNS = Path("runs")
@@ -48,7 +49,7 @@ def summaries(runs: Sequence[Path]) -> list[Summary]:
 
 def summary(run: Path) -> Summary:
     """Name, stage, preset, state, steps, losses, speed and size of a run."""
-    found: Summary = {"run": str(run), "problem": None, "bytes": _size(run), **dict.fromkeys(FIELDS)}
+    found: Summary = {"run": str(run), "problem": None, "bytes": size_of(run), **dict.fromkeys(FIELDS)}
     try:
         record, settings = (_object(run / name) for name in ("run.json", "config.json"))
         log = read_log(run)
@@ -115,14 +116,3 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} holds no JSON object")
     return found
-
-
-def _size(run: Path) -> int:
-    """Bytes of all files; what vanishes meanwhile counts as nothing."""
-    total = 0
-    for path in run.rglob("*"):
-        try:
-            total += path.lstat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total

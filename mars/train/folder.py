@@ -124,13 +124,13 @@ class RunFolder:
         state = {name: self.world.whole(tensors) for name, tensors in stage.state().items()}  # each gives its part
         _check_finite(state, position.step, self.path)
         target = self.path / "checkpoints" / f"step-{position.step:08d}"
-        best = position.best
+        best, model = position.best, stage.snapshot()
+        if model is None:
+            return
         try:
-            stage.export(self.path / "model")
+            model.save(self.path / "model")
             if best is not None and best.step == position.step:
-                stage.export(self.path / "best")
-            if not self.world.main:
-                return
+                model.save(self.path / "best")
             document = {"format": FORMAT, **asdict(position), **self.identity, "versions": VERSIONS}
             checkpoint.replace_directory(target, state, {"state": document})  # there may be a damaged one
             if best is not None and best.step == position.step:

@@ -8,7 +8,6 @@ alive at once take, as `torch.cuda.max_memory_allocated` counts it; the workspac
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import weakref
@@ -174,7 +173,7 @@ class Rehearsal:
         precision = train.precision
         if precision == "auto":
             precision = "bfloat16" if device == "cuda" or native_bfloat16(torch.device("cpu")) else "float32"
-        settings = _with(config, stage, precision=precision)
+        settings = config.with_train(stage, precision=precision)
         cpu, notes = torch.device("cpu"), cast(Dataset, Notes(config.audio.samples))
         with self._pretending():
             self.stage: TokenizerStage | VARStage
@@ -250,7 +249,7 @@ class Planner:
 
     def __init__(self, config: Config, stage: StageName, device: Device = "cuda") -> None:
         self.config, self.stage, self.device = config, stage, device
-        self._needs = [_Needs(_with(config, stage, checkpointing=on), stage, device) for on in (False, True)]
+        self._needs = [_Needs(config.with_train(stage, checkpointing=on), stage, device) for on in (False, True)]
 
     def plan(self, memory: int) -> Plan:
         """What the stage needs on a device with `memory` bytes, and the micro-batch that fits it."""
@@ -339,12 +338,6 @@ def _recommended(plain: Fit, checkpointed: Fit, tokens: int, train: TrainConfig)
     if chosen.checkpointing != train.checkpointing:
         settings.append(f"train.checkpointing={str(chosen.checkpointing).lower()}")
     return tuple(settings)
-
-
-def _with(config: Config, stage: StageName, **values: Any) -> Config:
-    """`config` with other values for the training of `stage`."""
-    train = dataclasses.replace(getattr(config.train, stage), **values)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **{stage: train}))
 
 
 def parse_memory(text: str) -> int:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from mars.config import TrainConfig
 from mars.runtime import stream
 from mars.train.loop import batch_indices
 from mars.train.memory import peak_memory
 from mars.train.spans import span, timed
+from mars.train.stage import Stage
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch prints that its profiler starts and stops
 
@@ -26,19 +24,8 @@ WARM_UP, RECORDED = 3, 5  # steps
 OPERATORS = 10  # shown
 
 
-class Profiled(Protocol):
-    """What a profile asks of a stage: see `mars.train.stage.Stage`."""
-
-    train: TrainConfig
-
-    @property
-    def model(self) -> nn.Module: ...
-    def batch(self, indices: np.ndarray) -> Any: ...
-    def step(self, step: int, batches: list[Any], streams: list[torch.Generator]) -> Any: ...
-
-
 def profile_steps(
-    stage: Profiled, notes: np.ndarray, *, seed: int, device: torch.device, out: Path, console: Console
+    stage: Stage, notes: np.ndarray, *, seed: int, device: torch.device, out: Path, console: Console
 ) -> None:
     """Train `stage` for a few steps, write a Chrome trace of them to `out` and print where the time went.
 

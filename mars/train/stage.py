@@ -49,6 +49,3 @@ class Stage(Protocol):
 
     def snapshot(self) -> Model | None:
         """The model with the averaged weights, able to generate; None but on the main process."""
-
-    def export(self, path: Path) -> None:
-        """Write the model directory; every process calls this, the main one writes."""

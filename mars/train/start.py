@@ -89,9 +89,8 @@ def train(
         trained = model.load(source, world.device)
         settings = _var_settings(out, trained.config, preset, overrides, source)
         origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    plan = getattr(settings.train, stage_name).resolved(len(notes))
-    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **{stage_name: plan}))
-    world.check(plan)
+    settings = settings.resolved(stage_name, len(notes))
+    world.check(getattr(settings.train, stage_name))
     _check_dataset(settings, dataset)
 
     def made() -> TokenizerStage | VARStage:

@@ -33,8 +33,8 @@ class TokenizerStage:
     """Trains a `Tokenizer` on the waveforms of a dataset."""
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device, seed: int, world: World = ALONE) -> None:
-        self.train = config.train.tokenizer.resolved(len(dataset.split("train")))
-        self.config = replace(config, train=replace(config.train, tokenizer=self.train))
+        self.config = config.resolved("tokenizer", len(dataset.split("train")))
+        self.train = self.config.train.tokenizer
         self.dataset, self.device, self.seed, self.world = dataset, device, seed, world
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
@@ -204,12 +204,6 @@ class TokenizerStage:
     def snapshot(self) -> Model | None:
         """The averaged tokenizer, not copied; None but on the main process."""
         return Model(config=self.config, tokenizer=self.averaged) if self.world.main else None
-
-    def export(self, path: Path) -> None:
-        """Write the averaged tokenizer as a model directory."""
-        found = self.snapshot()
-        if found is not None:
-            found.save(path)
 
 
 def held_out(dataset: Dataset, count: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from math import nan
 from pathlib import Path
@@ -69,8 +68,8 @@ class VARStage:
         shard: bool = False,
     ) -> None:
         """tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`; shard: spread the VAR."""
-        self.train = config.train.var.resolved(len(dataset.split("train")))
-        self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, var=self.train))
+        self.config = config.resolved("var", len(dataset.split("train")))
+        self.train = self.config.train.var
         self.dataset, self.device, self.world = dataset, device, world
         self.tokenizer, self.tokens = tokenizer, tokens
         self.conditions = condition_ids(dataset, config.var.condition)
@@ -180,12 +179,6 @@ class VARStage:
             return None
         tokenizer = copy.deepcopy(self.tokenizer).cpu() if self.sharded else self.tokenizer  # where the VAR is
         return Model(config=self.config, tokenizer=tokenizer, var=var, notes=ranges(self.dataset))
-
-    def export(self, path: Path) -> None:
-        """Write tokenizer and averaged VAR as a model directory that can generate."""
-        found = self.snapshot()
-        if found is not None:
-            found.save(path)
 
     def _whole_average(self) -> VAR | None:
         """The averaged VAR on the CPU of the main process, to which every process contributes."""

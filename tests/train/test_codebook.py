@@ -437,7 +437,7 @@ def test_the_model_directory_is_the_same_with_and_without(smoke, notes, tmp_path
     for settings in ((), ("tokenizer.ema_codebook=true", "tokenizer.restart_dead_codes=0.1")):
         stage = TokenizerStage(override(smoke, (*settings, "train.steps=2"), "tokenizer"), notes, CPU, seed=0)
         stage.step(0, [stage.batch(np.arange(3))], [stream(0)])
-        stage.export(tmp_path / "model")
+        stage.snapshot().save(tmp_path / "model")
         loaded = mars.load(tmp_path / "model")
         assert torch.equal(loaded.tokenizer.quantizer.codebook, stage.averaged.quantizer.codebook)
         names.append(list(loaded.tokenizer.state_dict()))

@@ -52,7 +52,7 @@ class Judged(Counter):
     def validate(self):
         return {"val_loss": self.losses[len(self.seen) - 1]}
 
-    def export(self, path):
+    def save(self, path):
         path.mkdir(exist_ok=True)
         (path / "weight").write_text(str(float(self.weight)))
 
