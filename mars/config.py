@@ -263,6 +263,12 @@ class TrainConfig:
         """`lr`, brought from `lr_batch` to the notes of a step."""
         return self.lr * (self.notes_per_step / self.lr_batch if self.lr_batch else 1)
 
+    def resolved(self, notes: int) -> TrainConfig:
+        """With the number of steps that `epochs` passes over `notes` training notes take; itself without `epochs`."""
+        if not self.epochs:
+            return self
+        return dataclasses.replace(self, steps=math.ceil(self.epochs * notes / self.notes_per_step))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainStages:
@@ -300,11 +306,8 @@ class Config:
         return dataclasses.replace(self, train=dataclasses.replace(self.train, **{stage: train}))
 
     def resolved(self, stage: str, notes: int) -> Config:
-        """With the number of steps that the epochs of `stage` take on `notes` training notes; itself without epochs."""
-        train: TrainConfig = getattr(self.train, stage)
-        if not train.epochs:
-            return self
-        return self.with_train(stage, steps=math.ceil(train.epochs * notes / train.notes_per_step))
+        """With `TrainConfig.resolved` for `stage`."""
+        return self.with_train(stage, steps=getattr(self.train, stage).resolved(notes).steps)
 
     @property
     def patches(self) -> Pair:

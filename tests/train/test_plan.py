@@ -172,7 +172,7 @@ def test_what_fits_is_the_most_that_fits():
     found = Planner(config, stage).plan(plan.RESERVED * 20 // 19 + 120 * 10**6)
     assert found.usable == pytest.approx(114e6, rel=1e-3)
     for fit in found.fits:
-        needs = plan._Needs(plan._with(config, stage, checkpointing=fit.checkpointing), stage, "cuda")
+        needs = plan._Needs(config.with_train(stage, checkpointing=fit.checkpointing), stage, "cuda")
         assert needs(fit.largest) <= found.usable < needs(fit.largest + 1)
         assert 30 % fit.micro_batch == 0
         assert all(30 % n for n in range(fit.micro_batch + 1, min(fit.largest, 30) + 1))
