@@ -11,10 +11,10 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from mars.errors import CheckpointError, ConfigError, DataError, Diverged
 from mars.evaluate.features import Embedding
 from mars.evaluate.frontend import PUBLISHED, SAMPLE_RATE, WHOLE_NOTE, FrontEnd
 from mars.evaluate.networks import Network, build
+from mars.evaluate.weights import git_blob, read_weights
 from mars.runtime import stream
 from mars.train.loop import batch_indices
 
@@ -47,7 +48,14 @@ PUBLISHED_BLOBS: dict[str, Task] = {
 }
 PUBLISHED_PITCHES = 27
 _LINE_EVERY = 30.0  # s between lines where there is no terminal
-T = TypeVar("T")
+
+
+def task_of(name: str) -> Task:
+    """The task of that name. Raises `ConfigError`."""
+    for task in TASKS:
+        if task == name:
+            return task
+    raise ConfigError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +128,11 @@ class Classifier:
         return Embedding(features.unsqueeze(1).cpu(), self.network.fc(features).cpu())
 
 
+def _placed(network: Network, device: str | torch.device) -> Network:
+    """The network on the device, its convolutions laid out as those of CPUs and tensor cores run fastest."""
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
+
+
 def locate(task: Task, preset: str, path: Path | None = None) -> Path:
     """The directory of a classifier: `path`, or `<task>-<preset>` in the folder that $MARS_WEIGHTS_DIR names.
 
@@ -159,7 +172,9 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
         pipeline = from_dict(FrontEnd, document["front_end"], "front_end.")
         network = build(document["network"], outputs)
     except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{path / 'classifier.json'} cannot be used ({error}); make the classifier again") from None
+        raise CheckpointError(
+            f"{path / 'classifier.json'} cannot be used ({error}); make the classifier again"
+        ) from None
     if task not in TASKS or not (classes is None or len(classes) == outputs):
         raise CheckpointError(f"{path / 'classifier.json'}: its task or classes are wrong; make the classifier again")
     if gate is not None and validation["accuracy"] < gate and not force:
@@ -169,7 +184,7 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
         )
     weights = path / "network.safetensors"
     checkpoint.load_weights(network, checkpoint.read_tensors(weights), weights)
-    network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    network = _placed(network, device).eval().requires_grad_(False)
     return Classifier(
         id=identity,
         task=task,
@@ -211,7 +226,7 @@ def examples(dataset: Dataset, task: Task, preset: Preset) -> Examples:
         usable &= family >= 0
         learnt = np.unique(family[usable & (split == 0)]) if preset.acoustic else np.arange(len(FAMILIES))
         usable &= np.isin(family, learnt)
-        targets, classes = np.searchsorted(learnt, family), tuple(FAMILIES[i] for i in learnt)
+        targets, classes = np.searchsorted(learnt, family).astype(np.int32), tuple(FAMILIES[i] for i in learnt)
     train, valid = (np.flatnonzero(usable & (split == SPLITS.index(name))) for name in ("train", "valid"))
     kind = "acoustic notes" if preset.acoustic else "notes"
     for name, rows in (("train", train), ("valid", valid)):
@@ -250,10 +265,8 @@ def train(
     """
     began = time.monotonic()
     device, console = device or torch.device("cpu"), console or Console(stderr=True, soft_wrap=True)
-    if preset not in PRESETS or task not in TASKS:
-        raise ConfigError(
-            f"want a task of {', '.join(TASKS)} and a preset of {', '.join(PRESETS)}; got {task} and {preset}"
-        )
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     if out.exists():
         raise ConfigError(f"--out {out} exists; name a new folder")
     settings = PRESETS[preset]
@@ -261,7 +274,7 @@ def train(
     if dataset.sample_rate != SAMPLE_RATE:
         raise DataError(f"the dataset is at {dataset.sample_rate} Hz, classifiers want {SAMPLE_RATE}; pack it again")
     notes = examples(dataset, task, settings)
-    network = build(settings.network, len(notes.classes), seed).to(device, memory_format=torch.channels_last)
+    network = _placed(build(settings.network, len(notes.classes), seed), device)
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     runtime.free_space(out, 2 * size)
     console.print(
@@ -325,7 +338,9 @@ def train(
         "validation": best,
     }
     _write(out, weights, document)
-    console.print(f"{out}: accuracy {best['accuracy']:.4f} on notes of instruments it has not heard (epoch {best['epoch']})")
+    console.print(
+        f"{out}: accuracy {best['accuracy']:.4f} on notes of instruments it has not heard (epoch {best['epoch']})"
+    )
     if best["accuracy"] < gate:
         console.print(f"warning: that is below {gate}, so metrics will refuse it unless they are given --force")
     return out
@@ -394,7 +409,7 @@ class _Fit:
 
 
 def _judge(predicted: np.ndarray, dataset: Dataset, notes: Examples) -> dict[str, Any]:
-    """Accuracy over all held-out notes and by family; for instruments the table of confusions, for pitch octave errors."""
+    """Accuracy on the held-out notes, all and by family; with confusions of instruments, or kinds of pitch errors."""
     truth = notes.targets[notes.valid]
     right = predicted == truth
     family = dataset.column("family")[notes.valid]
@@ -429,10 +444,10 @@ def _masked(pictures: Tensor, masks: int, chance: torch.Generator) -> Tensor:
     return pictures
 
 
-def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -> dict[Task, Path]:
-    """Convert the published networks to directories `<task>-sony` in `out`; which is which their content decides.
+def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -> dict[Path, Path]:
+    """Convert the published networks to directories `<task>-sony` in `out`, which it returns for each file.
 
-    files: paths by the task that the user takes them for. force: take a file that is not one of the published ones, for
+    files: by the task that the user takes them for; which is which their content decides. force: take a file that is not one of the published ones, for
     the task that its number of classes suggests (27: pitch).
 
     Raises:
@@ -458,51 +473,20 @@ def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -
     for task in recognised:
         if (out / f"{task}-sony").exists():
             raise ConfigError(f"{out / f'{task}-sony'} exists; name another folder with --out")
-    written: dict[Task, Path] = {}
+    written: dict[Path, Path] = {}
     for task, (path, tensors, blob) in recognised.items():
         network = build("inception", len(tensors["fc.weight"]))
         checkpoint.load_weights(network, tensors, path)
         weights = network.state_dict()
-        written[task] = out / f"{task}-sony"
+        written[path] = out / f"{task}-sony"
         document = _document(task, f"{task}-sony", "inception", None, PUBLISHED, weights) | {
             "preset": "sony",
             "gate": None,  # how accurate they are was not published
             "imported": {"git_blob": blob, "published": blob in PUBLISHED_BLOBS},
             "validation": None,
         }
-        _write(written[task], weights, document)
+        _write(written[path], weights, document)
     return written
-
-
-def git_blob(path: Path) -> str:
-    """The name that git gives the file's content: sha1 of a header and the bytes.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors by name in a file that `torch.save` wrote; nothing in it is run.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or holds anything but tensors.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except Exception as error:  # PyTorch names no class of errors for what a file can do to its reader
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path} cannot be read as PyTorch weights ({first:.120})") from None
-    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise CheckpointError(f"{path} holds something else than tensors by name; want a state dict")
-    return dict(content)
 
 
 def _document(

@@ -9,7 +9,8 @@ Letters: B batch, C channels, (H, W) frequency and time.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class Step(NamedTuple):
     stride: int = 1
 
 
-Steps = tuple[Step | Literal["average", "maximum"], ...]
+Steps = tuple[Step | str, ...]
 
 
 class Mixed(nn.Module):
@@ -213,9 +214,7 @@ class Tiny(Network):
     def __init__(self, classes: int, height: int = 128) -> None:
         super().__init__()
         widths = (1, 24, 48, 96, 96)
-        self.convolutions = nn.Sequential(
-            *(ConvUnit(a, b, (3, 3), 2, (1, 1)) for a, b in zip(widths, widths[1:], strict=False))
-        )
+        self.convolutions = nn.Sequential(*(ConvUnit(a, b, (3, 3), 2, (1, 1)) for a, b in pairwise(widths)))
         self.dim = widths[-1] * height // 16
         self.fc = nn.Linear(self.dim, classes)
 
