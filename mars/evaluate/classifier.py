@@ -31,7 +31,7 @@ from mars.data import SPLITS, Dataset
 from mars.errors import CheckpointError, ConfigError, DataError, Diverged
 from mars.evaluate.features import Embedding
 from mars.evaluate.frontend import PUBLISHED, SAMPLE_RATE, WHOLE_NOTE, FrontEnd
-from mars.evaluate.networks import Network, build
+from mars.evaluate.networks import Network, build, initialise
 from mars.evaluate.weights import git_blob, read_weights
 from mars.runtime import stream
 from mars.train.loop import batch_indices
@@ -78,7 +78,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # As published (arXiv:2006.09266 and its training script); there is no gate in the publication.
+    # As published (arXiv:2006.09266 and its training script), but for the gate.
     "sony": Preset(
         network="inception", front_end=PUBLISHED, pitches=(44, 70), acoustic=True,
         epochs=50, patience=10, batch_size=50, lr=1e-3, betas=(0.0, 0.99), weight_decay=0.0, warmup=0.0, masks=0,
@@ -274,46 +274,16 @@ def train(
     if dataset.sample_rate != SAMPLE_RATE:
         raise DataError(f"the dataset is at {dataset.sample_rate} Hz, classifiers want {SAMPLE_RATE}; pack it again")
     notes = examples(dataset, task, settings)
-    network = _placed(build(settings.network, len(notes.classes), seed), device)
+    network = _placed(initialise(build(settings.network, len(notes.classes)), seed), device)
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     runtime.free_space(out, 2 * size)
+    parameters = sum(p.numel() for p in network.parameters())
     console.print(
-        f"{task}: preset {preset}, {size / 4e6:.1f} M numbers, {len(notes.classes)} classes, "
+        f"{task}: preset {preset}, {parameters / 1e6:.2f} M parameters, {len(notes.classes)} classes, "
         f"{len(notes.train):,} training and {len(notes.valid):,} held-out notes, into {out}"
     )
-    fit = _Fit(network, settings, dataset, notes, seed, epochs * math.ceil(len(notes.train) / settings.batch_size))
-    best: dict[str, Any] = {"accuracy": -1.0}
-    weights: dict[str, Tensor] = {}
-    per_epoch = math.ceil(len(notes.train) / settings.batch_size)
-    epoch = step = 0
-    last_line = began
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        shown = bar.add_task("", total=epochs * per_epoch, info="")
-        while epoch < epochs and epoch - best.get("epoch", 0) < settings.patience:
-            losses = []
-            out_of_time = False
-            while step < (epoch + 1) * per_epoch and not out_of_time:
-                losses.append(fit.step(step))
-                step += 1
-                now = time.monotonic()
-                out_of_time = max_time is not None and now - began > max_time
-                bar.update(shown, completed=step, info=f"loss {losses[-1]:.3f}")
-                if not console.is_terminal and now - last_line > _LINE_EVERY:
-                    last_line, rate = now, step * settings.batch_size / (now - began)
-                    console.print(f"step {step:,}/{epochs * per_epoch:,}  loss {losses[-1]:.3f}  {rate:.1f} notes/s")
-            epoch += 1
-            judged = fit.validate()
-            better = judged["accuracy"] > best["accuracy"]
-            if better:
-                best = {**judged, "epoch": epoch}
-                weights = {name: t.detach().to("cpu", copy=True) for name, t in network.state_dict().items()}
-            console.print(
-                f"epoch {epoch}/{epochs}  loss {np.mean(losses):.3f}  held-out loss {judged['loss']:.3f}  "
-                f"accuracy {judged['accuracy']:.4f}{'  best' if better else ''}"
-            )
-            if out_of_time:
-                break
+    fit = _Fit(network, settings, dataset, notes, seed, epochs)
+    best, weights = _learn(fit, max_time, console)
     gate = settings.gate[task]
     document = _document(task, f"{task}-{preset}", settings.network, notes.classes, settings.front_end, weights) | {
         "preset": preset,
@@ -327,13 +297,13 @@ def train(
         },
         "training": {
             "seed": seed,
-            "epochs": epoch,
+            "epochs": fit.epoch,
             "best_epoch": best["epoch"],
-            "steps": step,
+            "steps": fit.done,
             "seconds": round(time.monotonic() - began, 1),
             "device": device.type,
             "threads": torch.get_num_threads(),
-            "bfloat16": runtime.autocast(device, "auto").fast_dtype == torch.bfloat16,
+            "bfloat16": runtime.native_bfloat16(device),
         },
         "validation": best,
     }
@@ -346,25 +316,65 @@ def train(
     return out
 
 
+def _learn(fit: _Fit, max_time: float | None, console: Console) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Train to the last epoch, for `max_time` seconds (but a step at least) or until nothing gets better.
+
+    Returns what validation said after the best epoch, and the weights of then.
+    """
+    best: dict[str, Any] = {"accuracy": -1.0, "epoch": 0}
+    weights: dict[str, Tensor] = {}
+    began = last_line = time.monotonic()
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("", total=fit.steps, info="")
+        late = False
+        while fit.done < fit.steps and fit.epoch - best["epoch"] < fit.settings.patience and not late:
+            losses = []
+            for _ in range(fit.per_epoch):
+                losses.append(fit.step())
+                now = time.monotonic()
+                bar.update(shown, completed=fit.done, info=f"loss {losses[-1]:.3f}")
+                if not console.is_terminal and now - last_line > _LINE_EVERY:
+                    last_line, rate = now, fit.done * fit.settings.batch_size / (now - began)
+                    console.print(f"step {fit.done:,}/{fit.steps:,}  loss {losses[-1]:.3f}  {rate:.1f} notes/s")
+                late = max_time is not None and now - began > max_time
+                if late:
+                    break
+            fit.epoch += 1
+            judged = fit.validate()
+            better = judged["accuracy"] > best["accuracy"]
+            if better:
+                best = {**judged, "epoch": fit.epoch}
+                weights = {name: t.detach().to("cpu", copy=True) for name, t in fit.network.state_dict().items()}
+            console.print(
+                f"epoch {fit.epoch}  loss {np.mean(losses):.3f}  held-out loss {judged['loss']:.3f}  "
+                f"accuracy {judged['accuracy']:.4f}{'  best' if better else ''}"
+            )
+    return best, weights
+
+
 class _Fit:
     """The optimiser, the steps and the validation of one network."""
 
     def __init__(
-        self, network: Network, settings: Preset, dataset: Dataset, notes: Examples, seed: int, steps: int
+        self, network: Network, settings: Preset, dataset: Dataset, notes: Examples, seed: int, epochs: int
     ) -> None:
         self.network, self.settings, self.dataset, self.notes, self.seed = network, settings, dataset, notes, seed
         self.device = network.fc.weight.device
+        self.per_epoch = math.ceil(len(notes.train) / settings.batch_size)
+        self.steps = epochs * self.per_epoch
+        self.epoch = self.done = 0  # epochs begun and steps made
         self.optimizer = torch.optim.AdamW(
             network.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=True
         )
-        warmup = settings.warmup * steps
+        warmup = settings.warmup * self.steps
 
         def rate(step: int) -> float:
             if not settings.warmup:
                 return 1.0
             if step < warmup:
                 return (step + 1) / (warmup + 1)
-            return 0.5 + 0.5 * math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1))
+            return 0.5 + 0.5 * math.cos(math.pi * min((step - warmup) / max(self.steps - warmup, 1), 1))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
 
@@ -377,10 +387,10 @@ class _Fit:
         """Class of each of these notes."""
         return torch.from_numpy(self.notes.targets[rows].astype(np.int64)).to(self.device)
 
-    def step(self, step: int) -> float:
+    def step(self) -> float:
         """One update; the loss. Raises `Diverged`."""
-        rows = batch_indices(self.seed, step, self.settings.batch_size, self.notes.train)
-        chance = stream(self.seed, 1, step)
+        rows = batch_indices(self.seed, self.done, self.settings.batch_size, self.notes.train)
+        chance = stream(self.seed, 1, self.done)
         pictures = _masked(self.pictures(rows), self.settings.masks, chance)
         keep = (torch.rand(len(rows), self.network.dim, generator=chance) < 0.5).to(self.device)
         self.network.train()
@@ -389,11 +399,12 @@ class _Fit:
         loss = F.cross_entropy(logits.float(), self.targets(rows))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise Diverged(f"the loss at step {step} is not finite; try another --seed")
+            raise Diverged(f"the loss at step {self.done} is not finite; try another --seed")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
+        self.done += 1
         return value
 
     @torch.inference_mode()
@@ -447,8 +458,8 @@ def _masked(pictures: Tensor, masks: int, chance: torch.Generator) -> Tensor:
 def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -> dict[Path, Path]:
     """Convert the published networks to directories `<task>-sony` in `out`, which it returns for each file.
 
-    files: by the task that the user takes them for; which is which their content decides. force: take a file that is not one of the published ones, for
-    the task that its number of classes suggests (27: pitch).
+    files: by the task that the user takes them for; which is which their content decides.
+    force: take a file that is not one of the published ones for what its number of classes suggests (27: pitch).
 
     Raises:
         CheckpointError: a file is unknown, unreadable, of another network, or both are of one task.

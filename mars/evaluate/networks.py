@@ -226,17 +226,25 @@ class Tiny(Network):
 NETWORKS: dict[str, type[Network]] = {"inception": Inception, "tiny": Tiny}
 
 
-def build(name: str, classes: int, seed: int = 0) -> Network:
-    """A new network, its weights drawn from `seed`: normal with deviation 0.1, cut at two deviations.
+def build(name: str, classes: int) -> Network:
+    """A network on the CPU whose weights hold anything; load some, or `initialise` them.
 
     Raises:
         ConfigError: there is no network of that name.
     """
     if name not in NETWORKS:
         raise ConfigError(f"unknown network {name!r}; known: {', '.join(NETWORKS)}")
-    network = NETWORKS[name](classes)
+    with torch.device("meta"):  # drawing weights that are thrown away would take seconds
+        network = NETWORKS[name](classes)
+    return network.to_empty(device="cpu")
+
+
+def initialise(network: Network, seed: int) -> Network:
+    """The network with weights drawn from `seed`: normal with deviation 0.1, cut at two deviations; biases 0."""
     generator = stream(seed, 2)
     for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.1, a=-0.2, b=0.2, generator=generator)
         if isinstance(module, nn.Linear):
