@@ -79,19 +79,18 @@ class Crepe:
         heard = level > QUIET * level.amax(1, keepdim=True)
         centred = frames[heard] - frames[heard].mean(1, keepdim=True)
         deviation = centred.std(1, keepdim=True).clamp(min=1e-10)
-        posteriors = torch.cat([self.network(part).sigmoid() for part in (centred / deviation).split(64)])
-        total = torch.zeros(len(frames), self.dim, device=device, dtype=torch.float64)
-        note = heard.nonzero()[:, 0]
-        total.index_add_(0, note, posteriors.double() @ _pooling(device))
-        distribution = (total / total.sum(1, keepdim=True)).float().cpu()
+        posteriors = torch.cat([self.network(part).sigmoid() for part in (centred / deviation).split(64)]).cpu()
+        total = torch.zeros(len(frames), self.dim, dtype=torch.float64)
+        total.index_add_(0, heard.nonzero()[:, 0].cpu(), posteriors.double() @ _pooling())
+        distribution = (total / total.sum(1, keepdim=True)).float()
         return Embedding(distribution.unsqueeze(1), distribution.clamp(min=1e-10).log())
 
 
-def _pooling(device: torch.device) -> Tensor:
+def _pooling() -> Tensor:
     """(360, 73): 1 where a pitch is nearest to a semitone."""
     semitone = (LOWEST + 0.2 * torch.arange(PITCHES, dtype=torch.float64)).round()
     wanted = torch.tensor(SEMITONES, dtype=torch.float64)
-    return (semitone[:, None] == wanted).double().to(device)
+    return (semitone[:, None] == wanted).double()
 
 
 def load(size: Size, path: Path | None = None, device: str | torch.device = "cpu") -> Crepe:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mars import checkpoint
-from mars.errors import CheckpointError
+from mars.errors import CheckpointError, DataError
 from mars.evaluate.notes import NoteSet
 
 PART = 512  # notes; what an interrupted run loses at most
@@ -74,7 +74,7 @@ def embed(
     """Features of all notes of a set, in its order; those that are not in `cache` are computed and put there.
 
     Raises:
-        DataError: a note's file has changed or gone since the set was opened.
+        DataError: a note's file has changed or gone since the set was opened, or its features are not finite.
         CheckpointError: a part of the cache is damaged.
         OSError: the cache cannot be written.
     """
@@ -102,6 +102,11 @@ def embed(
         tensors = {"frames": torch.cat([e.frames for e in computed])}
         if computed[0].logits is not None:
             tensors["logits"] = torch.cat([e.logits for e in computed if e.logits is not None])
+        for i, frames in zip(part, tensors["frames"], strict=True):
+            if not bool(frames.isfinite().all()):
+                raise DataError(
+                    f"{embedder.id} has no finite features for {notes.names[i]} of {notes.source}; remove it"
+                )
         keys = [notes.keys[i] for i in part]
         if folder is not None:
             _write(folder, keys, tensors)

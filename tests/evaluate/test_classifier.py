@@ -194,6 +194,17 @@ def test_the_rate_rises_and_falls_to_zero(dataset):
     assert rates[-1] < 0.1 * QUICK.lr
 
 
+@pytest.mark.parametrize("name", ["sony", "full"])
+def test_the_big_presets_make_a_step(dataset, name):
+    preset = dataclasses.replace(PRESETS[name], batch_size=2)
+    notes = classifier.examples(relabelled(dataset, 2, 0), "pitch", preset)
+    network = initialise(build(preset.network, len(notes.classes)), 0)
+    before = network.fc.weight.detach().clone()
+    fit = classifier._Fit(network, preset, dataset, notes, 0, epochs=1)
+    assert fit.step() < 50
+    assert (network.fc.weight != before).any(1).all()
+
+
 def test_masks_silence_spans_of_frames():
     chance = torch.Generator().manual_seed(0)
     pictures = classifier._masked(torch.ones(50, 1, 4, 64), 2, chance)

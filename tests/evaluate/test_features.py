@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mars import checkpoint
-from mars.errors import CheckpointError
+from mars.errors import CheckpointError, DataError
 from mars.evaluate import features
 from mars.evaluate.features import Embedding, embed
 from mars.evaluate.notes import NoteSet, Record
@@ -145,6 +145,12 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "cache").touch()
     with pytest.raises(OSError, match="cache"):
         embed(notes(0.1), Counter(), tmp_path / "cache")
+
+
+def test_features_that_are_not_finite_are_an_error_and_not_kept(tmp_path):
+    with pytest.raises(DataError, match="counter has no finite features for nan of test"):
+        embed(notes(0.1, float("nan")), Counter(), tmp_path)
+    assert not list(tmp_path.glob("*/part-*"))
 
 
 def test_other_rates_and_empty_sets_are_errors():
