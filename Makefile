@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench sanitize pretrained venv clean
+.PHONY: demo test bench reliability sanitize pretrained venv clean
 
 demo: $(VENV)/.mars
 	out=generated/$$(date +%Y%m%d-%H%M%S) && $(BIN)/mars-generate -n 64 --out $$out && echo "64 notes: $$out"
@@ -21,6 +21,9 @@ test: $(VENV)/.mars-dev
 bench: $(VENV)/.mars-dev
 	$(BIN)/pytest benchmarks --benchmark-only
 	$(BIN)/python -m scripts.bench_report
+
+reliability: $(VENV)/.mars-dev  # kills, crashes, damage: some twenty minutes
+	$(BIN)/python -m scripts.reliability
 
 sanitize: $(VENV)/.mars-dev  # the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -DMARS_SANITIZE=ON

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mars.train.memory import peak_memory
+
 COPY, PRODUCT = "copy of 256 MiB", "bfloat16 product of 8192 x 8192"  # a GPU's ceilings
 
 
@@ -58,6 +60,7 @@ def race(
     rounds: int = 5,
     targets: dict[str, float] | None = None,
     wall: bool = False,
+    memory: bool = False,
 ) -> None:
     """Check all contenders against the first, then time them in turn, `rounds` times each; on a GPU its ceilings too.
 
@@ -65,6 +68,8 @@ def race(
     scripts.bench_report makes the table. targets: for a contender's name, how many times as long as the first it is
     meant to take at least; for "rate", which fraction of the last contender's rate the first is meant to reach.
     wall: by the clock on one thread too, for what works in threads of its own.
+    memory: also the most memory that tensors take during one call; "memory" in targets: which fraction of the last
+    contender's the first is meant to take at most.
     """
     contenders = contenders | _ceilings(place)
     first, *peers = contenders.values()
@@ -96,6 +101,9 @@ def race(
     benchmark.pedantic(timed, (first,), setup=others, rounds=rounds, warmup_rounds=1)
     for contender in contenders.values():
         contender.seconds = contender.seconds[-rounds:]  # without the warm-up
+    if memory:
+        for contender in contenders.values():
+            contender.peak_memory = peak_memory(contender.run, torch.device(place.device))
     benchmark.extra_info |= {
         "place": str(place),
         "targets": targets or {},

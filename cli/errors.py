@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,8 @@ def user_errors() -> Iterator[None]:
         yield
     except MarsError as error:
         raise Failure(str(error), error.code) from error
+    except KeyboardInterrupt:
+        raise Failure("interrupted", 128 + signal.SIGINT) from None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise Failure(str(error), DiskError.code if full else MarsError.code) from error

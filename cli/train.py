@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
 from mars.cli.errors import user_errors
+from mars.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +37,17 @@ OPTIONS = (
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
+    click.option("--tensorboard", is_flag=True, help="Log to TensorBoard too, in the run folder."),
+    click.option(
+        "--profile",
+        type=click.Path(path_type=Path, dir_okay=False),
+        is_flag=False,
+        flag_value=Path("profile.json"),
+        help="Only show where a step's time goes, and write a trace; default: profile.json. Makes no run.",
+    ),
+    click.option("--plan", is_flag=True, help="Train nothing: print the memory, the FLOPs and the batch that fits."),
+    click.option("--memory", metavar="SIZE", help="With --plan: of the device, e.g. 24GB or 80GiB; default: 32GB."),
+    click.option("--json", "as_json", is_flag=True, help="With --plan: print JSON."),
 )
 
 
@@ -41,6 +56,24 @@ def training_options(function: F) -> F:
     for option in reversed(OPTIONS):
         function = option(function)
     return function
+
+
+def planned(stage: Literal["tokenizer", "var"], options: dict[str, Any]) -> bool:
+    """Print the plan if it is asked for; takes its options out of `options`."""
+    wanted, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
+    if not wanted:
+        if memory or as_json:
+            raise ConfigError(f"{'--memory' if memory else '--json'} goes with --plan")
+        return False
+    from mars.train import plan
+    from mars.train.start import settings_of
+
+    used = ("preset", "overrides", "out", "resume", "tokenizer")
+    settings = settings_of(stage, **{name: options[name] for name in used if name in options})
+    size, device = plan.parse_memory(memory or "32GB"), plan.parse_device(options["device"])
+    found = plan.Planner(settings, stage, device).plan(size)
+    click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else plan.report(found))
+    return True
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,23 +85,61 @@ def main() -> None:
 @training_options
 def tokenizer(**options: Any) -> None:
     """Train the tokenizer: spectrograms to tokens and back."""
+    began = time.monotonic()  # importing PyTorch counts too
     with user_errors():
+        if planned("tokenizer", options):
+            return
         from mars.train.start import train_tokenizer
+        from mars.train.world import parting
 
-        train_tokenizer(**options)
+        with parting():
+            train_tokenizer(**options, began=began)
 
 
 @main.command()
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="Tokenizer run or model; default: the newest run under runs/."
 )
+@click.option("--shard", is_flag=True, help="Under torchrun: spread the model over the processes (FSDP2).")
 @training_options
 def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
+    began = time.monotonic()  # importing PyTorch counts too
     with user_errors():
+        if planned("var", options):
+            return
         from mars.train.start import train_var
+        from mars.train.world import parting
 
-        train_var(**options)
+        with parting():
+            train_var(**options, began=began)
+
+
+@main.command("list")
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
+    """Show runs side by side, newest first: run folders, or folders of them; default: runs/."""
+    from mars.train import compare
+
+    with user_errors():
+        found = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    elif found:
+        click.echo(compare.table(found))
+    else:
+        click.echo("no runs; train one: mars-train tokenizer", err=True)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Make the report of a run folder again: report.html."""
+    with user_errors():
+        from mars.train.report import write
+
+        click.echo(write(run))
 
 
 if __name__ == "__main__":

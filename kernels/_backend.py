@@ -13,9 +13,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mars.kernels import _native
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Backend = Literal["reference", "native", "triton"]
 _CHOICES = ("auto", *get_args(Backend))
@@ -39,6 +42,25 @@ def use(name: str) -> Iterator[None]:
         _choice = before
 
 
+_planned: str | None = None
+
+
+@contextmanager
+def planned(device: str) -> Iterator[None]:
+    """Choose meanwhile as on a device type that has its kernels, wherever the tensors are: they must be fake ones."""
+    global _planned
+    before, _planned = _planned, device
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def device_type(x: Tensor) -> str:
+    """The device type to choose for: that of x, or the one that is planned for."""
+    return _planned or x.device.type
+
+
 def choice() -> str:
     """What MARS_KERNELS or `use` asks for, "auto" included: for an op with implementations of its own."""
     return _choice
@@ -46,6 +68,8 @@ def choice() -> str:
 
 def missing(backend: Backend, device: str) -> str | None:
     """Why an implementation cannot run on tensors of a device type; None where it can."""
+    if device == _planned:
+        return None
     if backend == "native":
         if device != "cpu":
             return "native kernels run on the CPU"

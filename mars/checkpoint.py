@@ -1,7 +1,7 @@
 """Directories of safetensors and JSON that are complete or absent, and proven intact when read.
 
-A directory is written under a temporary name, every file flushed to disk, a manifest of sha256 sums written last, and
-renamed. Nothing here reads or writes any format that can run code.
+A directory is written under a temporary name, every file hashed on its way and flushed to disk, a manifest of sha256
+sums written last, and renamed. Nothing here reads or writes any format that can run code.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mars.errors import CheckpointError
-from mars.files import sha256, sync
+from mars.files import sha256, sync, write_new
 
 MANIFEST = "manifest.json"
 Tensors = Mapping[str, Tensor]
+
+_WRITING, _NEW, _OLD, _DOOMED = ".tmp-", ".new-", ".old-", ".del-"  # how the names of unfinished work begin
+_DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL"},
+}
 
 
 def write_directory(
@@ -37,22 +44,16 @@ def write_directory(
     if path.exists():
         raise FileExistsError(f"{path} exists")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{_WRITING}{path.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    files = {name: [text.encode()] for name, text in (texts or {}).items()}
+    files |= {f"{name}.json": [_json(document)] for name, document in documents.items()}
     try:
+        listed = {name: write_new(temporary / name, parts) for name, parts in files.items()}
         for name, group in tensors.items():
-            contiguous = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-            save_file(contiguous, temporary / f"{name}.safetensors")
-            (temporary / f"{name}.safetensors").chmod(0o644)  # safetensors makes it readable to its owner alone
-        for name, document in documents.items():
-            (temporary / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        for name, text in (texts or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-        for p in temporary.iterdir():
-            sync(p)
+            listed[f"{name}.safetensors"] = write_new(temporary / f"{name}.safetensors", _safetensors(group))
+        write_new(temporary / MANIFEST, [_json({"files": dict(sorted(listed.items()))})])
         sync(temporary)
         temporary.rename(path)
         sync(path.parent)
@@ -61,24 +62,80 @@ def write_directory(
         raise
 
 
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """A safetensors file in parts: the length of its header, the header, and one tensor after another.
+
+    So no more than one tensor at a time is copied from a GPU. The widest dtypes come first, which aligns all.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {}, 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, tensor in ordered:
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def replace_directory(
     path: Path, tensors: Mapping[str, Tensors], documents: Mapping[str, Any], texts: Mapping[str, str] | None = None
 ) -> None:
-    """`write_directory`, in place of what is there; the old one goes only when the new one is complete."""
-    new, old = path.with_name(f".new-{path.name}"), path.with_name(f".old-{path.name}")
+    """`write_directory`, in place of what is there; the old one goes only when the new one is complete.
+
+    Killed between its two renames, it leaves nothing at `path`: see `current` and `recover`.
+    """
+    if not path.exists():
+        write_directory(path, tensors, documents, texts)
+        return
+    new, old = path.with_name(f"{_NEW}{path.name}"), path.with_name(f"{_OLD}{path.name}")
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     write_directory(new, tensors, documents, texts)
-    if path.exists():
-        path.rename(old)
+    path.rename(old)
     try:
         new.rename(path)
     except OSError:
-        if old.exists():
-            old.rename(path)
+        old.rename(path)
         raise
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that no reader takes what is left of it for the whole."""
+    doomed = path.with_name(f"{_DOOMED}{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def current(path: Path) -> Path:
+    """Where the directory `path` is: under another name if its writer was killed while replacing it."""
+    places = (path, path.with_name(f"{_NEW}{path.name}"), path.with_name(f"{_OLD}{path.name}"))
+    return next((p for p in places if p.exists()), path)
+
+
+def recover(folder: Path) -> None:
+    """Put the directories of `folder` right after a writer was killed, and drop what it left unfinished.
+
+    Only for the one process that may write there.
+    """
+    for prefix in (_NEW, _OLD):
+        for found in folder.glob(f"{prefix}*"):
+            path = found.with_name(found.name.removeprefix(prefix))
+            if not path.exists():
+                found.rename(path)
+    for prefix in (_WRITING, _NEW, _OLD, _DOOMED):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover)
+    for leftover in folder.glob(".*.tmp"):  # of `files.write_atomically`
+        leftover.unlink()
 
 
 def verify(path: Path) -> None:
@@ -95,7 +152,12 @@ def verify(path: Path) -> None:
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{file} is missing; the directory is damaged")
-        if not isinstance(entry, dict) or sha256(file) != entry.get("sha256"):
+        try:
+            intact = isinstance(entry, dict) and file.stat().st_size == entry.get("bytes")
+            intact = intact and sha256(file) == entry.get("sha256")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+        if not intact:
             raise CheckpointError(f"{file} does not match its checksum; the file is damaged")
     for file in sorted(path.iterdir()):
         if file.suffix in (".safetensors", ".json") and file.name not in (*files, MANIFEST):
@@ -130,8 +192,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
+def load_weights(
+    module: nn.Module, tensors: Tensors, source: Path, part: Callable[[Tensor, Tensor], Tensor] = lambda full, own: full
+) -> None:
     """Copy `tensors` into `module`: the same names and shapes, any float dtype.
+
+    Of each tensor goes there what `part(tensor, own)` gives, as where `module` is spread over processes.
 
     Raises:
         CheckpointError: naming the first tensor that does not fit.
@@ -148,4 +214,4 @@ def load_weights(module: nn.Module, tensors: Tensors, source: Path) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: tensor {name} holds values that are not finite")
-        own[name].copy_(tensor)
+        own[name].copy_(part(tensor, own[name]))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mars.errors import ConfigError
+from mars.files import write_atomically
 
 Pair = tuple[int, int]
 T = TypeVar("T")
@@ -127,11 +128,17 @@ class TokenizerConfig:
     beta: float = 0.25  # weight of the commitment term
     quantizer_dropout: float = 0.1  # share of samples that keep only their first scales
     dropout_start: int = 3  # they keep at least this many
+    kmeans_init: int = 0  # notes whose latents the codebook starts from, by k-means; 0: random unit vectors
+    ema_codebook: bool = False  # codes follow the mean of the latents that choose them, not the gradient
+    restart_dead_codes: float = 0.0  # codes chosen less often than this share of the average start anew; 0: never
+    codebook_decay: float = 0.99  # per step, of those means and of how often codes are chosen
 
     def __post_init__(self) -> None:
         _scales(self, "tokenizer")
         _positive(self, "tokenizer", "width", "depth", "heads", "code_dim")
-        _within(self, "tokenizer", "phi_ratio", "quantizer_dropout")
+        _within(self, "tokenizer", "phi_ratio", "quantizer_dropout", "restart_dead_codes")
+        _require(self.kmeans_init >= 0, f"tokenizer.kmeans_init must not be negative, got {self.kmeans_init}")
+        _require(0 <= self.codebook_decay < 1, f"tokenizer.codebook_decay must be in [0, 1), got {self.codebook_decay}")
         _require(0 <= self.drop_path < 1, f"tokenizer.drop_path must be in [0, 1), got {self.drop_path}")
         _require(self.width % self.heads == 0, f"tokenizer.width {self.width} is not a multiple of heads {self.heads}")
         _require(self.metric in ("cosine", "l2"), f"tokenizer.metric must be cosine or l2, got {self.metric!r}")
@@ -194,10 +201,12 @@ class TrainConfig:
     """One training stage. Steps count optimiser updates."""
 
     steps: int = 1000
+    epochs: float = 0.0  # passes over the training notes; 0: `steps` counts, otherwise it follows from this
     batch_size: int = 16  # notes per micro-batch
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = 1  # micro-batches per step; several processes share them equally
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 1e-4  # peak
+    lr_batch: int = 0  # the rates are for steps of this many notes and grow with the step's; 0: for any step
     warmup: float = 0.02  # share of the steps
     final_lr: float = 0.02  # as a ratio to the peak
     schedule: Literal["cosine", "lin0"] = "cosine"  # lin0: flat for 5 % after the warm-up, then linear
@@ -206,21 +215,30 @@ class TrainConfig:
     grad_clip: float = 1.0  # global norm; 0: off
     ema: float = 0.999  # decay of the averaged weights, which are the ones exported
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device has it
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the transformer blocks; auto: on CUDA
+    workers: int = 1  # threads that make batches ahead of the steps; 0: each batch when its step wants it
+    checkpointing: bool = False  # activation checkpointing: the blocks run again in the backward, to save memory
     adversarial: bool = False  # PatchGAN term (tokenizer only)
     adversarial_weight: float = 0.5
     adversarial_start: float = 0.28  # share of the steps before the discriminator joins
     adversarial_ramp: float = 0.02  # share of the steps over which its weight rises
     adaptive_weight: bool = True  # scale the term to the reconstruction gradient; False: Eq. 1 as written
-    discriminator_lr: float = 4e-4
+    discriminator_lr: float = 4e-4  # peak
+    discriminator_warmup: float = 0.02  # share of the steps, counted from where it joins
+    discriminator_weight_decay: float = 5e-4
     log_every: int = 20
     validate_every: int = 500
     validate_notes: int = 256
     save_every: int = 500
+    sample_every: int = 500  # steps between pictures and sounds of a few notes, the last step included; 0: none
+    keep: int = 3  # checkpoints, besides the best
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every")
-        _positive(self, "train", *counts, "lr", "discriminator_lr")
-        _within(self, "train", "warmup", "final_lr", "adversarial_start", "adversarial_ramp")
+        _positive(self, "train", *counts, "keep", "lr", "discriminator_lr")
+        _within(self, "train", "warmup", "final_lr", "adversarial_start", "adversarial_ramp", "discriminator_warmup")
+        for name in ("epochs", "lr_batch", "discriminator_weight_decay", "sample_every"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         _require(all(0 <= b < 1 for b in self.betas), f"train.betas must be in [0, 1), got {self.betas}")
         _require(
             self.weight_decay >= 0 and self.grad_clip >= 0,
@@ -232,6 +250,24 @@ class TrainConfig:
             self.precision in ("auto", "float32", "bfloat16"),
             f"train.precision must be auto, float32 or bfloat16, got {self.precision!r}",
         )
+        _require(self.compile in ("auto", "on", "off"), f"train.compile must be auto, on or off, got {self.compile!r}")
+        _require(self.workers >= 0, f"train.workers must not be negative, got {self.workers}")
+
+    @property
+    def notes_per_step(self) -> int:
+        """The global batch: notes of all micro-batches of a step, on however many processes."""
+        return self.batch_size * self.accumulate
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, brought from `lr_batch` to the notes of a step."""
+        return self.lr * (self.notes_per_step / self.lr_batch if self.lr_batch else 1)
+
+    def resolved(self, notes: int) -> TrainConfig:
+        """With the number of steps that `epochs` passes over `notes` training notes take; itself without `epochs`."""
+        if not self.epochs:
+            return self
+        return dataclasses.replace(self, steps=math.ceil(self.epochs * notes / self.notes_per_step))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,7 +387,7 @@ def preset_names() -> list[str]:
 def preset(name: str, overrides: Sequence[str] = (), stage: str | None = None) -> Config:
     """The preset `name` with `key=value` overrides, e.g. `tokenizer.width=128` or `audio.cmx=8,4`.
 
-    With `stage` ("tokenizer" or "var"), `train.KEY` means `train.<stage>.KEY`.
+    With `stage` ("tokenizer" or "var"), `train.KEY` means `train.<stage>.KEY`. Steps asked for replace epochs.
 
     Raises:
         ConfigError: unknown preset, unknown key or unusable value.
@@ -380,6 +416,8 @@ def override(config: Config, overrides: Sequence[str], stage: str | None = None)
         if not isinstance(group, dict):
             raise ConfigError(f"unknown setting {key}")
         group[path[-1]] = _parse(text.strip())
+        if path[0] == "train" and path[-1] == "steps":
+            group["epochs"] = 0  # or the preset's epochs would win
     return from_dict(Config, values)
 
 
@@ -397,7 +435,7 @@ def _parse(text: str) -> Any:
 
 def save(config: Config, path: Path) -> None:
     """Write `config` as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(to_dict(config), indent=1) + "\n").encode(), durable=True)
 
 
 def load(path: Path) -> Config:

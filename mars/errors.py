@@ -43,12 +43,16 @@ class BadFileError(DataError):
 
 
 class Diverged(MarsError, RuntimeError):
-    """Too many steps in a row whose loss or gradient was not finite."""
+    """Too many steps in a row whose loss or gradient was not finite, or weights that are not."""
 
     code = 5
 
 
+class LostProcess(MarsError, RuntimeError):
+    """Another of the processes that train together is gone."""
+
+
 class DiskError(MarsError, OSError):
-    """There is no room on the disk."""
+    """There is no room on the disk, or it cannot be written."""
 
     code = 6

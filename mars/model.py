@@ -81,7 +81,7 @@ def locate(name: str | Path | None) -> Path:
     path = packaged / DEFAULT if name is None else Path(name)
     if name is not None and not path.exists() and (packaged / str(name)).is_dir():
         path = packaged / str(name)
-    for candidate in (path, path / "model"):
+    for candidate in (checkpoint.current(path), checkpoint.current(path / "model")):
         if (candidate / "config.json").is_file() and (candidate / "tokenizer.safetensors").is_file():
             return candidate
     if name is None:

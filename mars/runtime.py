@@ -31,6 +31,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host's on the device; a GPU gets it by way of pinned memory, and the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to bfloat16 where asked for or, with "auto", where the device computes in it natively."""
     on = precision == "bfloat16" or (precision == "auto" and native_bfloat16(device))

@@ -60,6 +60,10 @@ def print_case(benchmark: dict[str, Any]) -> None:
             fraction = c[rate] / c["median"] / (last[rate] / last["median"])
             notes.append(f"{fraction:.2f} of the last")
             wanted = f"≥ {info['targets']['rate']:.3g} of the last's rate"
+        if c is first and "memory" in info["targets"]:
+            share = c["peak_memory"] / list(contenders.values())[-1]["peak_memory"]
+            notes.append(f"{share:.2f} of the last's")
+            wanted = f"≤ {info['targets']['memory']:.3g} of the last's memory"
         print(f"| {case} | {name} | {ms} | {ratio:.3g} | {wanted} | {', '.join(notes)} |")
         case = ""
 

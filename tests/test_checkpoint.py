@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mars import checkpoint, model
@@ -34,7 +36,7 @@ def write(path: Path, tensors=TENSORS) -> Path:
 def relist(path: Path) -> None:
     """A manifest that fits whatever is there."""
     files = {
-        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
         for p in path.iterdir()
         if p.name != checkpoint.MANIFEST
     }
@@ -113,6 +115,13 @@ def test_a_manifest_that_says_nothing_is_refused(text, tmp_path):
         verify(path)
 
 
+def test_a_disk_that_cannot_be_read_is_damage_too(tmp_path, monkeypatch):
+    path = write(tmp_path / "c")
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(CheckpointError, match=r"c/\S+ cannot be read: Input/output error"):
+        verify(path)
+
+
 def test_a_missing_manifest_or_directory_is_refused(tmp_path):
     path = write(tmp_path / "c")
     (path / checkpoint.MANIFEST).unlink()
@@ -147,16 +156,16 @@ def test_files_that_would_be_read_must_be_listed(name, tmp_path):
 def failing_save(monkeypatch, at: int, error: BaseException) -> None:
     """The `at`-th file breaks off half-way."""
     calls = []
-    original = checkpoint.save_file
+    original = checkpoint.write_new
 
-    def save(tensors, path):
+    def write(path, parts):
         calls.append(path)
         if len(calls) == at:
             path.write_bytes(b"half a file")
             raise error
-        original(tensors, path)
+        return original(path, parts)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(checkpoint, "write_new", write)
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -170,9 +179,8 @@ def test_an_interrupted_write_leaves_nothing(at, error, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["sync", "sha256"])
-def test_a_failure_after_the_files_leaves_nothing(what, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, what, lambda path: (_ for _ in ()).throw(OSError("broken disk")))
+def test_a_failure_after_the_files_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError("broken disk")))
     with pytest.raises(OSError, match="broken disk"):
         write(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
@@ -180,12 +188,34 @@ def test_a_failure_after_the_files_leaves_nothing(what, tmp_path, monkeypatch):
 
 def test_the_files_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
     path, synced = tmp_path / "c", []
-    original = checkpoint.sync
-    monkeypatch.setattr(checkpoint, "sync", lambda p: (synced.append((p.name, path.exists())), original(p)))
+    original = os.fsync
+
+    def fsync(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, path.exists()))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     write(path)
-    before = {name for name, named in synced if not named}
-    assert {*FILES, checkpoint.MANIFEST} <= before
-    assert synced[-1] == (tmp_path.name, True)
+    before = {inode for inode, named in synced if not named}
+    assert {p.stat().st_ino for p in (path, *path.iterdir())} <= before
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
+
+
+def test_every_dtype_is_written_as_safetensors_reads_it(tmp_path):
+    floats = ("float64", "float32", "float16", "bfloat16", "bool")
+    names = [*floats, *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))]
+    group = {name: torch.arange(6).view(2, 3).to(getattr(torch, name)) for name in names}
+    group |= {"é": torch.tensor(1.0), "none": torch.zeros(0, 2), "long": torch.arange(300_000)}
+    file = write(tmp_path / "c", {"a": group}) / "a.safetensors"
+    found = load_file(file)
+    assert found.keys() == group.keys()
+    for name, value in group.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+        assert found[name].data_ptr() % max(value.element_size(), 1) == 0
+    same = {name: torch.randn(3, 2) for name in "bca"}
+    save_file(same, tmp_path / "theirs")
+    assert (write(tmp_path / "d", {"a": same}) / "a.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_replacing_swaps_the_whole_directory(tmp_path):
@@ -220,6 +250,52 @@ def test_a_failed_replacement_keeps_the_old_directory(when, tmp_path, monkeypatc
     replace_directory(path, {"new": {"x": torch.zeros(1)}}, {})  # what was left over does not get in the way
     assert (path / "new.safetensors").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("killed", ["after the first rename", "before it", "while removing the old", "while writing"])
+def test_a_kill_while_replacing_is_put_right(killed, tmp_path):
+    path = write(tmp_path / "c")
+    newer = write(tmp_path / ".new-c", {"a": {"x": torch.zeros(1)}})
+    wanted = newer if killed == "after the first rename" else path
+    x = checkpoint.read_tensors(wanted / "a.safetensors")["x"]
+    if killed == "after the first rename":
+        path.rename(tmp_path / ".old-c")
+    elif killed == "while removing the old":
+        newer.rename(tmp_path / ".old-c")
+        (tmp_path / ".old-c" / "a.safetensors").unlink()
+    elif killed == "while writing":
+        newer.rename(tmp_path / ".tmp-.new-c-123")
+    for leftover in (".del-d", ".tmp-d-99"):
+        write(tmp_path / leftover)
+    (tmp_path / ".best.json.123.tmp").write_text("half")
+    found = checkpoint.current(path)  # what a reader sees, who may not write
+    verify(found)
+    assert torch.equal(checkpoint.read_tensors(found / "a.safetensors")["x"], x)
+    checkpoint.recover(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    verify(path)
+    assert torch.equal(checkpoint.read_tensors(path / "a.safetensors")["x"], x)
+
+
+def test_an_old_directory_alone_gets_its_name_back(tmp_path):
+    path = write(tmp_path / "c")
+    path.rename(tmp_path / ".old-c")
+    verify(checkpoint.current(path))
+    checkpoint.recover(tmp_path)
+    verify(path)
+    checkpoint.recover(tmp_path / "nothing")  # no folder, nothing to do
+    assert checkpoint.current(tmp_path / "nothing") == tmp_path / "nothing"
+
+
+def test_what_is_removed_cannot_be_taken_for_whole(tmp_path, monkeypatch):
+    path = write(tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError("broken disk")))
+        with pytest.raises(OSError, match="broken disk"):
+            checkpoint.remove_directory(path)
+    assert [p.name for p in tmp_path.iterdir()] == [".del-c"]
+    checkpoint.recover(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def layers() -> nn.Module:
@@ -290,6 +366,12 @@ def test_a_model_is_loaded_as_it_was_saved(tmp_path):
         for name, value in b.state_dict().items():
             assert torch.equal(a.state_dict()[name], value)
         assert not any(p.requires_grad for p in a.parameters())
+
+
+def test_a_model_is_found_though_its_writer_was_killed(tmp_path):
+    saved_model(tmp_path / "run" / "model").rename(tmp_path / "run" / ".old-model")
+    assert model.load(tmp_path / "run").var is not None
+    assert model.load(tmp_path / "run" / "model").var is not None
 
 
 def test_a_model_of_another_configuration_is_refused(tmp_path):

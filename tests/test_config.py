@@ -35,10 +35,23 @@ def test_presets_are_what_they_are_named_for():
     assert (paper.tokenizer.codebook_size, paper.tokenizer.code_dim, paper.tokenizer.beta) == (16_384, 32, 0.25)
     assert (paper.var.depth, paper.var.width, paper.var.heads, paper.var.condition) == (16, 1024, 16, ())
     assert paper.var.drop_path == pytest.approx(0.1 * 16 / 24)
-    assert paper.train.tokenizer.batch_size * paper.train.tokenizer.accumulate == 256
-    assert paper.train.var.batch_size * paper.train.var.accumulate == 768
+    tokenizer, var = paper.train.tokenizer, paper.train.var
+    assert (tokenizer.epochs, var.epochs) == (400, 350)
+    assert (tokenizer.notes_per_step, var.notes_per_step) == (256, 768)
+    assert (tokenizer.lr, tokenizer.lr_batch, tokenizer.discriminator_lr) == (3e-5, 128, 1e-4)
+    assert (var.lr, var.lr_batch, var.schedule, var.weight_decay) == (8e-5, 256, "lin0", 0.05)
+    assert (tokenizer.adversarial, tokenizer.adversarial_weight, tokenizer.adversarial_start) == (True, 0.5, 0.28)
+    assert (tokenizer.adaptive_weight, tokenizer.discriminator_weight_decay) == (True, 5e-4)
+    quantizer = paper.tokenizer
+    assert (quantizer.kmeans_init, quantizer.ema_codebook, quantizer.restart_dead_codes) == (0, False, 0)
     assert preset("truncated").audio.shape == (1, 256, 256)
     assert preset("cmx").audio.shape == (4, 128, 128)
+    lengths = []
+    for name in ("truncated", "cmx"):  # patches and latent tokens that attend to each other
+        c = preset(name)
+        assert c.train.tokenizer.steps == 200_000
+        lengths.append(c.patches[0] * c.patches[1] + c.tokenizer.latent[0] * c.tokenizer.latent[1])
+    assert lengths == [512, 320]  # with DINOv2's class token, 513 and 321
     assert preset("notes").audio.shape == (32, 64, 64)
 
 
@@ -122,6 +135,10 @@ WRONG = {
     "tokenizer.phi=0": r"tokenizer\.phi must be 1\.\.3",
     "tokenizer.dropout_start=4": r"dropout_start must be 1\.\.3 \(the number of scales\), got 4",
     "tokenizer.quantizer_dropout=1.5": r"quantizer_dropout must be in 0\.\.1, got 1\.5",
+    "tokenizer.kmeans_init=-1": r"tokenizer\.kmeans_init must not be negative, got -1",
+    "tokenizer.restart_dead_codes=2": r"tokenizer\.restart_dead_codes must be in 0\.\.1, got 2\.0",
+    "tokenizer.codebook_decay=1": r"tokenizer\.codebook_decay must be in \[0, 1\), got 1\.0",
+    "tokenizer.ema_codebook=1": r"tokenizer\.ema_codebook must be a bool, got 1",
     "tokenizer.drop_path=1": r"drop_path must be in \[0, 1\), got 1\.0",
     "tokenizer.scales=[]": r"tokenizer\.scales must name at least one",
     "tokenizer.scales=2,1,4": r"tokenizer\.scales must not shrink",
@@ -147,6 +164,10 @@ WRONG = {
     "var.condition_dropout=-1": r"condition_dropout must be in 0\.\.1",
     "var.heads=5": r"var\.width 64 is not a multiple of heads 5",
     "train.var=3": r"train\.var is a group of settings, not a value; set train\.var\.<name>=",
+    "train.var.epochs=-1": r"train\.epochs must not be negative, got -1\.0",
+    "train.var.lr_batch=-1": r"train\.lr_batch must not be negative, got -1",
+    "train.tokenizer.discriminator_weight_decay=-1": r"train\.discriminator_weight_decay must not be negative",
+    "train.tokenizer.discriminator_warmup=2": r"train\.discriminator_warmup must be in 0\.\.1",
     "train.var.steps=0": r"train\.steps must be positive, got 0",
     "train.var.ema=1": r"train\.ema must be in \[0, 1\), got 1\.0",
     "train.var.betas=0.9": r"train\.var\.betas must be a list, got 0\.9",

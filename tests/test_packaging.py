@@ -70,24 +70,41 @@ def test_import_is_light(tmp_path):
 
 
 def test_no_code_runs_data_or_a_shell():
-    """No unpickling (but of tensors alone), no evaluation of strings, no unchecked archive members, no shell."""
-    banned = {"pickle", "marshal", "shelve", "eval", "exec", "torch.load", "yaml.load", "os.system", "shell"}
+    """No unpickling, no evaluation of strings, no unchecked archive members, no shell.
+
+    But for the one reader of weights that others published as pickles, which lets PyTorch read tensors alone.
+    """
+    banned = {
+        "pickle",
+        "cloudpickle",
+        "dill",
+        "joblib",
+        "marshal",
+        "shelve",
+        "torch.load",
+        "torch.save",
+        "weights_only",
+    }
+    banned |= {"eval", "exec", "yaml.load", "os.system", "shell"}
     found = []
     for path in FILES:
         if path.suffix != ".py":
             continue
         tree = ast.parse(path.read_text())
         safe = [
-            node.func
+            part
             for node in ast.walk(tree)
-            if isinstance(node, ast.Call)
-            and ast.unparse(node.func) == "torch.load"
-            and any(ast.unparse(keyword) == "weights_only=True" for keyword in node.keywords)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+            for keyword in node.keywords
+            if ast.unparse(keyword) == "weights_only=True" and path == ROOT / "mars/evaluate/weights.py"
+            for part in (node.func, keyword)
         ]
         for node in ast.walk(tree):
+            if node in safe:
+                continue
             match node:
                 case ast.Name() | ast.Attribute():
-                    names = [] if node in safe else [ast.unparse(node)]
+                    names = [ast.unparse(node)]
                 case ast.Import(names=aliases):
                     names = [alias.name for alias in aliases]
                 case ast.ImportFrom(module=module, names=aliases):

@@ -42,7 +42,7 @@ def forward(
         if head_scale is not None:
             q, k = reference.normalize(q, k, head_scale)
         return out.copy_(backends.grouped(q, k, v, lengths, scale)), weights
-    slabs, done = _Slabs(q, lengths), 0
+    slabs, done = Slabs(q, lengths), 0
     with torch.autocast("cpu", enabled=False):
         for part in slabs:
             qh, kh, vh = slabs.of(part, q, k, v)
@@ -72,7 +72,7 @@ def backward(
     dgain = q.new_zeros(0 if head_scale is None else q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
     if q.numel() == 0:
         return dq, dk, dv, dgain
-    slabs, done = _Slabs(q, lengths), 0
+    slabs, done = Slabs(q, lengths), 0
     products = q.new_empty(slabs.size)
     with torch.autocast("cpu", enabled=False):
         for part in slabs:
@@ -125,7 +125,7 @@ class _Normalized:
 _Step = tuple[int, int, Tensor]  # a group's queries start:end, which see the keys :end, and (heads, queries, keys)
 
 
-class _Slabs:
+class Slabs:
     """A tensor (B, H, ...) cut into parts of a few heads, whose scores stay in the cache."""
 
     def __init__(self, q: Tensor, lengths: Sequence[int]) -> None:

@@ -5,8 +5,8 @@ is read when this module is imported. "auto" follows MARS_KERNELS, and is otherw
 
 - on CUDA "triton", which needs no mask and fuses the normalisation; "dense" (without a mask) for a single scale, and
   "grouped" for what the Triton kernels do not take: heads of other than 16, 32, 64 or 128 values, float64;
-- on a CPU "hybrid", but for float16, whose products are slow there, and for what gains nothing by it, float32 in a
-  single group without `head_scale`: both "grouped";
+- on a CPU "hybrid", but for float16, whose products are slow there, and for what gains nothing by it, a single group
+  without `head_scale`: both "grouped", which keeps less for its backward;
 - "grouped" elsewhere.
 
 There is no native kernel in C++: PyTorch's fused forward and oneDNN's matrix products are near what the CPU can do.
@@ -188,7 +188,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: bool) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
-    name, device = backend or _choice, q.device.type
+    name, device = backend or _choice, _backend.device_type(q)
     if name != "auto":
         if not torch.compiler.is_compiling() and (why := _missing(name, device, q.dtype)) is not None:
             raise RuntimeError(f"scale_causal_attention: {name} cannot run: {why}")
@@ -206,7 +206,7 @@ def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: 
         return "triton" if len(lengths) > 1 or device != "cuda" else "dense"
     if device != "cpu" or q.dtype == torch.float16:
         return "grouped"
-    return "hybrid" if q.dtype == torch.bfloat16 or normalised or len(backends.groups(lengths)) > 1 else "grouped"
+    return "hybrid" if normalised or len(backends.groups(lengths)) > 1 else "grouped"
 
 
 def _fits_triton(q: Tensor) -> bool:

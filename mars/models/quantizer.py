@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mars.config import TokenizerConfig
 from mars.kernels import area_downsample, dequantize_scale, multiscale_quantize
+from mars.runtime import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class Quantized:
     ids: Tensor  # int64 (B, L)
     latent: Tensor  # (B, D, H, W), the sum of all kept scales; its gradient goes straight to the encoder
     loss: Tensor  # (), codebook plus beta commitment, mean over the scales
+    kept: Tensor | None = None  # bool (B, N), the scales that quantiser dropout left; None: all
+    residuals: Tensor | None = None  # (B, L, D), what each code was chosen for; only for training that asks for it
 
 
 def phi_index(scales: int, count: int) -> list[int]:
@@ -52,6 +55,8 @@ class Quantizer(nn.Module):
         bound = 1 / math.sqrt(9 * dim)  # PyTorch's default for a convolution
         nn.init.uniform_(self.phi_weight, -bound, bound)
         nn.init.uniform_(self.phi_bias, -bound, bound)
+        if config.ema_codebook:
+            self.codebook.requires_grad_(False)  # the codebook term of the loss then trains the convolutions alone
 
     def forward(self, f: Tensor, generator: torch.Generator | None = None) -> Quantized:
         """Quantise the latent map f (B, D, H, W); in training mode some samples keep only their first scales.
@@ -61,28 +66,46 @@ class Quantizer(nn.Module):
         c = self.config
         with torch.autocast(f.device.type, enabled=False):
             f = f.float()
-            keep = self._draw_keep(len(f), generator).to(f.device) if self.training else None
-            ids, totals = multiscale_quantize(
-                f,
-                self.codebook.float(),
-                self.phi_weight.float(),
-                self.phi_bias.float(),
-                self.phi_index,
-                self.scales,
-                metric=c.metric,
-                ratio=c.phi_ratio,
-                keep=keep,
-            )
+            keep = to_device(self._draw_keep(len(f), generator), f.device) if self.training else None
+            ids, totals = self.search(f, keep)
             dims = (2, 3, 4)
             codebook = (totals - f.detach()).square().mean(dims)  # (N, B)
             commitment = (totals.detach() - f).square().mean(dims)
             each = codebook + c.beta * commitment
+            kept = None
             if keep is None:
                 loss = each.mean()
             else:  # a scale's loss is the mean over the samples that keep it
                 kept = keep > torch.arange(len(self.scales), device=f.device)[:, None]
                 loss = ((each * kept).sum(1) / kept.sum(1).clamp_min(1)).mean()
-            return Quantized(ids, f + (totals[-1] - f).detach(), loss)
+                kept = kept.T
+            wanted = self.training and (c.ema_codebook or c.restart_dead_codes > 0)
+            residuals = self.residuals(f, totals) if wanted else None
+            return Quantized(ids, f + (totals[-1] - f).detach(), loss, kept, residuals)
+
+    def search(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) and running sums (N, B, D, H, W) of f; see `mars.kernels.multiscale_quantize`."""
+        return multiscale_quantize(
+            f,
+            self.codebook.float(),
+            self.phi_weight.float(),
+            self.phi_bias.float(),
+            self.phi_index,
+            self.scales,
+            metric=self.config.metric,
+            ratio=self.config.phi_ratio,
+            keep=keep,
+        )
+
+    @torch.no_grad()
+    def residuals(self, f: Tensor, totals: Tensor) -> Tensor:
+        """What the sums (N, B, D, H, W) left of f for each token to stand for: (B, L, D).
+
+        Of a scale that a sample did not keep, it is what was left behind the last one that it kept.
+        """
+        before = [torch.zeros_like(f), *totals[:-1]]
+        rows = [area_downsample(f - t, s).flatten(2) for t, s in zip(before, self.scales, strict=True)]
+        return torch.cat(rows, dim=2).transpose(1, 2)
 
     def _draw_keep(self, batch: int, generator: torch.Generator | None) -> Tensor:
         """int64 (B,): scales kept. Drawn per sample, so that it also works at batch 1."""

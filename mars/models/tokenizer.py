@@ -9,13 +9,17 @@ Letters: B batch, C CMX channels, (F, T) CMX grid, K patches, S latent tokens, W
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mars.config import Config, Pair, TokenizerConfig
 from mars.kernels import attention
 from mars.models.quantizer import Quantized, Quantizer
+from mars.runtime import to_device
 
 
 class Attention(nn.Module):
@@ -68,8 +72,18 @@ def drop_path(depth: int, batch: int, rate: float, generator: torch.Generator | 
     return (mask / keep)[..., None, None]
 
 
+def recomputed(block: nn.Module, *arguments: Any) -> Tensor:
+    """`block(*arguments)`, whose activations the backward computes again (Chen et al. 2016, arXiv:1604.06174).
+
+    What is random must be among the arguments, as stochastic depth's factors are.
+    """
+    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 class ViT(nn.Module):
     """Transformer over two groups of tokens: the patch grid and the latent grid, told apart by a level embedding."""
+
+    checkpointing = False  # in training mode: see `recomputed`
 
     def __init__(self, config: TokenizerConfig, patches: Pair) -> None:
         super().__init__()
@@ -92,8 +106,11 @@ class ViT(nn.Module):
             position = position.flatten(2).transpose(1, 2)
         x = torch.cat((patch + self.position + self.level[0], latent + position + self.level[1]), dim=1)
         keep = drop_path(len(self.blocks), len(x), self.rate, generator) if self.training else None
+        if keep is not None:
+            keep = to_device(keep.to(x.dtype), x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if keep is None else keep[i].to(x))
+            arguments = x, None if keep is None else keep[i]
+            x = recomputed(block, *arguments) if self.training and self.checkpointing else block(*arguments)
         x = self.norm(x)
         return x[:, : patch.shape[1]], x[:, patch.shape[1] :]
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mars.config import CLASSES, TokenizerConfig, VARConfig
 from mars.kernels import cached_attention, scale_causal_attention
-from mars.models.tokenizer import drop_path
+from mars.models.tokenizer import drop_path, recomputed
+from mars.runtime import to_device
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, n, d) and head_scale (H,) to (B, H, n, d)
 Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values (B, H, L, d), filled from the front
@@ -64,8 +65,12 @@ class Block(nn.Module):
             return self.offset + condition
         return self.ada(condition).view(len(condition), 1, 6, -1)
 
-    def forward(self, x: Tensor, modulation: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
-        """x: (B, n, W); keep: (2, B, 1, 1) as in the tokenizer's block."""
+    def forward(self, x: Tensor, condition: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
+        """x: (B, n, W); condition: as for `modulation`; keep: (2, B, 1, 1) as in the tokenizer's block."""
+        return self.transform(x, self.modulation(condition), attend, keep)
+
+    def transform(self, x: Tensor, modulation: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
+        """`forward` with the modulation at hand."""
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         y = self.attn(_norm(x) * (scale1 + 1) + shift1, attend) * gain1
         x = x + (y if keep is None else y * keep[0])
@@ -80,6 +85,8 @@ def _norm(x: Tensor) -> Tensor:
 
 class VAR(nn.Module):
     """Logits of every scale's tokens given all coarser scales and the condition."""
+
+    checkpointing = False  # in training mode: see `mars.models.tokenizer.recomputed`
 
     def __init__(self, config: VARConfig, tokenizer: TokenizerConfig) -> None:
         super().__init__()
@@ -134,7 +141,7 @@ class VAR(nn.Module):
     def null_condition(self, batch: int) -> Tensor:
         """int64 (B, attributes): every attribute unknown."""
         rows = [CLASSES[name] for name in self.config.condition]
-        return torch.tensor(rows, dtype=torch.int64, device=self.position.device).expand(batch, -1)
+        return to_device(torch.tensor(rows, dtype=torch.int64), self.position.device).expand(batch, -1)
 
     def embed_condition(self, condition: Tensor) -> Tensor:
         """(B, W) of the class ids (B, attributes) in the order of `config.condition`; CLASSES[name] is unknown."""
@@ -145,15 +152,18 @@ class VAR(nn.Module):
 
     def modulations(self, embedded: Tensor) -> list[Tensor]:
         """Each block's (B, 1, 6, W); they depend on the condition alone, so generation computes them once."""
-        shared = self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
-        return [typing.cast(Block, block).modulation(shared) for block in self.blocks]
+        condition = self._block_condition(embedded)
+        return [typing.cast(Block, block).modulation(condition) for block in self.blocks]
 
-    def logits(self, x: Tensor, embedded: Tensor) -> Tensor:
-        """float32 logits (B, n, V) of the last block's output (B, n, W)."""
+    def _block_condition(self, embedded: Tensor) -> Tensor:
+        """What every block's modulation is made from: (B, W), or with shared AdaLN (B, 1, 6, W)."""
+        return self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
+
+    def modulate(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """The head's input, float32 (B, n, W), of the last block's output (B, n, W)."""
         with torch.autocast(x.device.type, enabled=False):
             scale, shift = self.head_ada(embedded.float())[:, None].chunk(2, dim=-1)
-            x = _norm(x.float()) * (scale + 1) + shift
-        return self.head(x).float()
+            return _norm(x.float()) * (scale + 1) + shift
 
     def forward(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Teacher forcing.
@@ -166,19 +176,27 @@ class VAR(nn.Module):
         Returns:
             float32 logits (B, L, V) of the tokens of every scale.
         """
+        return self.head(self.hidden(inputs, condition, generator)).float()
+
+    def hidden(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What `forward` gives to the head, float32 (B, L, W): for a loss that needs no logits."""
         embedded = self.embed_condition(condition)
         x = torch.cat((embedded[:, None] + self.start_position, self.embed(inputs)), dim=1)
         x = x + self.position + self.level(self.scale_of)
         keep = None
         if self.training:
             keep = drop_path(len(self.blocks), len(x), self.config.drop_path, generator)
+        if keep is not None:
+            keep = to_device(keep.to(x.dtype), x.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
             return scale_causal_attention(q, k, v, self.lengths, head_scale=head_scale)
 
-        for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(embedded), strict=True)):
-            x = block(x, modulation, attend, None if keep is None else keep[i].to(x))
-        return self.logits(x, embedded)
+        shared = self._block_condition(embedded)
+        for i, block in enumerate(self.blocks):
+            arguments = x, shared, attend, None if keep is None else keep[i]
+            x = recomputed(block, *arguments) if self.training and self.checkpointing else block(*arguments)
+        return self.modulate(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:
         """Keys and values of all L tokens, allocated once."""
@@ -211,5 +229,5 @@ class VAR(nn.Module):
             ) -> Tensor:
                 return cached_attention(q, k, v, keys, values, start, head_scale=head_scale)
 
-            x = block(x, modulation, attend, None)
-        return self.logits(x, embedded)
+            x = typing.cast(Block, block).transform(x, modulation, attend, None)
+        return self.head(self.modulate(x, embedded)).float()

@@ -1,17 +1,19 @@
 """The loop of both stages: draw a batch, step, log, validate, save; resume from what was saved.
 
 Every random choice depends on (seed, step, micro-batch) alone, so a resumed run needs no saved random state, and it
-does not matter which process takes which micro-batch.
+does not matter which process takes which micro-batch, nor how many there are (`world`). Every process runs this loop
+and the same validation; the main one alone writes.
 """
 
 from __future__ import annotations
 
-import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -20,12 +22,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mars.errors import Diverged
+from mars.errors import CheckpointError
 from mars.runtime import stream
-from mars.train.folder import RunFolder
+from mars.train.deadline import Deadline
+from mars.train.divergence import BadSteps, Verdicts
+from mars.train.folder import RunFolder, checkpoint_size
 from mars.train.stage import Stage
+from mars.train.watch import Watch
 
-MAX_BAD_STEPS = 10  # in a row
+SAVE_RATE = 1e8  # bytes per second that a disk is trusted with until the first save has been timed
+STOP_SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n))
+
+
+@lru_cache(maxsize=2)  # a step may end one epoch and open the next
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return torch.randperm(count, generator=stream(seed, 0, epoch)).numpy()
 
 
 def batch_indices(seed: int, step: int, batch: int, notes: np.ndarray) -> np.ndarray:
@@ -34,8 +45,7 @@ def batch_indices(seed: int, step: int, batch: int, notes: np.ndarray) -> np.nda
     position, end = step * batch, (step + 1) * batch
     while position < end:
         epoch, offset = divmod(position, len(notes))
-        order = torch.randperm(len(notes), generator=stream(seed, 0, epoch)).numpy()
-        part = order[offset : offset + end - position]
+        part = _order(seed, epoch, len(notes))[offset : offset + end - position]
         chosen.append(notes[part])
         position += len(part)
     return np.concatenate(chosen)
@@ -50,75 +60,118 @@ def run(
     max_steps: int | None = None,
     max_time: float | None = None,
     console: Console | None = None,
+    names: Sequence[str] | None = None,
+    watch: Watch | None = None,
 ) -> int:
-    """Train to the configured number of steps, or until `max_steps`, `max_time` seconds or a signal.
+    """Train to the configured number of steps, or until `max_steps`, a signal, or as long as `max_time` seconds allow.
 
-    SIGINT and SIGTERM finish the step and save. Returns the number of steps done, over all sittings.
+    SIGTERM, SIGINT and SIGUSR1, in any of the processes, finish the step and save; `max_time` leaves time for that.
+    `names` are the notes' names, for `diverged.json`. Without a `watch` the run has a log but shows nothing else of
+    itself. Returns the number of steps done, over all sittings.
 
     Raises:
-        Diverged: ten steps in a row were not finite.
-        OSError: a checkpoint could not be written.
+        Diverged: ten steps in a row, or the weights to be saved, were not finite.
+        CheckpointError: the run cannot go on from its checkpoints, or they are not the same to every process.
+        DiskError: a checkpoint or the log could not be written.
     """
+    world = folder.world
     train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
-    done = folder.restore(stage, console.print)
+    watch = watch or Watch(folder, train, console.print, device=torch.device("cpu"))
+    deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
+    mine = world.share(train.accumulate)
+    position = folder.restore(stage, console.print)
+    done = saved = position.step
+    if world.same(done) != done:
+        raise CheckpointError(f"process {world.rank} found another newest checkpoint in {folder.path} than process 0")
+    folder.rewind(done)
     if done:
         console.print(f"resuming at step {done:,} of {train.steps:,}")
     end = min(train.steps, max_steps) if max_steps is not None else train.steps
     batch = train.batch_size * train.accumulate
-    began = last_log = time.monotonic()
-    logged, bad = done, 0
+    last_log = time.monotonic()
+    logged, bad, verdicts = done, BadSteps(folder.path / "diverged.json"), Verdicts()
 
     def load(step: int) -> list[Any]:
         indices = batch_indices(seed, step, batch, notes)
-        return [stage.batch(part) for part in np.split(indices, train.accumulate)]
+        parts = np.split(indices, train.accumulate)
+        return [stage.batch(parts[i]) for i in mine]
+
+    def judge(wait: bool) -> None:
+        for step, found, finite in verdicts.known(wait):
+            if finite:
+                bad.forget()
+            else:
+                position.skipped += 1
+                drawn = batch_indices(seed, step - 1, batch, notes).tolist()
+                bad.add(step, found, [names[i] for i in drawn] if names else drawn)
 
     def save() -> None:
-        folder.save(done, stage)
-        stage.export(folder.path / "model")
+        nonlocal saved
+        judge(wait=True)
+        with deadline.timed("save"):
+            folder.save(position, stage)
+        saved = done
+
+    def in_time() -> bool:
+        validates = (done + 1) % train.validate_every == 0 or done + 1 == end
+        return deadline.leaves_time_for("step", "save", *(["validation", "samples"] if validates else []))
 
     with (
         _stop_signals() as stop,
+        watch.sitting(done),
         _progress(console) as progress,
-        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as loader,
+        ThreadPoolExecutor(max(train.workers, 1), initializer=torch.set_num_threads, initargs=(1,)) as loader,
     ):
         task = progress.add_task("", total=end, completed=done, info="")
-        upcoming = loader.submit(load, done) if done < end else None
-        while done < end and not stop() and not (max_time and time.monotonic() - began > max_time):
-            assert upcoming is not None
-            batches = upcoming.result()
-            upcoming = loader.submit(load, done + 1) if done + 1 < end else None
-            metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in range(train.accumulate)])
-            done += 1
-            bad = 0 if math.isfinite(float(metrics["loss"])) else bad + 1
-            if bad == MAX_BAD_STEPS:
-                raise Diverged(
-                    f"{bad} steps in a row were not finite, the last at step {done}; "
-                    f"lower train.lr and resume from {folder.path / 'checkpoints'}"
-                )
+        upcoming: deque[Future[list[Any]]] = deque()
+        while done < end and not world.any(stop() or not in_time()):
+            while len(upcoming) <= train.workers and done + len(upcoming) < end:
+                upcoming.append(loader.submit(load, done + len(upcoming)))
+            with deadline.timed("step"):
+                batches = upcoming.popleft().result()
+                metrics = stage.step(done, batches, [stream(seed, 1, done, i) for i in mine])
+                done += 1
+                position.step = done
+                verdicts.add(done, metrics)
+                judge(wait=False)
             if done % train.log_every == 0 or done == end:
+                judge(wait=True)
                 now = time.monotonic()
-                values = {name: round(float(value), 6) for name, value in metrics.items()}
+                values = {name: round(float(value), 6) for name, value in world.means(metrics).items()}
                 rate = (done - logged) * batch / (now - last_log)
                 logged, last_log = done, now
-                folder.log({"step": done, **values, "notes_per_s": round(rate, 2), "time": round(time.time(), 1)})
-                progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s")
+                if done % train.log_every == 0 or done == train.steps:  # or a stop would show in what is saved
+                    values |= stage.report(console.print)
+                epoch = round(done * batch / len(notes), 3)
+                counts = {"skipped": position.skipped, "notes_per_s": round(rate, 2), "epoch": epoch}
+                watch.log({"step": done, **values, **counts})
+                progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s  {watch.memory()}")
                 if not console.is_terminal:  # no bar either
                     left = (end - done) * batch / rate
                     console.print(
                         f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left"
+                        f"  {watch.memory()}"
                     )
             progress.update(task, completed=done)
+            pause, improved = time.monotonic(), False
             if done % train.validate_every == 0 or done == end:
-                values = stage.validate()
-                folder.log({"step": done, **values})
+                with deadline.timed("validation"):
+                    values = world.same(stage.validate())  # GPUs may differ in the last bit
+                # One that only this sitting's end made would make the best depend on where the run was stopped.
+                improved = (done % train.validate_every == 0 or done == train.steps) and position.judge(values)
+                watch.log({"step": done, **values})
                 shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
                 console.print(f"step {done:,}  {shown}")
-                last_log = time.monotonic()
-            if done % train.save_every == 0 or done == end:
+            if done % train.save_every == 0 or done == end or improved:
                 save()
-        if done > 0 and done % train.save_every and done != end:
+            with deadline.timed("samples"):
+                watch.show(done, done == end)
+            last_log += time.monotonic() - pause
+        if done != saved:
             save()
+        if 0 < done < end:
             console.print(f"stopped at step {done:,} of {train.steps:,}; saved in {folder.path}")
+    world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
 
 
@@ -135,7 +188,7 @@ def _progress(console: Console) -> Progress:
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM set a flag, the second one acts as usual; gives the function that reads the flag."""
+    """A stop signal sets a flag, the same one again acts as usual; gives the function that reads the flag."""
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
 
@@ -144,7 +197,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         signal.signal(number, previous[signal.Signals(number)])
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             previous[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread: leave signals to the caller
         previous.clear()

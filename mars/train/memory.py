@@ -1,7 +1,8 @@
-"""Peak memory of a piece of work, as the allocator sees it."""
+"""Peak memory of a piece of work, as the allocator sees it, and of the whole process."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,3 +33,14 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def process_peak(device: torch.device) -> int | None:
+    """The most bytes so far: of tensors on a CUDA device, else of the process in RAM; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

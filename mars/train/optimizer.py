@@ -12,16 +12,23 @@ from torch import Tensor, nn
 
 from mars.config import TrainConfig
 from mars.errors import CheckpointError
+from mars.train.spans import span
+from mars.train.world import World
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Learning rate of `step`: linear warm-up, then a cosine, or VAR's "lin0" (flat for 5 %, then linear)."""
     warmup = config.warmup * config.steps
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return config.peak_lr * (step + 1) / (warmup + 1)
     progress = min((step - warmup) / max(config.steps - warmup, 1), 1.0)
     fall = max(progress - 0.05, 0) / 0.95 if config.schedule == "lin0" else 0.5 - 0.5 * math.cos(math.pi * progress)
-    return config.lr * (1 - (1 - config.final_lr) * fall)
+    return config.peak_lr * (1 - (1 - config.final_lr) * fall)
+
+
+def not_finite(value: Tensor) -> Tensor:
+    """float32 (): 1 where `value` (), is infinite or NaN, else 0; on its device, so that the host need not wait."""
+    return value.isfinite().logical_not().float()
 
 
 class Optimizer:
@@ -58,30 +65,71 @@ class Optimizer:
                 matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
             self.optimizers.append(muon)
-        self.averaged = list[Tensor](averaged.parameters()) if averaged is not None else None
+        self.averaged = [World.local(p) for p in averaged.parameters()] if averaged is not None else None
+        self.current = [World.local(p) for p in module.parameters()]  # what is averaged: a frozen codebook, too
+        self.waits = bool(matrices) or any(World.local(p) is not p for p in self.parameters)
 
     def clip(self) -> Tensor:
-        """Clip the gradients; their global norm before that."""
+        """Clip the gradients; their global norm before that. The host does not wait for it."""
         limit = self.config.grad_clip or math.inf
-        return nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
-    def update(self, step: int, ratio: float = 1.0) -> float:
-        """Apply the gradients with `ratio` times the scheduled rate, which is returned; then forget them."""
-        rate = learning_rate(self.config, step) * ratio
+    def update(self, step: int, bad: Tensor | None = None) -> float:
+        """Apply the gradients with the scheduled rate, which is returned; then forget them.
+
+        bad: float32 (), where it is 1 nothing changes but that the gradients are forgotten. It stays on its device:
+            AdamW and the average read it in their kernels. Muon and sharded weights cannot, so there the host waits.
+        """
+        rate = learning_rate(self.config, step)
+        if self.waits and bad is not None:
+            if bad:
+                self.forget()
+                return rate
+            bad = None
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
-        self.forget()
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
+            with span("optimizer"):
+                optimizer.step()
         if self.averaged is not None:
-            decay = min(self.config.ema, (1 + step) / (10 + step))  # follows quickly at first
-            torch._foreach_lerp_(self.averaged, list[Tensor](self.parameters), 1 - decay)
+            with span("average"):
+                self._average(self.averaged, min(self.config.ema, (1 + step) / (10 + step)), bad)  # quick at first
+        self.forget()
         return rate
+
+    @torch.no_grad()
+    def _average(self, averaged: list[Tensor], decay: float, bad: Tensor | None) -> None:
+        """mean += (1 - decay) (weight - mean), as a step of gradient descent: that has a fused kernel that reads `bad`.
+
+        With the weight as the gradient to go up along and a decay of 1: mean - rate (mean - weight).
+        """
+        torch._fused_sgd_(
+            averaged,
+            self.current,
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=1 - decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=bad,
+        )
 
     def forget(self) -> None:
         """Drop the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+
+    def restart(self, parameter: nn.Parameter, rows: Tensor) -> None:
+        """Forget the gradient and the moments of the `rows` (a mask) of a parameter that is updated by AdamW."""
+        for value in (parameter.grad, *self.optimizers[0].state.get(parameter, {}).values()):
+            if value is not None and value.shape == parameter.shape:
+                value.masked_fill_(rows[:, None], 0)
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name; empty before the first update."""
@@ -97,11 +145,12 @@ class Optimizer:
         """Restore `state()`.
 
         Raises:
-            CheckpointError: a moment is missing or has another shape.
+            CheckpointError: a moment is missing, unknown or has another shape.
         """
-        if not state:
+        if not state:  # saved before the first update
             return
         names = {id(p): name for name, p in zip(self.names, self.parameters, strict=True)}
+        unknown = set(state)
         for optimizer in self.optimizers:
             keys = (
                 ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
@@ -112,5 +161,11 @@ class Optimizer:
                     value = state.get(f"{name}/{key}")
                     if value is None or (key != "step" and value.shape != p.shape):
                         raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
-                    moments[key] = value.clone().to(p.device)  # the fused kernel wants the step there too
+                    unknown.discard(f"{name}/{key}")
+                    if key == "step":  # the fused kernel wants it on the device too
+                        moments[key] = value.clone().to(p.device)
+                    else:  # and the moments laid out as the weight is
+                        moments[key] = torch.empty_like(p).copy_(World.part(value, p))
                 optimizer.state[p] = moments
+        if unknown:
+            raise CheckpointError(f"{source} has an unknown optimiser state {min(unknown)}; it is of another run")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mars.config import TrainConfig
+from mars.model import Model
 
 
 class Stage(Protocol):
@@ -23,22 +24,29 @@ class Stage(Protocol):
         """What is trained."""
 
     def batch(self, indices: np.ndarray) -> Any:
-        """Inputs for these notes; called on a second thread, one batch ahead."""
+        """Inputs for the notes of one micro-batch; called on a second thread, one batch ahead."""
 
     def step(self, step: int, batches: list[Any], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
-        """One optimiser update on micro-batches, each with its own random stream.
+        """One optimiser update on this process's micro-batches, each with its own random stream.
 
-        Returns the metrics to log, "loss" among them; nothing is updated if they are not finite.
+        Returns the metrics to log, "loss" among them; nothing is updated if they are not finite. The loss is that of
+        all processes, the other metrics are this one's.
         """
+
+    def report(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """What has gathered since the last call, for the log; `say` is given the warnings."""
 
     def validate(self) -> dict[str, Any]:
         """Metrics on held-out notes, of the averaged weights."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors needed to go on."""
+        """All tensors needed to go on; those that are spread over processes as such."""
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
-        """Restore them; CheckpointError if anything does not fit."""
+        """Restore them, from whole tensors; CheckpointError if anything does not fit."""
+
+    def snapshot(self) -> Model | None:
+        """The model with the averaged weights, which are not copied."""
 
     def export(self, path: Path) -> None:
-        """Write the model directory."""
+        """Write the model directory; every process calls this, the main one writes."""

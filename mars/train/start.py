@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,23 @@ from rich.progress import Progress
 from mars import checkpoint, config, model, runtime
 from mars.config import Config
 from mars.data import Dataset, open_dataset
-from mars.errors import ConfigError
-from mars.train import folder, loop
+from mars.errors import ConfigError, DiskError
+from mars.files import probe, write_atomically
+from mars.train import folder, lock, loop
+from mars.train.compare import RUNS
+from mars.train.compiling import compile_blocks
+from mars.train.profiling import profile_steps
+from mars.train.samples import Sampler
 from mars.train.stage import Stage
+from mars.train.tensorboard import check_installed
 from mars.train.tokenizer import TokenizerStage
-from mars.train.var import VARStage, tokenize
+from mars.train.tokens import cached_tokens
+from mars.train.var import VARStage
+from mars.train.watch import Watch
+from mars.train.world import World, join
 
-RUNS = Path("runs")
-TOKENS = "tokens"  # in a VAR run: the tokens of its dataset, so that a resumed run need not make them again
+ENDS = 3.0  # seconds of --max-time for the start and the end of the process
+TOKENS = ".tokens"  # beside the runs
 
 
 def train_tokenizer(
@@ -37,21 +48,39 @@ def train_tokenizer(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    tensorboard: bool = False,
+    profile: Path | None = None,
+    began: float | None = None,
 ) -> Path:
     """Train a tokenizer; returns the run folder.
+
+    Args:
+        profile: write a trace of a few steps there instead, and make no run folder; returned.
+        began: the `time.monotonic()` that `max_time` counts from; None: now.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
         Diverged, OSError: see `mars.train.loop.run`.
     """
-    console, seconds, where = _prepare(max_time, device, threads)
+    if tensorboard:
+        check_installed()
+    began = time.monotonic() if began is None else began
+    console, seconds, world = _prepare(max_time, device, threads)
+    if profile is not None and world.size > 1:
+        raise ConfigError("--profile looks at one process; start it without torchrun")
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     settings = _settings(out, preset, overrides, "tokenizer")
+    world.check(settings.train.tokenizer)
     _check_dataset(settings, dataset)
-    stage = TokenizerStage(settings, dataset, where, seed)
-    run = _open_run(out, "tokenizer", settings, dataset, seed, resume, stage, console)
-    loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
+    stage = TokenizerStage(settings, dataset, world.device, seed, world)
+    compile_blocks(stage, console.print)
+    if profile is not None:
+        profile_steps(stage, dataset.split("train"), seed=seed, device=world.device, out=profile, console=console)
+        return profile
+    with _open_run(out, "tokenizer", stage.config, dataset, seed, resume, stage, console, world) as run:
+        left = None if seconds is None else began + seconds - ENDS - time.monotonic()
+        _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
     console.print(f"next: mars-train var --tokenizer {run.path}")
     return run.path
 
@@ -69,38 +98,102 @@ def train_var(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    shard: bool = False,
+    tensorboard: bool = False,
+    profile: Path | None = None,
+    began: float | None = None,
 ) -> Path:
     """Train a VAR on a tokenizer's tokens; returns the run folder.
+
+    Args:
+        shard: spread weights, averages and optimiser over the processes instead of copying them to each.
+        profile, began: as in `train_tokenizer`.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used.
         Diverged, OSError: see `mars.train.loop.run`.
     """
-    console, seconds, where = _prepare(max_time, device, threads)
+    if tensorboard:
+        check_installed()
+    began = time.monotonic() if began is None else began
+    console, seconds, world = _prepare(max_time, device, threads)
+    if profile is not None and world.size > 1:
+        raise ConfigError("--profile looks at one process; start it without torchrun")
+    if shard and world.size == 1:
+        raise ConfigError("--shard: there is one process, nothing to spread a model over; start several with torchrun")
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     if tokenizer is None and out is not None and (out / "run.json").is_file():
         tokenizer = Path(checkpoint.read_json(out / "run.json")["tokenizer"])
-    source = tokenizer or newest_tokenizer(preset)
+    source = tokenizer or Path(world.same(str(newest_tokenizer(preset))))
     if tokenizer is None:
         console.print(f"tokenizer: {source} (the newest run; --tokenizer names another)")
-    trained = model.load(source, where)
+    trained = model.load(source, world.device)
     settings = _var_settings(out, trained.config, preset, overrides, source)
+    world.check(settings.train.var)
     _check_dataset(settings, dataset)
-    cached = None if out is None else out / TOKENS
-    if cached is not None and cached.is_dir():
-        checkpoint.verify(cached)
-        tokens = checkpoint.read_tensors(cached / "ids.safetensors")["ids"]
-    else:
-        tokens = _tokens(trained, settings, dataset, where, console)
-    stage = VARStage(settings, dataset, trained.tokenizer, tokens, where, seed)
+    tokens = _tokens((out.parent if out is not None else RUNS) / TOKENS, trained, settings, dataset, console, world)
+    stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
+    compile_blocks(stage, console.print)
+    if profile is not None:
+        profile_steps(stage, dataset.split("train"), seed=seed, device=world.device, out=profile, console=console)
+        return profile
     origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
-    run = _open_run(out, "var", settings, dataset, seed, resume, stage, console, origin)
-    if not (run.path / TOKENS).exists():
-        checkpoint.write_directory(run.path / TOKENS, {"ids": {"ids": tokens}}, {})
-    loop.run(stage, run, dataset.split("train"), seed=seed, max_steps=max_steps, max_time=seconds, console=console)
+    with _open_run(out, "var", stage.config, dataset, seed, resume, stage, console, world, origin) as run:
+        left = None if seconds is None else began + seconds - ENDS - time.monotonic()
+        _train(stage, run, dataset, seed, max_steps, left, console, tensorboard)
     console.print(f"next: mars-generate -n 64 --model {run.path}")
     return run.path
+
+
+def _train(
+    stage: TokenizerStage | VARStage,
+    run: folder.RunFolder,
+    dataset: Dataset,
+    seed: int,
+    max_steps: int | None,
+    max_time: float | None,
+    console: Console,
+    tensorboard: bool,
+) -> None:
+    loop.run(
+        stage,
+        run,
+        dataset.split("train"),
+        seed=seed,
+        max_steps=max_steps,
+        max_time=max_time,
+        console=console,
+        names=dataset.names,
+        watch=Watch(
+            run,
+            stage.train,
+            console.print,
+            Sampler(stage, dataset, seed),
+            device=stage.device,
+            tensorboard=tensorboard,
+        ),
+    )
+
+
+def settings_of(
+    stage: str,
+    *,
+    preset: str | None = None,
+    overrides: tuple[str, ...] = (),
+    out: Path | None = None,
+    resume: str = "auto",
+    tokenizer: Path | None = None,
+) -> Config:
+    """The settings that training `stage` would have with these options; without a tokenizer, a VAR's are the preset's.
+
+    Raises:
+        ConfigError, CheckpointError: something asked for cannot be used.
+    """
+    out = _resumed(out, resume)
+    if tokenizer is None:
+        return _settings(out, preset, overrides, stage)
+    return _var_settings(out, config.load(model.locate(tokenizer) / "config.json"), preset, overrides, tokenizer)
 
 
 def newest_tokenizer(preset: str | None = None) -> Path:
@@ -112,7 +205,8 @@ def newest_tokenizer(preset: str | None = None) -> Path:
     found = []
     for path in RUNS.glob("*/run.json"):
         record = checkpoint.read_json(path)
-        usable = record.get("stage") == "tokenizer" and (path.parent / "model" / "config.json").is_file()
+        exported = checkpoint.current(path.parent / "model") / "config.json"
+        usable = record.get("stage") == "tokenizer" and exported.is_file()
         if usable and preset in (None, record.get("preset")):
             found.append((record.get("created", 0), path.parent))
     if not found:
@@ -142,14 +236,15 @@ def parse_time(text: str | None) -> float | None:
     return seconds
 
 
-def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Console, float | None, torch.device]:
+def _prepare(max_time: str | None, device: str, threads: int | None) -> tuple[Console, float | None, World]:
     if threads:
         torch.set_num_threads(threads)
     where = runtime.pick_device(device)
     if where.type == "cpu" and not runtime.native_bfloat16(where):
         # oneDNN instead of MKL, twice as fast on some CPUs and as exact; with bfloat16 units it would round to that.
         torch.set_float32_matmul_precision("medium")
-    return Console(stderr=True, soft_wrap=True), parse_time(max_time), where
+    seconds, world = parse_time(max_time), join(where)
+    return Console(stderr=True, soft_wrap=True, quiet=not world.main), seconds, world
 
 
 def _resumed(out: Path | None, resume: str) -> Path | None:
@@ -199,6 +294,7 @@ def _check_dataset(settings: Config, dataset: Dataset) -> None:
         raise ConfigError("the dataset has no training notes")
 
 
+@contextmanager
 def _open_run(
     out: Path | None,
     stage_name: str,
@@ -208,10 +304,15 @@ def _open_run(
     resume: str,
     stage: Stage,
     console: Console,
+    world: World,
     origin: dict[str, Any] | None = None,
-) -> folder.RunFolder:
-    """Make the run folder, or check that an existing one is the same run."""
-    path = out or RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+) -> Iterator[folder.RunFolder]:
+    """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile.
+
+    The main process does so for all.
+    """
+    default = RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(world.same(str(out or default)))
     record = {
         "stage": stage_name,
         "preset": settings.preset,
@@ -222,38 +323,79 @@ def _open_run(
         "created": time.time(),
         **(origin or {}),
     }
-    if (path / "run.json").is_file():
-        if resume == "never":
-            raise ConfigError(f"--out {path} is a run already; name a new folder or leave out --resume never")
-        known = checkpoint.read_json(path / "run.json")
-        for key in ("stage", "preset", "seed", "data", "tokenizer_hash"):
-            if known.get(key) != record.get(key):
-                raise ConfigError(
-                    f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
-                )
-        if config.load(path / "config.json") != settings:
-            raise ConfigError(
-                f"--out {path} is a run with other settings; repeat its --set or name a new folder with --out"
-            )
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+    identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
+    run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
+    asked = json.dumps([run.identity, str(path)])
+    if world.same(asked) != asked:  # this waits for all to have read what the main process may write now
+        raise ConfigError(f"process {world.rank} was started with other settings, data or --out than process 0")
+    if not world.main:
+        world.barrier()
+        yield run
+        return
+    if path.exists() and not (path / "run.json").is_file() and not _abandoned(path):
         raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
-    size = sum(t.numel() * t.element_size() for group in stage.state().values() for t in group.values())
-    runtime.free_space(path, 3 * (folder.KEEP + 1) * size)  # the optimiser's two moments come with the first step
-    if not (path / "run.json").is_file():
-        path.mkdir(parents=True, exist_ok=True)
-        config.save(settings, path / "config.json")
-        (path / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    count = sum(p.numel() for p in stage.model.parameters()) / 1e6
-    notes = len(dataset.split("train"))
-    console.print(
-        f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
-    )
-    return folder.RunFolder(path)
+    runtime.free_space(path, run.space_needed(stage))
+    path.mkdir(parents=True, exist_ok=True)
+    with lock.claim(path, console.print) as locked:
+        if (path / "run.json").is_file():
+            _check_run(path, record, settings, resume)
+        if locked:
+            run.recover()
+        _probe(path)
+        if not (path / "run.json").is_file():
+            config.save(settings, path / "config.json")
+            write_atomically(path / "run.json", (json.dumps(record, indent=1) + "\n").encode(), durable=True)
+        world.barrier()
+        count = sum(p.numel() for p in stage.model.parameters()) / 1e6
+        notes = len(dataset.split("train"))
+        console.print(
+            f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {notes:,} training notes, run {path}"
+        )
+        yield run
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether a folder is empty, or was left by a trainer that was stopped before it wrote `run.json`."""
+    if not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir()} - {lock.NAME, "config.json"}
+    return all(name.startswith(".") and name.endswith(".tmp") for name in names)
+
+
+def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str) -> None:
+    """ConfigError unless the run folder `path` is of this run and may be gone on with."""
+    if resume == "never":
+        raise ConfigError(f"--out {path} is a run already; name a new folder or leave out --resume never")
+    known = checkpoint.read_json(path / "run.json")
+    for key in ("stage", "preset", "seed", "data", "tokenizer_hash"):
+        if known.get(key) != record.get(key):
+            raise ConfigError(
+                f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
+            )
+    if config.load(path / "config.json") != settings:
+        raise ConfigError(
+            f"--out {path} is a run with other settings; repeat its --set or name a new folder with --out"
+        )
+
+
+def _probe(path: Path) -> None:
+    try:
+        probe(path)
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written: {error.strerror or error}; name another --out") from error
 
 
 def _tokens(
-    trained: model.Model, settings: Config, dataset: Dataset, device: torch.device, console: Console
+    cache: Path, trained: model.Model, settings: Config, dataset: Dataset, console: Console, world: World
 ) -> torch.Tensor:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokens", total=len(dataset))
-        return tokenize(trained.tokenizer, settings, dataset, device, lambda n: progress.update(task, advance=n))
+        return cached_tokens(
+            cache,
+            trained.tokenizer,
+            settings,
+            dataset,
+            world,
+            advance=lambda n: progress.update(task, advance=n),
+            say=console.print,
+        )

@@ -3,74 +3,140 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mars import audio, checkpoint
+from mars import checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
 from mars.data import Dataset
 from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.runtime import autocast, stream
-from mars.train.optimizer import Optimizer
+from mars.runtime import autocast, stream, to_device
+from mars.train.loss import linear_cross_entropy, token_scores
+from mars.train.optimizer import Optimizer, not_finite
+from mars.train.spans import span
 from mars.train.tokenizer import held_out
+from mars.train.world import ALONE, World
+
+
+class Objective(nn.Module):
+    """What a VAR is trained on and judged by, in one module: DDP and FSDP2 act on all uses of the weights inside it."""
+
+    def __init__(self, model: VAR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """In training mode the mean cross-entropy in nats; else that of each token, and whether it was likeliest.
+
+        Args:
+            ids: int64 (B, L), the tokens; the results per token have this shape.
+            inputs, condition, generator: as for `VAR.forward`.
+        """
+        head = self.model.head
+        with span("forward"):
+            x = self.model.hidden(inputs, condition, generator).flatten(0, 1)
+        with span("loss"):
+            if self.model.training:
+                return linear_cross_entropy(x, head.weight, head.bias, ids.flatten())
+            losses, right = token_scores(x, head.weight, head.bias, ids.flatten())
+        return losses.view_as(ids), right.view_as(ids)
 
 
 class VARStage:
     """Trains a `VAR` on precomputed tokens."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, tokenizer: Tokenizer, tokens: Tensor, device: torch.device, seed: int
+        self,
+        config: Config,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        tokens: Tensor,
+        device: torch.device,
+        seed: int,
+        world: World = ALONE,
+        shard: bool = False,
     ) -> None:
-        """tokens: integer (notes, L) of the whole dataset, from `tokenize`."""
-        self.config, self.train, self.dataset, self.device = config, config.train.var, dataset, device
+        """tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`; shard: spread the VAR."""
+        self.train = config.train.var.resolved(len(dataset.split("train")))
+        self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, var=self.train))
+        self.dataset, self.device, self.world = dataset, device, world
         self.tokenizer, self.tokens = tokenizer, tokens
         self.conditions = condition_ids(dataset, config.var.condition)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer).to(device)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.model.checkpointing = self.train.checkpointing
+        self.objective, self.judge = Objective(self.model), Objective(self.averaged)
+        self.sharded = shard
+        if shard:
+            for objective in (self.objective, self.judge):
+                self.world.shard(objective, objective.model.blocks)
+        self.trained = self.objective if shard else self.world.wrap(self.objective)
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, L), teacher-forcing inputs (B, L - n_1, D) and condition (B, attributes)."""
-        ids = self.tokens[indices].long().to(self.device)
+        ids = to_device(self.tokens[indices].long(), self.device)
         with torch.no_grad():
-            return ids, self.tokenizer.quantizer.teacher_inputs(ids), self.conditions[indices].to(self.device)
+            inputs = self.tokenizer.quantizer.teacher_inputs(ids)
+        return ids, inputs, to_device(self.conditions[indices], self.device)
 
     def step(
         self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], streams: list[torch.Generator]
     ) -> dict[str, float | Tensor]:
         """One update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
-        self.model.train()
+        self.trained.train()
         total = torch.zeros((), device=self.device)
-        for (ids, inputs, condition), generator in zip(batches, streams, strict=True):
+        for i, ((ids, inputs, condition), generator) in enumerate(zip(batches, streams, strict=True)):
+            self.world.sync(self.trained, last=i == len(batches) - 1)
             condition = self._hide(condition, generator)
             with autocast(self.device, self.train.precision):
-                logits = self.model(inputs, condition, generator)
-            loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten()) / len(batches)
-            loss.backward()
+                loss = self.trained(ids, inputs, condition, generator) / len(batches)
+            with span("backward"):
+                loss.backward()
             total += loss.detach()
-        norm = self.optimizer.clip()
-        if not torch.isfinite(total + norm):
-            self.optimizer.forget()
-            return {"loss": float("nan"), "grad_norm": norm}
-        return {"loss": total, "grad_norm": norm, "lr": self.optimizer.update(step)}
+        total = self.world.mean(total)
+        with span("optimizer"):
+            norm = self.optimizer.clip()
+        bad = not_finite(total + norm)
+        return {"loss": total.where(bad == 0, nan), "grad_norm": norm, "lr": self.optimizer.update(step, bad=bad)}
+
+    def blocks(self) -> list[nn.Module]:
+        """What torch.compile gets."""
+        return list(self.model.blocks)
+
+    def rehearse(self) -> None:
+        """The forward and backward pass of a micro-batch; leaves no trace."""
+        self.trained.train()
+        ids, inputs, condition = self.batch(np.zeros(self.train.batch_size, np.int64))
+        with autocast(self.device, self.train.precision):
+            loss = self.trained(ids, inputs, condition, stream(0))
+        loss.backward()
+        self.optimizer.forget()
 
     def _hide(self, condition: Tensor, generator: torch.Generator) -> Tensor:
         """Replace by null the whole condition of some notes, for guidance, and single attributes of others."""
         rate = self.config.var.condition_dropout
         hidden = torch.rand(len(condition), 1, generator=generator) < rate
         hidden = hidden | (torch.rand(condition.shape, generator=generator) < rate)
-        return torch.where(hidden.to(self.device), self.model.null_condition(len(condition)), condition)
+        return torch.where(to_device(hidden, self.device), self.model.null_condition(len(condition)), condition)
+
+    def report(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """Nothing gathers here."""
+        return {}
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
@@ -80,9 +146,9 @@ class VARStage:
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             ids, inputs, condition = self.batch(part)
             with autocast(self.device, self.train.precision):
-                logits = self.averaged(inputs, condition)
-            loss = loss + F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").sum(0).cpu() / len(notes)
-            correct = correct + (logits.argmax(-1) == ids).sum(0).cpu() / len(notes)
+                losses, right = self.judge(ids, inputs, condition)
+            loss = loss + losses.sum(0).cpu() / len(notes)
+            correct = correct + right.sum(0).cpu() / len(notes)
         lengths = self.model.lengths
         return {
             "val_loss": float(loss.mean()),
@@ -103,30 +169,33 @@ class VARStage:
         """Restore `state()`."""
         if state.keys() != {"model", "averaged", "optimizer"}:
             raise CheckpointError(f"{source} holds {sorted(state)}; it is of another stage")
-        checkpoint.load_weights(self.model, state["model"], source)
-        checkpoint.load_weights(self.averaged, state["averaged"], source)
+        checkpoint.load_weights(self.model, state["model"], source, self.world.part)
+        checkpoint.load_weights(self.averaged, state["averaged"], source, self.world.part)
         self.optimizer.load_state(state["optimizer"], source)
+
+    def snapshot(self) -> Model | None:
+        """Tokenizer and averaged VAR, which can generate, not copied unless sharded; None but on the main process."""
+        var = self._whole_average() if self.sharded else self.averaged
+        if not self.world.main:
+            return None
+        return Model(config=self.config, tokenizer=self.tokenizer, var=var, notes=ranges(self.dataset))
 
     def export(self, path: Path) -> None:
         """Write tokenizer and averaged VAR as a model directory that can generate."""
-        notes = ranges(self.dataset)
-        Model(config=self.config, tokenizer=self.tokenizer, var=self.averaged, notes=notes).save(path)
+        found = self.snapshot()
+        if found is not None:
+            found.save(path)
 
-
-@torch.inference_mode()
-def tokenize(
-    tokenizer: Tokenizer, config: Config, dataset: Dataset, device: torch.device, advance: Callable[[int], None]
-) -> Tensor:
-    """Tokens of every note, int32 (notes, L); `advance` is told how many notes are done. Batches of fixed size."""
-    size = config.train.var.batch_size
-    parts = []
-    for start in range(0, len(dataset), size):
-        indices = np.arange(start, min(start + size, len(dataset)))
-        x = audio.multiplexed(dataset.waveforms(indices).to(device), config.audio)
-        with autocast(device, config.train.var.precision):
-            parts.append(tokenizer.encode(x).int().cpu())
-        advance(len(indices))
-    return torch.cat(parts)
+    def _whole_average(self) -> VAR | None:
+        """The averaged VAR on the CPU of the main process, to which every process contributes."""
+        weights = self.world.whole(self.averaged.state_dict())
+        if not self.world.main:
+            return None
+        with torch.device("meta"):
+            var = VAR(self.config.var, self.config.tokenizer)
+        var.load_state_dict(weights, assign=True)
+        var.scale_of = self.averaged.scale_of.cpu()
+        return var.requires_grad_(False).eval()
 
 
 def condition_ids(dataset: Dataset, attributes: tuple[str, ...]) -> Tensor:

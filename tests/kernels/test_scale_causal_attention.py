@@ -258,10 +258,11 @@ def test_weights_are_kept_for_a_backward_only():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registered, "hybrid_attention", spy)
-        scale_causal_attention(q, k, v, (1, 4))
-        scale_causal_attention(q, k.requires_grad_(), v, (1, 4))
+        gain = torch.ones(q.shape[1])
+        scale_causal_attention(q, k, v, (1, 4), head_scale=gain)
+        scale_causal_attention(q, k.requires_grad_(), v, (1, 4), head_scale=gain)
         with torch.no_grad():
-            scale_causal_attention(q, k, v, (1, 4))
+            scale_causal_attention(q, k, v, (1, 4), head_scale=gain)
     assert called == [False, True, False]
 
 
@@ -401,7 +402,8 @@ def test_a_backward_under_autocast_keeps_its_dtype():
     [
         ("auto", torch.float32, 16, (160, 9), "hybrid"),
         ("auto", torch.float32, 16, (9, 160), "grouped"),  # a single group: nothing to gain but the normalisation
-        ("auto", torch.bfloat16, 16, (1, 4), "hybrid"),
+        ("auto", torch.bfloat16, 16, (160, 9), "hybrid"),
+        ("auto", torch.bfloat16, 16, (9, 160), "grouped"),
         ("auto", torch.float64, 16, (160, 9), "hybrid"),
         ("auto", torch.float16, 16, (160, 9), "grouped"),
         ("native", torch.float32, 16, (160, 9), "hybrid"),

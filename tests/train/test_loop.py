@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -40,6 +42,16 @@ def test_every_note_comes_once_per_epoch(notes, batch):
     if notes > 4:
         assert len({tuple(o) for o in orders}) == epochs
     assert all(len(batch_indices(3, s, batch, names)) == batch for s in range(20))
+
+
+def test_an_epochs_order_is_drawn_once(monkeypatch):
+    drawn = []
+    original = torch.randperm
+    monkeypatch.setattr("torch.randperm", lambda n, **kwargs: drawn.append(n) or original(n, **kwargs))
+    loop._order.cache_clear()
+    for step in range(12):  # 36 of 20 notes an epoch: two epochs, the step between them in both
+        batch_indices(3, step, 3, np.arange(20))
+    assert drawn == [20, 20]
 
 
 def test_notes_depend_on_seed_and_step_alone():
@@ -125,6 +137,37 @@ def test_updates_are_adamw_with_clipping_and_an_average():
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
             assert a.grad is None
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_bad_update_changes_nothing_and_a_good_one_does_not_notice_it(kind):
+    def new() -> tuple[nn.Module, nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 3)]), "head": nn.Linear(3, 2)})
+        averaged = copy.deepcopy(module).requires_grad_(False)
+        return module, averaged, Optimizer(module, TrainConfig(optimizer=kind, lr=0.1, warmup=0.0, steps=9), averaged)
+
+    def update(parts: tuple[nn.Module, nn.Module, Optimizer], step: int, bad: float | None) -> None:
+        module, _, optimizer = parts
+        for p in module.parameters():
+            p.grad = torch.full_like(p, math.nan) if bad else torch.full_like(p, step + 1.0)
+        optimizer.update(step, bad=None if bad is None else torch.tensor(bad))
+        assert all(p.grad is None for p in module.parameters())
+
+    one, other = new(), new()
+    update(one, 0, 1.0)  # before there are any moments
+    for step in (0, 1):
+        update(one, step, 0.0)
+        update(other, step, None)
+    before = [p.clone() for p in (*one[0].parameters(), *one[1].parameters())]
+    update(one, 2, 1.0)
+    for p, old in zip((*one[0].parameters(), *one[1].parameters()), before, strict=True):
+        assert torch.equal(p, old)
+    update(one, 2, 0.0)
+    update(other, 2, None)
+    for ours, theirs in zip(one[:2], other[:2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(torch.equal(v, other[2].state()[k]) for k, v in one[2].state().items())
 
 
 def test_without_a_limit_gradients_are_not_clipped():
@@ -228,6 +271,9 @@ class Counter:
         loss = self.act(step)
         return {"loss": torch.tensor(1.0 if loss is None else loss)}
 
+    def report(self, say):
+        return {"gathered": [len(self.seen)]}
+
     def validate(self):
         return {"val_loss": 0.5, "per_scale": [1, 2]}
 
@@ -279,13 +325,32 @@ def test_steps_get_their_batches_and_streams(go):
         assert draws == [torch.rand(1, generator=stream(1, 1, step, i)).item() for i in range(3)]
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_are_the_same_however_many_workers_make_them(workers, go):
+    made: list[str] = []
+    stage = Counter(workers=workers)
+    original = stage.batch
+    stage.batch = lambda indices: made.append(threading.current_thread().name) or original(indices)
+    waited = []
+    stage.act = lambda step: waited.append(len(made))  # batches made when a step runs
+    go(stage)
+    for step, batches, _ in stage.seen:
+        assert [n for part in batches for n in part] == batch_indices(1, step, 2, NOTES).tolist()
+    assert len(made) == 10
+    assert threading.current_thread().name not in made
+    assert all(count <= step + 1 + workers for step, count in enumerate(waited))
+    if workers == 0:
+        assert waited == list(range(1, 11))
+
+
 def test_saves_validates_and_logs_in_time(go):
     stage = Counter(steps=11, log_every=4, validate_every=5, save_every=2)
     go(stage)
-    assert steps_saved(go.path) == [8, 10, 11]  # the newest three
-    assert stage.exports == 6
+    assert steps_saved(go.path) == [5, 8, 10, 11]  # the newest three, and the best
+    assert stage.exports == 8
     found = lines(go.path)
     assert [r["step"] for r in found if "loss" in r] == [4, 8, 11]
+    assert [r["gathered"] for r in found if "loss" in r] == [[4], [8], [11]]
     assert [r["step"] for r in found if "val_loss" in r] == [5, 10, 11]
     assert all(r["notes_per_s"] > 0 for r in found if "loss" in r)
 

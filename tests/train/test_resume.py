@@ -21,7 +21,9 @@ from mars.runtime import stream
 from mars.train import loop
 from mars.train.folder import RunFolder
 from mars.train.tokenizer import TokenizerStage, codebook_use, held_out
-from mars.train.var import VARStage, condition_ids, ranges, tokenize
+from mars.train.tokens import tokenize
+from mars.train.var import VARStage, condition_ids, ranges
+from mars.train.world import ALONE
 
 STEPS = 7
 TRAIN = (
@@ -31,11 +33,14 @@ TRAIN = (
     "train.save_every=3",
     "train.validate_every=3",
 )
+RESTART = ("tokenizer.restart_dead_codes=0.4", "tokenizer.codebook_decay=0.5")
 CPU = torch.device("cpu")
 STAGES = {
     "tokenizer": (),
     "tokenizer-adversarial": ("train.adversarial=true", "train.adversarial_start=0.4"),
     "tokenizer-literal": ("train.adversarial=true", "train.adversarial_start=0.0", "train.adaptive_weight=false"),
+    "tokenizer-ema": ("tokenizer.kmeans_init=4", "tokenizer.ema_codebook=true", *RESTART),
+    "tokenizer-restart": ("train.optimizer=muon", "tokenizer.metric=l2", *RESTART),
     "tokenizer-muon": ("train.optimizer=muon", "train.adversarial=true", "train.adversarial_start=0.0"),
     "var": (),
     "var-unconditional": ("var.condition=[]",),
@@ -55,7 +60,7 @@ def make(name: str, smoke, notes, precision: str = "float32", extra: tuple[str, 
         return TokenizerStage(c, notes, CPU, seed=4)
     torch.manual_seed(0)
     tokenizer = Tokenizer(c).eval().requires_grad_(False)
-    tokens = tokenize(tokenizer, c, notes, CPU, lambda n: None)
+    tokens = tokenize(tokenizer, c, notes, ALONE, lambda n: None)
     return VARStage(c, notes, tokenizer, tokens, CPU, seed=4)
 
 
@@ -92,7 +97,7 @@ def test_resuming_changes_no_bit(name, precision, smoke, notes, tmp_path):
     a, b = contents(tmp_path / "straight"), contents(tmp_path / "parts")
     assert a.keys() == b.keys()
     assert [file for file in a if a[file] != b[file]] == []
-    wanted = {"model", "averaged", "optimizer"}
+    wanted = {"model", "averaged", "optimizer"} | ({"codebook"} if name.startswith("tokenizer") else set())
     if "train.adversarial=true" in STAGES[name]:
         wanted |= {"discriminator", "d_optimizer"}
     assert {Path(f).stem for f in a if f.startswith("step") and f.endswith(".safetensors")} == wanted
@@ -110,7 +115,8 @@ def test_a_step_changes_what_it_should(name, smoke, notes):
     changed = {g: {k for k, v in t.items() if not torch.equal(v, before[g][k])} for g, t in after.items() if before[g]}
     assert changed["model"] == changed["averaged"]
     assert len(changed["model"]) > 0.8 * len(before["model"])  # rows of the condition that did not occur stay, e.g.
-    assert {key.split("/")[0] for key in after["optimizer"]} == before["model"].keys()
+    frozen = {"quantizer.codebook"} if name == "tokenizer-ema" else set()
+    assert {key.split("/")[0] for key in after["optimizer"]} == before["model"].keys() - frozen
     if "discriminator" in after:
         # Inside the hinge's margins the last bias gets +1/2 and -1/2, which may cancel exactly.
         assert changed["discriminator"] | {"11.bias"} == before["discriminator"].keys()
@@ -206,16 +212,50 @@ def test_the_adversarial_term_joins_at_its_start_and_ramps(smoke, notes):
     assert not stage.d_optimizer.state()
     late = stage.step(25, parts, streams(count=1))
     assert {"adversarial", "adaptive", "discriminator"} <= late.keys()
-    assert stage.d_optimizer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
-        late["lr"] * 4e-4 / c.train.tokenizer.lr
-    )
+
+
+def test_before_its_start_the_discriminator_is_never_called(smoke, notes, monkeypatch):
+    stage = make("tokenizer-adversarial", smoke, notes)  # which starts at 0.4 of 7 steps
+    calls: list[int] = []
+    stage.discriminator.register_forward_pre_hook(lambda *_: calls.append(1))
+    for step in range(4):
+        calls.clear()
+        stage.step(step, [stage.batch(np.arange(3))] * 2, streams(step))
+        assert len(calls) == (0 if step < 2.8 else 6)  # per micro-batch for the tokenizer, and for real and fake
+
+
+def test_the_tokenizers_backward_gives_the_discriminator_no_gradients(smoke, notes, monkeypatch):
+    stage = make("tokenizer-adversarial", smoke, notes)
+    seen = []
+    original = stage._discriminate
+
+    def look(*arguments):
+        seen.extend(p.grad for p in stage.discriminator.parameters())
+        return original(*arguments)
+
+    monkeypatch.setattr(stage, "_discriminate", look)
+    for step in (3, 4):
+        stage.step(step, [stage.batch(np.arange(3))] * 2, streams(step))
+    assert len(seen) == 2 * len(list(stage.discriminator.parameters()))
+    assert all(gradient is None for gradient in seen)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "var"])
+def test_workers_change_no_bit(name, smoke, notes, tmp_path):
+    for workers in (0, 1, 3):
+        stage = make(name, smoke, notes, extra=(f"train.workers={workers}",))
+        go(stage, tmp_path / str(workers), notes)
+    weights = [(contents(tmp_path / str(n))[f"step-{STEPS:08d}/model.safetensors"]) for n in (0, 1, 3)]
+    assert weights[0] == weights[1] == weights[2]
 
 
 def test_the_discriminator_learns_from_its_own_loss_alone(smoke, notes, monkeypatch):
     stage = make("tokenizer-literal", smoke, notes, extra=("train.grad_clip=0",))
     twin, seen = copy.deepcopy(stage.discriminator), []
     original = stage._discriminate
-    monkeypatch.setattr(stage, "_discriminate", lambda step, pairs: seen.extend(pairs) or original(step, pairs))
+    monkeypatch.setattr(
+        stage, "_discriminate", lambda step, pairs, bad: seen.extend(pairs) or original(step, pairs, bad)
+    )
     metrics = stage.step(0, [stage.batch(np.arange(3)), stage.batch(np.arange(3, 6))], streams())
     loss = sum(hinge_loss(twin(real), twin(fake)) for real, fake in seen) / 2
     assert float(metrics["discriminator"]) == pytest.approx(loss.item(), rel=1e-4)
@@ -271,11 +311,11 @@ def test_tokens_do_not_depend_on_the_batch(smoke, notes):
     tokenizer = Tokenizer(smoke).eval()
     done: list[int] = []
     four, all_ = (override(smoke, (f"train.batch_size={n}", "train.precision=float32"), "var") for n in (4, 11))
-    tokens = tokenize(tokenizer, four, notes, CPU, done.append)
+    tokens = tokenize(tokenizer, four, notes, ALONE, done.append)
     assert tokens.shape == (11, smoke.tokenizer.tokens)
-    assert tokens.dtype == torch.int32
+    assert tokens.dtype == torch.uint8
     assert done == [4, 4, 3]
-    other = tokenize(tokenizer, all_, notes, CPU, lambda n: None)
+    other = tokenize(tokenizer, all_, notes, ALONE, lambda n: None)
     assert (tokens == other).double().mean() > 0.99  # rounding may turn a near-tie
 
 

@@ -1,0 +1,107 @@
+"""The tokens of a dataset, made once per tokenizer, dataset and precision and kept beside the runs.
+
+`runs/.tokens/<key>/` holds `ids.safetensors` of shape (notes, L) in the smallest integer type and a manifest of sha256
+sums. The folder appears complete or not at all, is checked when it is opened, and is memory-mapped, so that several
+runs on one machine share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mars import audio, checkpoint
+from mars.config import Config, to_dict
+from mars.data import Dataset
+from mars.errors import CheckpointError
+from mars.models.tokenizer import Tokenizer
+from mars.runtime import autocast
+from mars.train.world import World
+
+VERSION = 1  # of what is cached; a change of the front end or of the search must raise it
+
+
+def cached_tokens(
+    folder: Path,
+    tokenizer: Tokenizer,
+    config: Config,
+    dataset: Dataset,
+    world: World,
+    *,
+    advance: Callable[[int], None],
+    say: Callable[[str], None],
+) -> Tensor:
+    """Tokens of every note, (notes, L) uint8, uint16 or int32: from `folder` if they are there, else made and kept.
+
+    A damaged entry is made again; where the folder cannot be written they stay in memory. Either is said. Several
+    processes share the work, unless all of them find the tokens.
+    """
+    path = folder / _key(tokenizer, config, dataset, world.device)
+    found, problem = None, ""
+    if path.is_dir():
+        try:
+            checkpoint.verify(path)
+            ids = checkpoint.read_tensors(path / "ids.safetensors")["ids"]
+            if ids.shape == (len(dataset), config.tokenizer.tokens):
+                found = ids
+            else:
+                problem = f"{path} holds tokens of shape {tuple(ids.shape)}"
+        except (CheckpointError, KeyError) as error:
+            problem = str(error)
+    lacking = world.any(found is None)
+    if found is not None and not lacking:
+        return found
+    if problem:
+        say(f"warning: {problem}; making the tokens again")
+        if world.main:
+            shutil.rmtree(path, ignore_errors=True)
+    tokens = tokenize(tokenizer, config, dataset, world, advance)
+    if not world.main or path.is_dir():
+        return tokens
+    try:
+        checkpoint.write_directory(path, {"ids": {"ids": tokens}}, {})
+    except OSError as error:
+        if not path.is_dir():  # else another process was faster
+            say(f"warning: the tokens could not be kept in {folder} ({error}); they stay in memory")
+    return tokens
+
+
+def _key(tokenizer: Tokenizer, config: Config, dataset: Dataset, device: torch.device) -> str:
+    """Hex sum of all that the tokens depend on."""
+    with autocast(device, config.train.var.precision):
+        lowered = torch.is_autocast_enabled(device.type)
+        precision = torch.get_autocast_dtype(device.type) if lowered else torch.float32
+    settings = {name: to_dict(getattr(config, name)) for name in ("audio", "tokenizer")}
+    digest = hashlib.sha256(json.dumps([VERSION, dataset.fingerprint, str(precision), settings]).encode())
+    for name, weight in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+@torch.inference_mode()
+def tokenize(
+    tokenizer: Tokenizer, config: Config, dataset: Dataset, world: World, advance: Callable[[int], None]
+) -> Tensor:
+    """Tokens of every note, (notes, L), in the smallest of uint8, uint16 and int32 that holds them.
+
+    Batches are of fixed size; `advance` is told how many notes are done. Several processes take the batches in turn,
+    and all get all tokens.
+    """
+    size, codes = config.train.var.batch_size, config.tokenizer.codebook_size
+    dtype = torch.uint8 if codes <= 1 << 8 else torch.uint16 if codes <= 1 << 16 else torch.int32
+    tokens = torch.zeros(len(dataset), config.tokenizer.tokens, dtype=dtype if world.size == 1 else torch.int32)
+    for start in range(world.rank * size, len(dataset), world.size * size):
+        indices = np.arange(start, min(start + size, len(dataset)))
+        x = audio.multiplexed(dataset.waveforms(indices).to(world.device), config.audio)
+        with autocast(world.device, config.train.var.precision):
+            tokens[start : start + len(indices)] = tokenizer.encode(x).to(tokens.dtype)
+        advance(len(indices) * world.size)
+    return world.sum(tokens).to(dtype)  # every note is zero in all processes but one

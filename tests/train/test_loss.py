@@ -1,0 +1,77 @@
+"""The cross-entropy in chunks of rows is that of all logits at once, and so are its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mars.train import loss
+from mars.train.loss import linear_cross_entropy, token_scores
+from mars.train.memory import peak_memory
+
+SHAPES = [(1, 3, 2), (1, 8, 131), (7, 1, 5), (64, 24, 40), (131, 33, 1021)]  # rows, width, codes
+
+
+def inputs(n: int, width: int, codes: int, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, bias = torch.randn(n, width), torch.randn(codes, width) * spread, torch.randn(codes) * spread
+    return x, weight, bias, torch.randint(codes, (n,))
+
+
+def results(function, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> list[Tensor]:
+    """Loss and gradients."""
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    value = function(*leaves, target)
+    return [value.detach(), *torch.autograd.grad(3 * value, leaves)]
+
+
+def whole(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+    logits = F.linear(x, weight, bias)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [0.0, 1.0, 40.0], ids=["equal", "usual", "extreme"])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_exact_as_all_logits_at_once(shape, rows, spread, dtype, monkeypatch):
+    x, weight, bias, target = inputs(*shape, spread=spread)
+    monkeypatch.setitem(loss.CHUNK, "cpu", rows * shape[2])
+    exact = results(whole, x.double(), weight.double(), bias.double(), target)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours, eager = results(linear_cross_entropy, x, weight, bias, target), results(whole, x, weight, bias, target)
+        losses, right = token_scores(x, weight, bias, target)
+        logits = F.linear(x, weight, bias).float()
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - c).norm() <= 2 * (b - c).norm() + max(torch.finfo(dtype).eps, 1e-6) * c.norm()
+    assert losses.mean().item() == pytest.approx(ours[0].item(), rel=1e-5, abs=1e-7)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, target, reduction="none"), rtol=1e-5, atol=1e-4)
+    assert torch.equal(right, logits.argmax(1) == target)
+
+
+def test_a_certain_and_a_hopeless_token():
+    x, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[2000.0], [-2000.0], [0.0]])
+    values = results(linear_cross_entropy, x, weight, torch.zeros(3), torch.tensor([0, 1]))
+    assert values[0] == 2000  # the mean of 0 and 4000
+    assert values[1].tolist() == [[0.0], [6000.0]]
+    assert all(v.isfinite().all() for v in values)
+
+
+def test_what_is_not_finite_stays_visible():
+    x, weight, bias, target = inputs(4, 3, 5)
+    x[2, 1] = float("nan")
+    assert results(linear_cross_entropy, x, weight, bias, target)[0].isnan()
+    weight[1, 1] = float("inf")
+    assert not results(linear_cross_entropy, x.nan_to_num(), weight, bias, target)[0].isfinite()
+
+
+def test_the_logits_never_exist(monkeypatch):
+    n, width, codes = 512, 16, 4096
+    monkeypatch.setitem(loss.CHUNK, "cpu", 32 * codes)
+    arguments = inputs(n, width, codes)
+    needed = 4 * (codes * width * 3 + 3 * 32 * codes)  # the weight's gradient, some copies of it, and a chunk's logits
+    cpu = torch.device("cpu")
+    assert peak_memory(lambda: results(linear_cross_entropy, *arguments), cpu) < needed < n * codes * 4
+    assert peak_memory(lambda: token_scores(*arguments), cpu) < needed
