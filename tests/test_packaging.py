@@ -70,7 +70,10 @@ def test_import_is_light(tmp_path):
 
 
 def test_no_code_runs_data_or_a_shell():
-    """No unpickling, no evaluation of strings, no unchecked archive members, no shell."""
+    """No unpickling, no evaluation of strings, no unchecked archive members, no shell.
+
+    But for the one reader of weights that others published as pickles, which lets PyTorch read tensors alone.
+    """
     banned = {
         "pickle",
         "cloudpickle",
@@ -87,7 +90,18 @@ def test_no_code_runs_data_or_a_shell():
     for path in FILES:
         if path.suffix != ".py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        safe = [
+            part
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+            for keyword in node.keywords
+            if ast.unparse(keyword) == "weights_only=True" and path == ROOT / "mars/evaluate/weights.py"
+            for part in (node.func, keyword)
+        ]
+        for node in ast.walk(tree):
+            if node in safe:
+                continue
             match node:
                 case ast.Name() | ast.Attribute():
                     names = [ast.unparse(node)]

@@ -1,0 +1,92 @@
+"""What a classifier sees: log magnitudes of a note's short-time Fourier transform, on linear bins or mel bands.
+
+`PUBLISHED` is what the networks of Nistal, Lattner and Richard (2020, arXiv:2006.09266) are given by their evaluation
+code: a second of the note, no mel bands, stretched to a square. `WHOLE_NOTE` is the note on 128 mel bands and 256
+frames; they are 128 ms long because in 64 ms notes below MIDI 45 are often taken for their neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SAMPLE_RATE = 16_000  # Hz
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontEnd:
+    """Waveforms (B, samples) at 16 kHz to pictures (B, 1, height, width), low frequencies first."""
+
+    samples: int  # read from the note's start; a shorter note is padded with zeros
+    fade: float = 0.0  # share of them, at their end, that is faded out
+    n_fft: int
+    window: int  # samples of the periodic Hann window
+    hop: int
+    padding: Literal["constant", "reflect"]  # of the first and last frame
+    mels: int  # Slaney bands from 20 Hz to 8 kHz; 0: the linear bins without DC
+    scale: Literal["ln", "db"]  # ln(x + 1e-10); or 20 log10(x) - 20, with -100..0 dB mapped to 0..1 and clipped
+    square: int = 0  # stretched to this height and width by repeating the nearest; 0: left as it is
+
+    @property
+    def hash(self) -> str:
+        """Hex sum of the settings."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def __call__(self, waveforms: Tensor) -> Tensor:
+        """Float32 (B, 1, height, width) of waveforms (B, any number of samples), on their device."""
+        x = waveforms.float()[:, : self.samples]
+        x = F.pad(x, (0, self.samples - x.shape[1]))
+        if self.fade:
+            x = x * _fade_out(self.samples, self.fade).to(x.device)
+        window = torch.hann_window(self.window, device=x.device)
+        spectrum = torch.stft(
+            x, self.n_fft, self.hop, self.window, window, center=True, pad_mode=self.padding, return_complex=True
+        )
+        bins = spectrum.abs().unsqueeze(1)
+        bands = mel_filters(self.n_fft, self.mels).to(x.device) @ bins if self.mels else bins[:, :, 1:]
+        picture = torch.log(bands + 1e-10) if self.scale == "ln" else _decibels(bands)
+        return F.interpolate(picture, (self.square, self.square), mode="nearest") if self.square else picture
+
+
+def _decibels(magnitudes: Tensor) -> Tensor:
+    """20 log10(x) - 20, of which -100..0 dB are mapped to 0..1."""
+    return (20 * magnitudes.clamp(min=1e-10).log10() + 80).div(100).clamp(0, 1)
+
+
+def _fade_out(samples: int, share: float) -> Tensor:
+    """(samples,): ones, then a power of ten that falls from 1 to 0 over the last `share`."""
+    curve = torch.logspace(1, 0, int(samples * share), dtype=torch.float64)
+    curve = (curve - curve.min()) / (curve.max() - curve.min())
+    return torch.cat((torch.ones(samples - len(curve), dtype=torch.float64), curve)).float()
+
+
+@cache
+def mel_filters(n_fft: int, bands: int, low: float = 20.0, high: float = 8000.0) -> Tensor:
+    """Triangles (bands, n_fft / 2 + 1) of equal area, evenly spaced on Slaney's mel scale (Auditory Toolbox, 1998).
+
+    The scale is linear to 1 kHz, 200 / 3 Hz a mel, and logarithmic above, 27 mels to a factor of 6.4.
+    """
+
+    def mel(hertz: float) -> float:
+        return hertz * 3 / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000, 6.4)
+
+    mels = torch.linspace(mel(low), mel(high), bands + 2, dtype=torch.float64)
+    edges = torch.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
+    bins = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float64)
+    left, centre, right = (edges[i : i + bands, None] for i in range(3))
+    rise, fall = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    return (torch.minimum(rise, fall).clamp(min=0) * 2 / (right - left)).float()
+
+
+PUBLISHED = FrontEnd(
+    samples=64 * 256 - 1, fade=0.3, n_fft=2048, window=1024, hop=256, padding="reflect", mels=0, scale="ln", square=299
+)
+WHOLE_NOTE = FrontEnd(samples=255 * 256, n_fft=2048, window=2048, hop=256, padding="constant", mels=128, scale="db")

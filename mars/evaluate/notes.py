@@ -1,0 +1,314 @@
+"""Sets of notes to evaluate: folders of audio files and splits of packed datasets, checked and paired.
+
+Every metric hears the same: mono at 16 kHz, exactly 64,000 samples, longer notes cut and shorter ones padded with
+zeros, clipped to [-1, 1]. Nothing is left out in silence: a set counts what it changed and lists what it refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mars.config import FAMILIES
+from mars.data import SPLITS, open_dataset
+from mars.data.folder import SUFFIXES
+from mars.data.notes import UNKNOWN, Audio, fault, fit, labels_of, parse_json, read_audio
+from mars.errors import BadFileError, DataError, TooManyBadError
+
+SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
+
+
+@dataclass(frozen=True)
+class Record:
+    """What opening a set found."""
+
+    read: int = 0  # notes in the set
+    padded: int = 0  # of them, shorter than 64,000 samples
+    cut: int = 0  # longer
+    clipped: int = 0  # beyond full scale
+    refused: tuple[tuple[str, str], ...] = ()  # files that are not in the set, with the reason
+
+
+@dataclass(frozen=True, eq=False)
+class NoteSet:
+    """Notes with what is known of them; open one with `open_notes`."""
+
+    source: str  # where they are, for messages and reports
+    names: tuple[str, ...]  # file or note
+    keys: tuple[str, ...]  # what each note's sound is: a hash of its file, or its place in a dataset
+    pitch: npt.NDArray[np.int32]  # (n,) MIDI, -1 = unknown; asked for, where notes were generated
+    family: npt.NDArray[np.int32]  # (n,) index into FAMILIES, -1 = unknown
+    record: Record
+    _read: Callable[[Sequence[int]], Tensor] = field(repr=False)
+    sample_rate: int = SAMPLE_RATE  # Hz
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """What pairs notes of two sets; see `note_id`."""
+        return tuple(note_id(name) for name in self.names)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sum of the names and the sounds, in order."""
+        lines = (f"{name}\t{key}\n" for name, key in zip(self.names, self.keys, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def waveforms(self, rows: Sequence[int] | npt.NDArray[np.int64] | None = None) -> Tensor:
+        """Waveforms (B, 64000), float32 in [-1, 1], of the notes at these places (None: all).
+
+        Raises:
+            DataError: a file has changed or gone since the set was opened.
+        """
+        return self._read(range(len(self)) if rows is None else [int(row) for row in rows])
+
+    def subset(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> NoteSet:
+        """The notes at these places, in this order."""
+        places = [int(row) for row in rows]
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in places),
+            keys=tuple(self.keys[i] for i in places),
+            pitch=self.pitch[places],
+            family=self.family[places],
+            _read=lambda chosen: self._read([places[i] for i in chosen]),
+        )
+
+
+def note_id(name: str) -> str:
+    """What a note's name says which note it is.
+
+    An NSynth name is the id itself. Otherwise the number that the name starts with, or the only number in it, without
+    leading zeros; otherwise the name. Folders and suffixes do not count.
+    """
+    stem = name.rsplit("/", 1)[-1]
+    if stem.lower().endswith(SUFFIXES):
+        stem = stem.rsplit(".", 1)[0]
+    if labels_of(stem) is not None:
+        return stem
+    numbers = re.findall(r"[0-9]+", stem)
+    if len(numbers) == 1 or re.match(r"[0-9]", stem):
+        return str(int(numbers[0]))
+    return stem
+
+
+def open_notes(
+    path: str | Path | None,
+    *,
+    split: str = "test",
+    allow_bad: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> NoteSet:
+    """The notes of a folder of audio files, of one split of a packed dataset, or of the built-in notes (None).
+
+    A folder is read with its sub-folders. Labels come from NSynth names, or from the `notes.json` that mars-generate
+    writes. A file is refused that cannot be read, is not mono at 16 kHz, lasts under 0.1 s, is silent or holds NaN,
+    and so is one that `notes.json` lists but is not there; more than the share `allow_bad` of them is an error.
+
+    Raises:
+        DataError: there is no such folder, dataset or split, or it is at another rate.
+        TooManyBadError: files were refused.
+    """
+    if path is None or (Path(path) / "dataset.json").is_file():
+        return _packed(path, split)
+    return _folder(Path(path), allow_bad, progress)
+
+
+def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
+    """Both sets in the order of their ids, note for note.
+
+    Raises:
+        DataError: an id occurs twice in a set, or in one set alone.
+    """
+    places = []
+    for notes in (real, fake):
+        found: dict[str, int] = {}
+        for i, key in enumerate(notes.ids):
+            if key in found:
+                raise DataError(
+                    f"{notes.source}: {notes.names[found[key]]} and {notes.names[i]} both have the id {key}; "
+                    "rename one or keep each in a folder of its own"
+                )
+            found[key] = i
+        places.append(found)
+    for ours, theirs, where in ((places[0], places[1], fake), (places[1], places[0], real)):
+        lacking = sorted(ours.keys() - theirs.keys())
+        if lacking:
+            more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+            raise DataError(
+                f"{real.source} has {len(real):,} notes, {fake.source} {len(fake):,}, and they must pair up by name; "
+                f"{where.source} has no note {lacking[0]}{more}"
+            )
+    order = sorted(places[0])
+    return real.subset([places[0][i] for i in order]), fake.subset([places[1][i] for i in order])
+
+
+def _packed(path: str | Path | None, split: str) -> NoteSet:
+    dataset = open_dataset(path)
+    source = "built-in notes" if path is None else str(path)
+    if split not in SPLITS:
+        raise DataError(f"want one of the splits {', '.join(SPLITS)}; got {split!r}")
+    if dataset.sample_rate != SAMPLE_RATE:
+        raise DataError(f"{source} is at {dataset.sample_rate} Hz, want {SAMPLE_RATE}; pack it again at that rate")
+    rows = np.flatnonzero(dataset.column("split") == SPLITS.index(split))
+    if not len(rows):
+        raise DataError(f"{source} has no notes in the split {split}; name another with --split")
+
+    def read(chosen: Sequence[int]) -> Tensor:
+        waveforms = dataset.waveforms(rows[list(chosen)])[:, :SAMPLES]
+        return torch.nn.functional.pad(waveforms, (0, SAMPLES - waveforms.shape[1]))
+
+    names = tuple(dataset.names[i] for i in rows)
+    return NoteSet(
+        source=f"{source} ({split})",
+        names=names,
+        keys=tuple(f"{dataset.fingerprint}:{i}" for i in rows),
+        pitch=dataset.column("pitch")[rows],
+        family=dataset.column("family")[rows],
+        record=Record(
+            read=len(rows),
+            padded=len(rows) if dataset.samples < SAMPLES else 0,
+            cut=len(rows) if dataset.samples > SAMPLES else 0,
+        ),
+        _read=read,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file that was read, or the reason why it is refused."""
+
+    sha256: str = ""
+    frames: int = 0
+    clipped: bool = False
+    reason: str = ""
+
+
+def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] | None) -> NoteSet:
+    if not path.is_dir():
+        kind = "is not a folder" if path.exists() else "does not exist"
+        raise DataError(f"{path} {kind}; give a folder of audio files or a packed dataset")
+    conditions = _conditions(path)
+    files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES))
+    if not files:
+        raise DataError(f"{path} holds no audio files; want {', '.join(SUFFIXES)}")
+    checked: dict[str, _File] = {}
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        for file, found in zip(files, pool.map(_check, files), strict=True):
+            checked[file.relative_to(path).as_posix()] = found
+            if progress is not None:
+                progress(len(checked), len(files))
+    for name in conditions.keys() - checked.keys():
+        checked[name] = _File(reason="listed in notes.json, but there is no such file")
+    refused = tuple((name, file.reason) for name, file in sorted(checked.items()) if file.reason)
+    if len(refused) > allow_bad * len(checked):
+        raise TooManyBadError(
+            f"{path}: {len(refused):,} of {len(checked):,} notes cannot be used, the first: {refused[0][0]}: "
+            f"{refused[0][1]}; mend them, or leave them out with --allow-bad FRACTION"
+        )
+    kept = {name: file for name, file in sorted(checked.items()) if not file.reason}
+    if not kept:
+        raise DataError(f"{path}: none of its {len(refused):,} notes can be used; {refused[0][0]}: {refused[0][1]}")
+    names = tuple(kept)
+
+    def read(chosen: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.stack([_again(path / names[i], kept[names[i]]) for i in chosen]))
+
+    labels = [_labels(name, conditions) for name in names]
+    return NoteSet(
+        source=str(path),
+        names=names,
+        keys=tuple(file.sha256 for file in kept.values()),
+        pitch=np.array([pitch for pitch, _ in labels], np.int32),
+        family=np.array([family for _, family in labels], np.int32),
+        record=Record(
+            read=len(kept),
+            padded=sum(file.frames < SAMPLES for file in kept.values()),
+            cut=sum(file.frames > SAMPLES for file in kept.values()),
+            clipped=sum(file.clipped for file in kept.values()),
+            refused=refused,
+        ),
+        _read=read,
+    )
+
+
+def _check(path: Path) -> _File:
+    try:
+        content = path.read_bytes()
+        audio, frames = _decode(content)
+        if reason := fault(audio):
+            raise BadFileError(reason)
+    except BadFileError as error:
+        return _File(reason=str(error))
+    except OSError as error:
+        return _File(reason=f"unreadable ({error.strerror})")
+    return _File(hashlib.sha256(content).hexdigest(), frames, bool(np.abs(audio).max() > 1))
+
+
+def _decode(content: bytes) -> tuple[Audio, int]:
+    """(64000,) of a file, and the frames that it has. Raises `BadFileError`."""
+    import soundfile
+
+    try:
+        header = soundfile.info(io.BytesIO(content))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BadFileError(f"unreadable ({error})") from None
+    if (header.samplerate, header.channels) != (SAMPLE_RATE, 1):
+        raise BadFileError(
+            f"want mono at {SAMPLE_RATE} Hz; got {header.channels} channels at {header.samplerate} Hz; convert it first"
+        )
+    return read_audio(content, sample_rate=SAMPLE_RATE, samples=SAMPLES), header.frames
+
+
+def _again(path: Path, known: _File) -> Audio:
+    """A file that was checked before, (64000,) in [-1, 1]."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} was there when the evaluation began ({error.strerror}); start again") from None
+    if hashlib.sha256(content).hexdigest() != known.sha256:
+        raise DataError(f"{path} has changed since the evaluation began; start again")
+    return fit(np.clip(_decode(content)[0], -1, 1), SAMPLES)
+
+
+def _conditions(path: Path) -> dict[str, dict[str, Any]]:
+    """What `notes.json` says that each file was to be; empty where there is none."""
+    listing = path / "notes.json"
+    if not listing.is_file():
+        return {}
+    content = parse_json(listing.read_bytes(), str(listing))
+    try:
+        found = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
+        pitches = [condition.get("pitch") for condition in found.values()]
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
+    for pitch in pitches:
+        if pitch is not None and not (type(pitch) is int and 0 <= pitch < 128):
+            raise DataError(f"{listing}: want a pitch 0..127 or null, got {pitch!r:.40}")
+    return found
+
+
+def _labels(name: str, conditions: dict[str, dict[str, Any]]) -> tuple[int, int]:
+    """Pitch and family of a note, asked for or in its name."""
+    if name in conditions:
+        pitch, family = conditions[name].get("pitch"), conditions[name].get("family")
+        return (
+            UNKNOWN if pitch is None else pitch,
+            FAMILIES.index(family) if family in FAMILIES else UNKNOWN,
+        )
+    known = labels_of(name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+    return (known.pitch, known.family) if known else (UNKNOWN, UNKNOWN)

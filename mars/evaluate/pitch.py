@@ -1,0 +1,70 @@
+"""Pitch accuracy: whether a note has the pitch that was asked for, as a network hears it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PitchAccuracy:
+    """Shares of the notes whose requested pitch is known and among the classes."""
+
+    accuracy: float  # the very semitone
+    chroma: float  # the same name in any octave
+    octave_errors: float  # the right name in another octave
+    semitone_errors: float  # a semitone above or below
+    notes: int  # what these are shares of
+    unknown: int  # notes left out because nobody said what pitch they should have
+    outside: int  # notes left out because the network has no class for their pitch
+
+
+def detected(logits: Tensor, classes: Sequence[str]) -> Numbers:
+    """The likeliest MIDI number of each note, (n,), of logits (n, C).
+
+    Raises:
+        ValueError: there is not one class for each logit, or a class is no MIDI number.
+    """
+    if logits.ndim != 2 or logits.shape[1] != len(classes):
+        raise ValueError(f"detected: want logits (n, {len(classes)}), got {tuple(logits.shape)}")
+    return _midi(classes)[logits.argmax(1).cpu().numpy()]
+
+
+def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[str]) -> PitchAccuracy:
+    """Compare requested pitches (n,), MIDI or -1 for unknown, with the likeliest of logits (n, C).
+
+    Raises:
+        ValueError: as `detected`, or no note can be judged.
+    """
+    wanted, found = np.asarray(requested, np.int64), detected(logits, classes)
+    if wanted.shape != found.shape:
+        raise ValueError(f"pitch_accuracy: want a pitch a note, {len(found)}; got shape {wanted.shape}")
+    known = wanted >= 0
+    judged = known & np.isin(wanted, _midi(classes))
+    if not judged.any():
+        raise ValueError(
+            f"pitch_accuracy: want notes with a known pitch, got none among {len(wanted)}; "
+            "use NSynth names or the notes.json of mars-generate"
+        )
+    away = np.abs(found - wanted)[judged]
+    return PitchAccuracy(
+        accuracy=float((away == 0).mean()),
+        chroma=float((away % 12 == 0).mean()),
+        octave_errors=float(((away > 0) & (away % 12 == 0)).mean()),
+        semitone_errors=float((away == 1).mean()),
+        notes=int(judged.sum()),
+        unknown=int((~known).sum()),
+        outside=int((known & ~judged).sum()),
+    )
+
+
+def _midi(classes: Sequence[str]) -> Numbers:
+    if not all(name.isdecimal() and int(name) < 128 for name in classes):
+        raise ValueError(f"want classes that are MIDI numbers, got {', '.join(classes[:3])}...; use a pitch classifier")
+    return np.array([int(name) for name in classes], np.int64)

@@ -1,0 +1,43 @@
+"""Weights that others have trained, read so that nothing in their files is run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mars.errors import CheckpointError
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors by name in a file that `torch.save` wrote.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or holds anything but tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except Exception as error:  # PyTorch names no class of errors for what a file can do to its reader
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path} cannot be read as PyTorch weights ({first:.120})") from None
+    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise CheckpointError(f"{path} holds something else than tensors by name; want a state dict")
+    return dict(content)
+
+
+def git_blob(path: Path) -> str:
+    """The name that git gives the file's content: sha1 of a header and the bytes.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
