@@ -1,0 +1,1 @@
+"""Measures of generated and reconstructed notes: pure functions of waveforms and features, no files."""
