@@ -10,6 +10,7 @@ below 0 (about -1e-8 of the traces) and is not clamped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,9 +104,9 @@ def fad(real: Tensor, fake: Tensor, *, resamples: int = 200, seed: int = SEED) -
         DataError: fewer than 2 clips on a side, or frames that are not finite.
     """
     real, fake = _clips("fad", real, fake, minimum=2)
-    drawn_real = resample_counts(len(real), resamples, seed, 0)
-    drawn_fake = resample_counts(len(fake), resamples, seed, 1)
-    distances = [_distance(_drawn(real, w), _drawn(fake, v)) for w, v in zip(drawn_real, drawn_fake, strict=True)]
+    drawn_real = _resampled(real, resample_counts(len(real), resamples, seed, 0))
+    drawn_fake = _resampled(fake, resample_counts(len(fake), resamples, seed, 1))
+    distances = [_distance(a, b) for a, b in zip(drawn_real, drawn_fake, strict=True)]
     return FAD(estimate(torch.tensor(distances)), real[..., 0].numel(), fake[..., 0].numel())
 
 
@@ -144,13 +145,19 @@ def _distance(a: Moments, b: Moments) -> float:
     return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def _drawn(clips: Tensor, counts: Tensor) -> Moments:
-    """Moments of the frames of clips (n, t, d), each clip taken counts (n,) times."""
-    frames, weights = clips.flatten(0, 1), counts.repeat_interleave(clips.shape[1])[:, None]
-    count = int(weights.sum())
-    mean = (weights * frames).sum(0) / count
-    centred = frames - mean
-    return Moments(count, mean, (weights * centred).T @ centred)
+def _resampled(clips: Tensor, counts: Tensor) -> Iterator[Moments]:
+    """Moments of the frames of clips (n, t, d) for every row of counts (resamples, n)."""
+    _, frames, d = clips.shape
+    middle = clips.mean((0, 1))  # near every mean, so that the squares keep their digits
+    for some in counts.split(max(2**25 // d**2, 1)):
+        total = torch.zeros(len(some), d, dtype=torch.float64)
+        squares = torch.zeros(len(some), d * d, dtype=torch.float64)
+        for weights, block in zip(some.split(256, 1), clips.split(256), strict=True):
+            centred = block - middle
+            total += weights @ centred.sum(1)
+            squares += weights @ (centred.mT @ centred).flatten(1)
+        for n, first, second in zip((some.sum(1) * frames).tolist(), total, squares.view(-1, d, d), strict=True):
+            yield Moments(int(n), middle + first / n, second - torch.outer(first, first) / n)
 
 
 def _clips(name: str, real: Tensor, fake: Tensor, minimum: int) -> tuple[Tensor, Tensor]:

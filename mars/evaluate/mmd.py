@@ -10,7 +10,7 @@ legitimate, and never clamped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,10 +26,8 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, counts_x: Tensor, counts_y: Tenso
     x: (n, t, d) clips, frames, features; y: (m, t, d); counts_x: (resamples, n); counts_y: (resamples, m), as
     `bootstrap.resample_counts` draws them. Everything in float64.
     """
-    within = _pairs(x, x, kernel, counts_x, counts_x, same=True) / _different(counts_x)
-    within += _pairs(y, y, kernel, counts_y, counts_y, same=True) / _different(counts_y)
-    between = _pairs(x, y, kernel, counts_x, counts_y, same=False)
-    return within - 2 * between / (counts_x.sum(1) * counts_y.sum(1))
+    within = _within(x, kernel, counts_x) / _different(counts_x) + _within(y, kernel, counts_y) / _different(counts_y)
+    return within - 2 * _between(x, y, kernel, counts_x, counts_y) / (counts_x.sum(1) * counts_y.sum(1))
 
 
 def polynomial(x: Tensor, y: Tensor) -> Tensor:
@@ -53,18 +51,35 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.addmm(x.square().sum(1, keepdim=True) + y.square().sum(1), x, y.T, alpha=-2).clamp_(min=0)
 
 
-def _pairs(x: Tensor, y: Tensor, kernel: Kernel, counts_x: Tensor, counts_y: Tensor, *, same: bool) -> Tensor:
-    """sum_ij w_i v_j K(x_i, y_j) (resamples,), without i = j if x and y are the same."""
-    total = torch.zeros(len(counts_x), dtype=torch.float64)
-    step = max(_BLOCK // x.shape[1], 1)
-    for start in range(0, len(x), step):
-        block = x[start : start + step]
-        values = kernel(block.flatten(0, 1), y.flatten(0, 1))
-        values = values.view(len(block), x.shape[1], len(y), y.shape[1]).mean((1, 3))
-        if same:
-            values[:, start : start + step].fill_diagonal_(0)
-        total += (counts_x[:, start : start + step] * (counts_y @ values.T)).sum(1)
+def _within(x: Tensor, kernel: Kernel, counts: Tensor) -> Tensor:
+    """sum_{i != j} w_i w_j K(x_i, x_j) (resamples,), each pair computed once."""
+    total = torch.zeros(len(counts), dtype=torch.float64)
+    for start, block in _blocks(x):
+        values = _clip_kernel(block, x[start:], kernel)
+        values[:, : len(block)].fill_diagonal_(0)
+        values[:, len(block) :] *= 2
+        total += (counts[:, start : start + len(block)] * (counts[:, start:] @ values.T)).sum(1)
     return total
+
+
+def _between(x: Tensor, y: Tensor, kernel: Kernel, counts_x: Tensor, counts_y: Tensor) -> Tensor:
+    """sum_ij w_i v_j K(x_i, y_j) (resamples,)."""
+    total = torch.zeros(len(counts_x), dtype=torch.float64)
+    for start, block in _blocks(x):
+        values = _clip_kernel(block, y, kernel)
+        total += (counts_x[:, start : start + len(block)] * (counts_y @ values.T)).sum(1)
+    return total
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    step = max(_BLOCK // x.shape[1], 1)
+    return ((start, x[start : start + step]) for start in range(0, len(x), step))
+
+
+def _clip_kernel(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
+    """Mean kernel (a, b) over the pairs of frames of clips x (a, t, d), y (b, u, d)."""
+    values = kernel(x.flatten(0, 1), y.flatten(0, 1))
+    return values.view(len(x), x.shape[1], len(y), y.shape[1]).mean((1, 3))
 
 
 def _different(counts: Tensor) -> Tensor:

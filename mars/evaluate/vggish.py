@@ -1,8 +1,8 @@
 """VGGish (Hershey et al. 2017, arXiv:1609.09430): log-mel front end and network, as released for AudioSet.
 
 The embedding is the last layer's 128 values before any activation, without the release's PCA and 8-bit quantisation,
-as Fréchet Audio Distance uses it (Kilgour et al. 2019, arXiv:1812.08466). No weights come with mars: `load` reads those
-of torchvggish (vggish-10086976.pth, 276 MiB, https://github.com/harritaylor/torchvggish/releases).
+as Fréchet Audio Distance uses it (Kilgour et al. 2019, arXiv:1812.08466). No weights come with mars: `load` reads
+those of torchvggish (vggish-10086976.pth, 276 MiB, https://github.com/harritaylor/torchvggish/releases).
 """
 
 from __future__ import annotations
