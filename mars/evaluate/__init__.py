@@ -1,1 +1,1 @@
-"""Measures of generated and reconstructed notes: pure functions of waveforms and features, no files."""
+"""Evaluation: sets of notes, the networks that look at them, and what is measured between two sets."""

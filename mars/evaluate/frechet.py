@@ -10,6 +10,7 @@ below 0 (about -1e-8 of the traces) and is not clamped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -113,18 +114,20 @@ def fad(real: Tensor, fake: Tensor, *, resamples: int = 200, seed: int = SEED) -
 def fad_infinity(real: Tensor, fake: Tensor, *, points: int = 15, draws: int = 4, seed: int = SEED) -> FADInfinity:
     """FAD of clips fake (m, t, d) if they were infinitely many, against all of real (n, u, d).
 
-    Distances of subsets of the fake clips, `points` sizes evenly spaced in 1 / size from a tenth of them to all,
+    Distances of subsets of the fake clips, `points` sizes evenly spaced in 1 / size from a fifth of them to all,
     each the mean of `draws` subsets, are fitted by a line over 1 / size. Subsets are of clips and drawn without
-    replacement: one drawn with replacement has the moments, and the bias, of all clips whatever its size, and the line
-    would lead back to the FAD itself. What the finite number of real clips adds is left in.
+    replacement: those drawn with replacement are samples of a distribution that is these very clips, and their line
+    would lead back to the FAD itself. A subset has at least as many clips, and twice as many frames, as there are
+    features: with fewer the covariance is nearly singular and the bias no line. What the finite number of real clips
+    adds is left in.
 
     Raises:
         ValueError: other shapes.
-        DataError: too few clips: the smallest subset must have more frames than features and be half of all at most.
+        DataError: fewer than twice the clips of the smallest subset.
     """
     real, fake = _clips("fad_infinity", real, fake, minimum=2)
     clips, frames, features = fake.shape
-    smallest = max(clips // 10, features // frames + 1)
+    smallest = max(clips // 5, features, math.ceil(2 * features / frames))
     if 2 * smallest > clips:
         raise DataError(f"fad_infinity: want at least {2 * smallest} fake clips, got {clips}; generate more of them")
     target = Moments.of(real.flatten(0, 1))

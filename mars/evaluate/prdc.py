@@ -48,7 +48,7 @@ def prdc(real: Tensor, fake: Tensor, *, k: int = 5, resamples: int = RESAMPLES, 
     counted = {
         "precision": in_real.any(0),
         "recall": in_fake.any(1),
-        "density": in_real.sum(0) / k,
+        "density": in_real.double().sum(0) / k,
         "coverage": in_real.any(1),
     }
     means = {name: bootstrap_mean(x.double(), resamples=resamples, seed=seed) for name, x in counted.items()}

@@ -7,6 +7,7 @@ those of torchvggish (vggish-10086976.pth, 276 MiB, https://github.com/harritayl
 
 from __future__ import annotations
 
+import hashlib
 import math
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ def log_mel(waveform: Tensor) -> Tensor:
     """log(mel + 0.01), float64 (B, frames, 64), of waveforms (B, samples) at 16 kHz.
 
     Windows of 25 ms every 10 ms without padding: 1 + (samples - 400) // 160 frames. Periodic Hann window, magnitudes
-    of a 512-point transform, triangles that are straight on the mel scale 1127 ln(1 + f / 700), DC left out.
+    of a 512-point transform, triangles that are straight on the mel scale 1127 ln(1 + f / 700).
     """
     frames = waveform.double().unfold(-1, WINDOW, HOP)
     window = torch.hann_window(WINDOW, dtype=torch.float64, device=waveform.device)
@@ -74,6 +75,8 @@ class VGGish(nn.Module):
     id = "vggish"
     sample_rate = SAMPLE_RATE
     dim = 128
+    classes: tuple[str, ...] | None = None
+    front_end = hashlib.sha256(b"google framing").hexdigest()
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,13 +100,11 @@ class VGGish(nn.Module):
         return self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))  # the weights expect channels last
 
     @torch.inference_mode()
-    def embed(self, waveform: Tensor, framing: Framing = "google") -> Tensor:
+    def frames(self, waveforms: Tensor, framing: Framing = "google") -> Tensor:
         """Embeddings float32 (B, examples, 128) of waveforms (B, samples) at 16 kHz, on the weights' device."""
         device = self.embeddings[0].weight.device
-        return torch.cat([
-            self(examples(notes.to(device), framing).flatten(0, 1)).unflatten(0, (len(notes), -1))
-            for notes in waveform.split(_NOTES)
-        ])  # fmt: skip
+        parts = [self(examples(notes.to(device), framing).flatten(0, 1)) for notes in waveforms.split(_NOTES)]
+        return torch.cat(parts).unflatten(0, (len(waveforms), -1))
 
 
 def load(path: Path) -> VGGish:
@@ -149,6 +150,4 @@ def _filterbank() -> Tensor:
     low, high = (1127 * math.log(1 + f / 700) for f in (LOW, HIGH))
     edges = torch.linspace(low, high, BANDS + 2, dtype=torch.float64)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
-    filters = torch.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)).clamp(min=0)
-    filters[0] = 0
-    return filters
+    return torch.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)).clamp(min=0)

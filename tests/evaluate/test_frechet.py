@@ -104,7 +104,7 @@ def test_fad_infinity_takes_most_of_the_bias_back():
         plug_in.append(fad(real, fake, resamples=2).estimate.value)
         extrapolated.append(fad_infinity(real, fake, seed=seed).value)
         target, points = Moments.of(real[:, 0]), []
-        for size in (25, 35, 50, 80, 125, 250):
+        for size in (64, 80, 100, 130, 180, 250):
             drawn = [Moments.of(fake[torch.randint(clips, (size,)), 0]) for _ in range(8)]
             scores = [frechet_distance(target.mean, target.covariance, x.mean, x.covariance) for x in drawn]
             points.append((1 / size, sum(scores) / len(scores)))
@@ -113,8 +113,8 @@ def test_fad_infinity_takes_most_of_the_bias_back():
         with_replacement.append(float(y.mean() - slope * x.mean()))
     bias, rest, unmoved = (sum(v) / 4 - truth for v in (plug_in, extrapolated, with_replacement))
     assert bias > 0.1
-    assert abs(rest) < 0.4 * bias
-    assert unmoved > 0.7 * bias
+    assert abs(rest) < 0.3 * bias
+    assert unmoved == pytest.approx(bias, rel=0.25)
 
 
 def test_fad_infinity_depends_on_contents_and_seed_alone():
@@ -122,14 +122,14 @@ def test_fad_infinity_depends_on_contents_and_seed_alone():
     found = fad_infinity(real, fake)
     assert fad_infinity(real.flip(0), fake[torch.randperm(90)]) == found
     assert fad_infinity(real, fake, seed=1) != found
-    assert found.notes[0] == 9
+    assert found.notes[0] == 18
     assert found.notes[-1] == 90
-    assert found.distances[-1] == pytest.approx(fad(real, fake, resamples=2).estimate.value, rel=1e-9)
+    assert found.distances[-1] == pytest.approx(fad(real, fake, resamples=2).estimate.value, rel=1e-6)
 
 
 def test_errors():
     clips = torch.randn(20, 2, 40)
-    with pytest.raises(DataError, match=r"^fad_infinity: want at least 42 fake clips, got 20; generate more of them$"):
+    with pytest.raises(DataError, match=r"^fad_infinity: want at least 80 fake clips, got 20; generate more of them$"):
         fad_infinity(clips, clips)
     with pytest.raises(DataError, match=r"^fad \(fake\): 1 of 20 clips hold NaN"):
         fad(clips, clips.index_fill(0, torch.tensor([3]), torch.nan))

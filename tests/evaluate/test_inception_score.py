@@ -55,7 +55,7 @@ def test_depends_on_contents_and_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert inception_score(logits[torch.randperm(len(logits))]) == found
     assert inception_score(logits, seed=1).mean != found.mean
-    assert found.mean > 15  # split without a shuffle it would be about 2.7, the classes of a split
+    assert found.mean > 0.9 * found.full.value  # split without a shuffle it would be below 3, the classes of a split
     assert found.full.low < found.full.value < found.full.high
 
 
@@ -71,7 +71,7 @@ def test_published_number_is_the_mean_of_running_scores(monkeypatch):
     found = inception_score_vinay2022(logits)
     assert found.notes == 460
     assert found.mean == pytest.approx(sum(readings) / 10, rel=1e-9)
-    assert found.std == pytest.approx(float(torch.tensor(readings).double().std(correction=0)), rel=1e-9)
+    assert found.std == pytest.approx(float(torch.tensor(readings, dtype=torch.float64).std(correction=0)), rel=1e-9)
 
 
 def test_published_number_depends_on_the_order_of_files():

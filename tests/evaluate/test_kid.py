@@ -95,7 +95,7 @@ def test_published_statistic_in_blocks(monkeypatch):
     found = kid_vinay2022(real, fake)
     assert found.blocks == 3
     assert found.mean == pytest.approx(sum(parts) / 3)
-    assert found.std == pytest.approx(float(torch.tensor(parts).double().std(correction=0)))
+    assert found.std == pytest.approx(float(torch.tensor(parts, dtype=torch.float64).std(correction=0)))
     with pytest.raises(DataError, match="the last of 2 notes or more; got 201 notes"):
         kid_vinay2022(real[:201], fake[:201])
 

@@ -109,7 +109,7 @@ def test_embeddings_are_what_the_published_layout_gives(weights):
     network = vggish.load(weights[".pth"])
     assert network.sha256 == sha256(weights[".pth"])
     waveform = torch.randn(3, 64_000) * torch.tensor([[0.001], [0.1], [1.0]])
-    found = network.embed(waveform)
+    found = network.frames(waveform)
     assert found.shape == (3, 7, 128)
     assert float(found.min()) < 0  # before any activation
     state = network.state_dict()
@@ -123,7 +123,9 @@ def test_embeddings_are_what_the_published_layout_gives(weights):
     for name in NAMES[6:]:
         x = state[f"{name}.weight"] @ (x if name == "embeddings.0" else F.relu(x)) + state[f"{name}.bias"]
     torch.testing.assert_close(found[1, 2], x, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(vggish.load(weights[".safetensors"]).embed(waveform[1:2])[0, 2], x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        vggish.load(weights[".safetensors"]).frames(waveform[1:2])[0, 2], x, rtol=1e-4, atol=1e-5
+    )
 
 
 def small(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
