@@ -44,7 +44,7 @@ class Moments:
         centred = frames - mean
         return cls(len(frames), mean, centred.T @ centred)
 
-    def __add__(self, other: Moments) -> Moments:  # Chan, Golub and LeVeque 1983, eq. 1.5
+    def __add__(self, other: Moments) -> Moments:  # Chan, Golub and LeVeque 1983
         count = self.count + other.count
         step = other.mean - self.mean
         scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / count)

@@ -31,7 +31,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, counts_x: Tensor, counts_y: Tenso
 
 
 def polynomial(x: Tensor, y: Tensor) -> Tensor:
-    """(<x, y> / d + 1)^3 (a, b) of x (a, d), y (b, d): the kernel of KID (Binkowski et al. 2018, §4)."""
+    """(<x, y> / d + 1)^3 (a, b) of x (a, d), y (b, d): the kernel of KID (Binkowski et al. 2018)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 

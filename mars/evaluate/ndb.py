@@ -1,4 +1,4 @@
-"""Number of statistically different bins (Richardson and Weiss 2018, arXiv:1805.12462, §3) of flattened log-mels.
+"""Number of statistically different bins (Richardson and Weiss 2018, arXiv:1805.12462) of flattened log-mels.
 
 k-means on reference notes makes k bins. In each, the share p of n reference notes is compared with the share q of m
 evaluated ones by a two-sided z-test of two proportions,

@@ -1,5 +1,5 @@
 """Precision, recall (Kynkäänniemi et al. 2019, arXiv:1904.06991), density and coverage (Naeem et al. 2020,
-arXiv:2002.09797, eq. 3-6) of one vector per note.
+arXiv:2002.09797) of one vector per note.
 
 A note's ball reaches to its k-th neighbour of its own set, the ball's edge not included. Precision: fake notes in any
 real ball; recall: real notes in any fake ball; density: real balls per fake note, over k, which can pass 1; coverage:

@@ -76,7 +76,7 @@ class VGGish(nn.Module):
     sample_rate = SAMPLE_RATE
     dim = 128
     classes: tuple[str, ...] | None = None
-    front_end = hashlib.sha256(b"google framing").hexdigest()
+    front_end = hashlib.sha256(b"google framing").hexdigest()  # all but the weights that decides `frames`
 
     def __init__(self) -> None:
         super().__init__()
