@@ -65,7 +65,17 @@ def test_scripts_are_installed_and_explain_themselves(script, tmp_path):
 
 def test_import_is_light(tmp_path):
     code = "import sys, torch; had = set(sys.modules); import mars.models; print(*set(sys.modules) - had)"
-    heavy = {"triton", "matplotlib", "flash_attn", "xformers", "librosa", "soxr", "fluidsynth"}
+    heavy = {
+        "triton",
+        "matplotlib",
+        "flash_attn",
+        "xformers",
+        "librosa",
+        "soxr",
+        "fluidsynth",
+        "sklearn",
+        "torchmetrics",
+    }
     assert heavy.intersection(run(sys.executable, "-c", code, cwd=tmp_path).split()) == set()
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mars.evaluate import mel
 
 SAMPLE_RATE = 16_000  # Hz
 
@@ -51,7 +51,11 @@ class FrontEnd:
             x, self.n_fft, self.hop, self.window, window, center=True, pad_mode=self.padding, return_complex=True
         )
         bins = spectrum.abs().unsqueeze(1)
-        bands = mel_filters(self.n_fft, self.mels).to(x.device) @ bins if self.mels else bins[:, :, 1:]
+        bands = (
+            mel.filterbank(SAMPLE_RATE, self.n_fft, self.mels).float().to(x.device) @ bins
+            if self.mels
+            else bins[:, :, 1:]
+        )
         picture = torch.log(bands + 1e-10) if self.scale == "ln" else _decibels(bands)
         return F.interpolate(picture, (self.square, self.square), mode="nearest") if self.square else picture
 
@@ -66,24 +70,6 @@ def _fade_out(samples: int, share: float) -> Tensor:
     curve = torch.logspace(1, 0, int(samples * share), dtype=torch.float64)
     curve = (curve - curve.min()) / (curve.max() - curve.min())
     return torch.cat((torch.ones(samples - len(curve), dtype=torch.float64), curve)).float()
-
-
-@cache
-def mel_filters(n_fft: int, bands: int, low: float = 20.0, high: float = 8000.0) -> Tensor:
-    """Triangles (bands, n_fft / 2 + 1) of equal area, evenly spaced on Slaney's mel scale (Auditory Toolbox, 1998).
-
-    The scale is linear to 1 kHz, 200 / 3 Hz a mel, and logarithmic above, 27 mels to a factor of 6.4.
-    """
-
-    def mel(hertz: float) -> float:
-        return hertz * 3 / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000, 6.4)
-
-    mels = torch.linspace(mel(low), mel(high), bands + 2, dtype=torch.float64)
-    edges = torch.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
-    bins = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float64)
-    left, centre, right = (edges[i : i + bands, None] for i in range(3))
-    rise, fall = (bins - left) / (centre - left), (right - bins) / (right - centre)
-    return (torch.minimum(rise, fall).clamp(min=0) * 2 / (right - left)).float()
 
 
 PUBLISHED = FrontEnd(

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mars.evaluate.frontend import PUBLISHED, WHOLE_NOTE, mel_filters
-
-
-@pytest.mark.parametrize(("n_fft", "bands"), [(1024, 80), (2048, 128)])
-def test_mel_filters_are_librosas(n_fft, bands):
-    wanted = librosa.filters.mel(sr=16_000, n_fft=n_fft, n_mels=bands, fmin=20, fmax=8000)
-    np.testing.assert_allclose(mel_filters(n_fft, bands).numpy(), wanted, atol=1e-7)
+from mars.evaluate.frontend import PUBLISHED, WHOLE_NOTE
 
 
 def test_the_published_front_end_is_what_its_description_says():

@@ -1,0 +1,60 @@
+"""What every measure asks of its samples, and an order of them that depends only on what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mars.errors import DataError
+
+
+def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor:
+    """The samples, detached, on the CPU and contiguous.
+
+    name, shape: of the measure and of what it wants, for the message, such as "kid", "notes", "features".
+
+    Raises:
+        ValueError: another number of dimensions, or integers.
+        DataError: fewer than `minimum` samples, or some that are not finite.
+    """
+    if samples.ndim != len(shape) or not samples.is_floating_point():
+        wanted = f"floating-point ({', '.join(shape)})"
+        raise ValueError(f"{name}: want {wanted}, got {samples.dtype} {tuple(samples.shape)}")
+    if len(samples) < minimum:
+        raise DataError(f"{name}: want at least {minimum} {shape[0]}, got {len(samples)}; evaluate more of them")
+    samples = samples.detach().cpu().contiguous()
+    bad = int((~_sums(samples).isfinite()).sum())
+    if bad:
+        raise DataError(
+            f"{name}: {bad} of {len(samples)} {shape[0]} hold NaN or infinity; leave them out or repair them"
+        )
+    return samples
+
+
+def canonical_order(samples: Tensor) -> Tensor:
+    """Indices int64 (n,) that bring samples (n, ...) into an order of their own: by sum, then by content.
+
+    A measure that draws subsets from its samples in this order gives the same value, bit for bit, in whatever order
+    it got them. A sum changes little where a value does, so rounding that differs between two machines moves few
+    samples; an order by hash would move them all.
+    """
+    sums = _sums(samples).numpy()
+    _, first, count = np.unique(sums, return_index=True, return_counts=True)
+    if len(first) == len(sums):
+        return torch.from_numpy(np.argsort(sums))
+    tied = np.isin(sums, sums[first[count > 1]])
+    rows = samples.contiguous().flatten(1).numpy()
+    content = [hashlib.blake2b(row).digest() if tie else b"" for row, tie in zip(rows, tied, strict=True)]
+    return torch.tensor(sorted(range(len(sums)), key=lambda i: (sums[i], content[i])))
+
+
+def canonical(samples: Tensor) -> Tensor:
+    """Samples (n, ...) in `canonical_order`, in float64."""
+    return samples[canonical_order(samples)].double()
+
+
+def _sums(samples: Tensor) -> Tensor:
+    return samples.flatten(1).sum(1, dtype=torch.float64) if samples.ndim > 1 else samples.double()
