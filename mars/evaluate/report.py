@@ -1,0 +1,149 @@
+"""What an evaluation found, as JSON: `metrics.<name>.value`, how each was computed, and a fingerprint of all that.
+
+Two reports may stand in one table if their fingerprints are equal: the same definitions, settings, networks, reference
+notes, numbers of notes and versions. What was evaluated is not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mars.errors import DataError
+from mars.files import write_atomically
+
+FORMAT, VERSION = "mars-evaluation", 1
+Profile = Literal["standard", "vinay2022"]
+Mode = Literal["reconstruction", "generation"]
+PROFILES: tuple[Profile, ...] = ("standard", "vinay2022")
+
+# In the order of tables: Table 1 of the paper, then what it lacks. A better value is lower (-1) or higher (+1).
+METRICS: dict[str, int] = {
+    "ndb_k": -1, "pkid": -1, "ikid": -1, "pis": +1, "iis": +1, "mse": -1, "mae": -1, "fad": -1,
+    "fad_infinity": -1, "kad": -1, "precision": +1, "recall": +1, "density": +1, "coverage": +1,
+    "pitch_accuracy": +1, "copy_ratio": +1,
+    "fad_classifier": -1, "kad_classifier": -1, "pis_crepe": +1, "pkid_crepe": -1, "pitch_accuracy_crepe": +1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One figure, or the reason why there is none."""
+
+    value: float | None = None
+    reason: str = ""  # why there is no value
+    point: float | None = None  # what low and high are the interval of, where that is not the value
+    low: float | None = None  # 95 % bootstrap interval over notes
+    high: float | None = None
+    n_real: int = 0
+    n_fake: int = 0
+    embedder: str = ""  # id of the network that listened
+    params: Mapping[str, Any] = field(default_factory=dict)  # how it was computed; part of the fingerprint
+    details: Mapping[str, Any] = field(default_factory=dict)  # further figures
+    seconds: float = 0.0  # that it took, features not included
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sounds:
+    """A set of notes that took part."""
+
+    source: str
+    notes: int
+    fingerprint: str
+    padded: int = 0
+    cut: int = 0
+    clipped: int = 0
+    refused: tuple[tuple[str, str], ...] = ()  # files that were left out, with the reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """An evaluation: the metrics of one set of notes, and those of the baselines beside it."""
+
+    profile: Profile
+    mode: Mode
+    seed: int
+    metrics: Mapping[str, Metric]
+    baselines: Mapping[str, Mapping[str, Metric]]  # "real-vs-real", "griffin-lim oracle", "anchor"
+    sets: Mapping[str, Sounds]  # real, fake, train
+    embedders: Mapping[str, Mapping[str, Any]]  # by id: sha256, front_end, accuracy
+    versions: Mapping[str, str]
+    device: str
+    threads: int
+    created: str  # ISO 8601
+    seconds: float
+    produced: Mapping[str, Any] = field(default_factory=dict)  # how the fake notes were made, where mars made them
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Everything that decides the figures but the notes that are evaluated."""
+        return {
+            "version": VERSION,
+            "profile": self.profile,
+            "mode": self.mode,
+            "seed": self.seed,
+            "metrics": {
+                name: {"n_real": m.n_real, "n_fake": m.n_fake, "embedder": m.embedder, **m.params}
+                for name, m in self.metrics.items()
+                if m.value is not None
+            },
+            "sets": {name: s.fingerprint for name, s in self.sets.items() if name != "fake"},
+            "embedders": {name: {key: e[key] for key in ("sha256", "front_end")} for name, e in self.embedders.items()},
+            "versions": dict(self.versions),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sum of `protocol`."""
+        return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()
+
+
+def write(path: Path, report: Report) -> None:
+    """The report as JSON. Raises `OSError`."""
+    document = {"format": FORMAT, "version": VERSION, **asdict(report)}
+    document |= {"protocol": report.protocol, "fingerprint": report.fingerprint}
+    for row in (document["metrics"], *document["baselines"].values()):
+        for name, metric in row.items():
+            row[name] = {key: value for key, value in metric.items() if key == "value" or value not in (None, "", {})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read(path: Path) -> Report:
+    """The report in a file that `write` made.
+
+    Raises:
+        DataError: it is missing or something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path} is not a report of mars-eval; want the file that --json names")
+    if content.get("version") != VERSION:
+        raise DataError(f"{path}: want {FORMAT} version {VERSION}, got {content.get('version')}; evaluate again")
+    fields = {name: content.get(name) for name in Report.__dataclass_fields__}
+    try:
+        fields["metrics"] = _metrics(content["metrics"])
+        fields["baselines"] = {name: _metrics(row) for name, row in content["baselines"].items()}
+        fields["sets"] = {
+            name: Sounds(**s | {"refused": tuple(map(tuple, s["refused"]))}) for name, s in content["sets"].items()
+        }
+        return Report(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}); evaluate again") from None
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
+    found = {str(name): Metric(**metric) for name, metric in row.items()}
+    for name, metric in found.items():
+        for value in (metric.value, metric.low, metric.high):
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise TypeError(f"{name}: {value!r:.40}")
+    return found
