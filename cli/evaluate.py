@@ -1,22 +1,166 @@
-"""mars-eval: evaluation, and the classifiers that it needs."""
+"""mars-eval: the metrics of notes against real ones, and the classifiers that some of them need."""
 
 from __future__ import annotations
 
-import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mars.cli.errors import user_errors
 
+if TYPE_CHECKING:
+    from mars.evaluate.notes import NoteSet
+    from mars.evaluate.report import Mode
+    from mars.evaluate.score import Progress
+
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-CLASSIFIERS = Path("classifiers")  # where they go, unless MARS_WEIGHTS_DIR names a folder
+CACHE = Path("features")
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",")) if value else ()
+
+
+SCORING = (
+    click.option("--profile", type=click.Choice(["standard", "vinay2022"]), default="standard", show_default=True,
+                 help="vinay2022: the statistics behind the published baselines, their flaws included."),
+    click.option("--metrics", callback=_names, metavar="A,B,…",
+                 help="These must be computed, and no others; default: all that can be."),
+    click.option("--seed", type=click.IntRange(min=0), default=2020, show_default=True, help="Of all that is drawn."),
+    click.option("--bins", type=click.IntRange(min=2), default=100, show_default=True, help="k of NDB/k."),
+    click.option("--train", type=FOLDER, metavar="DIR",
+                 help="Notes that the model learned from (folder, or packed dataset): NDB's bins, search for copies."),
+    click.option("--preset", type=click.Choice(["full", "sony", "tiny"]),
+                 help="Classifiers, in $MARS_WEIGHTS_DIR or classifiers/; default: full, and sony for vinay2022. "
+                 "tiny comes with mars."),
+    click.option("--pitch-classifier", type=FOLDER, metavar="DIR", help="Another pitch classifier."),
+    click.option("--instrument-classifier", type=FOLDER, metavar="DIR", help="Another instrument classifier."),
+    click.option("--vggish", type=FILE, help="VGGish's weights; default: those in $MARS_WEIGHTS_DIR."),
+    click.option("--crepe", type=click.Choice(["tiny", "full"]), default="tiny", show_default=True),
+    click.option("--label-order", type=click.Choice(["correct", "as-published"]), default="correct", show_default=True,
+                 help="vinay2022: as-published swaps the two classifiers, as the published constants do."),
+    click.option("--force", is_flag=True, help="Take classifiers that are less accurate than their gate asks."),
+    click.option("--baselines/--no-baselines", default=True, show_default=True,
+                 help="Rows for real notes against real ones, Griffin-Lim alone, and low-passed 8-bit notes."),
+    click.option("--allow-bad", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="FRACTION",
+                 help="Files that may be left out of a folder, and are listed in the report."),
+    click.option("--cache", type=FOLDER, default=CACHE, show_default=True, help="Folder for features."),
+    click.option("--no-cache", is_flag=True, help="Keep no features."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
+)  # fmt: skip
+PRODUCING = (
+    click.option("--model", metavar="PATH|NAME", help="Run folder or model; default: the packaged one."),
+    click.option("--data", type=FOLDER, metavar="DIR",
+                 help="Real notes (folder, or packed dataset); default: the built-in ones."),
+    click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True,
+                 help="Of a packed dataset."),
+    click.option("--iterations", type=click.IntRange(min=0), default=32, show_default=True, help="Of Griffin-Lim."),
+    click.option("--out", type=FOLDER,
+                 help="For notes/, report.json and report.html; default: a new folder in evaluations/. An interrupted "
+                 "one goes on where it was."),
+)  # fmt: skip
+
+
+def _with(*groups: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of the groups."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Measure how good notes are."""
+
+
+@main.command()
+@click.option("--real", type=FOLDER, required=True, metavar="DIR", help="Real notes (folder, or packed dataset).")
+@click.option("--fake", type=FOLDER, required=True, metavar="DIR", help="Notes to evaluate.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test"]),
+    default="test",
+    show_default=True,
+    help="Of a packed dataset.",
+)
+@click.option("--pairs", is_flag=True, help="The notes are reconstructions of the real ones, and pair up by name.")
+@_with(SCORING)
+@click.option("--json", "json_file", type=FOLDER, metavar="OUT", help="Write the report to this file.")
+@click.option("--html", type=FOLDER, metavar="OUT", help="Write it with pictures and sounds to this file.")
+def run(real: Path, fake: Path, split: str, pairs: bool, json_file: Path | None, html: Path | None,
+        **options: Any) -> None:  # fmt: skip
+    """Score the notes in a folder against real ones.
+
+    Without --pairs they are taken for newly generated ones: mel errors are those against the nearest real note.
+    """
+    with user_errors(), _progress() as progress:
+        _prepare(options)
+        notes = _open(real, split, options["allow_bad"], progress), _open(fake, split, options["allow_bad"], progress)
+        _score(*notes, "reconstruction" if pairs else "generation", options, progress, json_file, html)
+
+
+@main.command()
+@_with(PRODUCING)
+@click.option("-n", "n", type=click.IntRange(min=1), help="So many of the notes, drawn with the seed; default: all.")
+@_with(SCORING)
+def reconstruct(model: str | None, data: Path | None, split: str, n: int | None, iterations: int, out: Path | None,
+                **options: Any) -> None:  # fmt: skip
+    """Encode and decode notes with a model's tokenizer, and score what comes out."""
+    with user_errors(), _progress() as progress:
+        _prepare(options)
+        from mars.evaluate import produce
+        from mars.model import load
+
+        real = _open(data, split, options["allow_bad"], progress)
+        if n is not None:
+            real = produce.draw(real, n, options["seed"])
+        out = out or _new_folder()
+        network = load(model, options["device"])
+        produced = produce.reconstruct(
+            network, real, out / "notes", iterations=iterations, seed=options["seed"],
+            progress=lambda done, of: progress("reconstruct", done, of),
+        )  # fmt: skip
+        fake = _open(out / "notes", split, 0.0, progress)
+        files = out / "report.json", out / "report.html"
+        _score(real, fake, "reconstruction", options, progress, *files, produced=produced, audio=network.config.audio)
+
+
+@main.command()
+@_with(PRODUCING)
+@click.option("-n", "n", type=click.IntRange(min=1), default=4096, show_default=True, help="How many notes.")
+@click.option("--cfg", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Guidance; 0: none.")
+@click.option("--top-k", type=click.IntRange(min=1), default=900, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.96, show_default=True)
+@_with(SCORING)
+def generate(model: str | None, data: Path | None, split: str, n: int, cfg: float, top_k: int, top_p: float,
+             iterations: int, out: Path | None, **options: Any) -> None:  # fmt: skip
+    """Generate notes with the labels of real ones, and score them against these."""
+    with user_errors(), _progress() as progress:
+        _prepare(options)
+        from mars.evaluate import produce
+        from mars.model import load
+
+        real = _open(data, split, options["allow_bad"], progress)
+        out = out or _new_folder()
+        network = load(model, options["device"])
+        produced = produce.generate_like(
+            network, real, n, out / "notes", seed=options["seed"], cfg=cfg, top_k=top_k, top_p=top_p,
+            iterations=iterations, progress=lambda done, of: progress("generate", done, of),
+        )  # fmt: skip
+        fake = _open(out / "notes", split, 0.0, progress)
+        files = out / "report.json", out / "report.html"
+        _score(real, fake, "generation", options, progress, *files, produced=produced, audio=network.config.audio)
 
 
 @main.command()
@@ -70,7 +214,7 @@ def train_classifier(
             open_dataset(data),
             classifier.task_of(task),
             preset,
-            out or _folder() / f"{task}-{preset}",
+            out or classifier.folder() / f"{task}-{preset}",
             seed=seed,
             epochs=epochs,
             max_time=seconds,
@@ -98,12 +242,106 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
         }
         if not files:
             raise click.UsageError("give --pitch FILE, --instrument FILE or both")
-        for source, directory in classifier.import_sony(files, out or _folder(), force=force).items():
+        for source, directory in classifier.import_sony(files, out or classifier.folder(), force=force).items():
             click.echo(f"{directory} from {source}")
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("MARS_WEIGHTS_DIR", CLASSIFIERS))
+def _prepare(options: dict[str, Any]) -> None:
+    """Set the threads, and the device in place of its name."""
+    import torch
+
+    from mars.runtime import pick_device
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    options["device"] = pick_device(options["device"])
+
+
+def _open(path: Path | None, split: str, allow_bad: float, progress: Progress) -> NoteSet:
+    from mars.evaluate.notes import open_notes
+
+    told = f"read {'the built-in notes' if path is None else path}"
+    return open_notes(path, split=split, allow_bad=allow_bad, progress=lambda done, of: progress(told, done, of))
+
+
+def _new_folder() -> Path:
+    return Path("evaluations") / time.strftime("%Y%m%d-%H%M%S")
+
+
+def _score(
+    real: NoteSet,
+    fake: NoteSet,
+    mode: Mode,
+    options: Mapping[str, Any],
+    progress: Progress,
+    json_file: Path | None,
+    html: Path | None,
+    **context: Any,
+) -> None:
+    """Evaluate, print, write."""
+    from rich.console import Console
+
+    from mars.evaluate import embedders, page, report, table
+    from mars.evaluate.score import Settings, evaluate
+
+    settings = Settings(
+        profile=options["profile"],
+        mode=mode,
+        metrics=options["metrics"],
+        seed=options["seed"],
+        bins=options["bins"],
+        as_published=options["label_order"] == "as-published",
+    )
+    networks = embedders.load(
+        options["preset"] or ("sony" if settings.profile == "vinay2022" else "full"),
+        pitch=options["pitch_classifier"],
+        instrument=options["instrument_classifier"],
+        vggish_weights=options["vggish"],
+        crepe_size=options["crepe"],
+        device=options["device"],
+        force=options["force"],
+    )
+    train = options["train"] and _open(options["train"], "train", options["allow_bad"], progress)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = evaluate(
+            real,
+            fake,
+            networks,
+            settings,
+            train=train,
+            cache=Path(temporary) if options["no_cache"] else options["cache"],
+            baselines=options["baselines"],
+            progress=progress,
+            device=str(options["device"]),
+            **context,
+        )
+    if json_file is not None:
+        report.write(json_file, found.report)
+    if html is not None:
+        page.write(html, found.report, [page.Pair(title, sounds) for title, sounds in found.shown])
+    table.print_report(found.report, Console())
+    for path in (json_file, html):
+        if path is not None:
+            click.echo(f"written: {path}", err=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for each thing that is done, on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=of)
+            bar.update(tasks[what], completed=done, total=of)
+
+        yield tell
 
 
 if __name__ == "__main__":

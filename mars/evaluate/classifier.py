@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,23 +134,28 @@ def _placed(network: Network, device: str | torch.device) -> Network:
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
 
 
+def folder() -> Path:
+    """Where classifiers are kept: the folder that $MARS_WEIGHTS_DIR names, or else classifiers/."""
+    return Path(os.environ.get(WEIGHTS_DIR, "classifiers"))
+
+
 def locate(task: Task, preset: str, path: Path | None = None) -> Path:
-    """The directory of a classifier: `path`, or `<task>-<preset>` in the folder that $MARS_WEIGHTS_DIR names.
+    """The directory of a classifier: `path`, or `<task>-<preset>` in `folder` or among those that come with mars.
 
     Raises:
         CheckpointError: it is not there, and what would make it.
     """
+    name = f"{task}-{preset}"
+    packaged = Path(str(resources.files("mars").joinpath("assets", "classifiers", name)))
+    candidates = (folder() / name, packaged) if path is None else (path,)
+    for candidate in candidates:
+        if (candidate / "classifier.json").is_file():
+            return candidate
     command = "import-sony" if preset == "sony" else f"train-classifier --task {task} --preset {preset} --data DATASET"
-    folder = os.environ.get(WEIGHTS_DIR)
-    if path is None and folder is None:
-        raise CheckpointError(
-            f"want a {task} classifier: name its directory, or set {WEIGHTS_DIR} to the folder that holds "
-            f"{task}-{preset}; mars-eval {command} makes one"
-        )
-    found = path or Path(str(folder), f"{task}-{preset}")
-    if not (found / "classifier.json").is_file():
-        raise CheckpointError(f"{found} is not a classifier (no classifier.json); mars-eval {command} makes one")
-    return found
+    raise CheckpointError(
+        f"{candidates[0]} is not a classifier (no classifier.json); mars-eval {command} makes one, and {WEIGHTS_DIR} "
+        "may name another folder"
+    )
 
 
 def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False) -> Classifier:

