@@ -351,7 +351,7 @@ def _mel_errors(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
             "nearest_real_notes": found.distinct,  # of how many different ones
             "most_frequent": int(found.index.bincount().max()),
         }
-    params = {"against": "nearest real note" if details else "the original", "1.0": "100 dB"}
+    params = {"against": "nearest real note" if details else "the original", "unit": "100 dB"}
     values = {"mse": found.errors.mse, "mae": found.errors.mae}
     return {name: _metric(bootstrap_mean(x, seed=scorer.settings.seed), params, details) for name, x in values.items()}
 
@@ -360,7 +360,7 @@ def _ndb(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     bins = row.real.bins if scorer.train is None else scorer.training_bins
     found = ndb.different_bins(bins, row.fake.log_mel.flatten(1))
     details = {
-        "std": found.ratio_std, "clusterings": found.ratios,
+        "std": found.ratio_std, "clusterings": list(found.ratios),
         "jensen_shannon": found.divergence, "jensen_shannon_std": found.divergence_std,
     }  # fmt: skip
     if scorer.train is not None:
@@ -417,7 +417,8 @@ def _fad(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
 
 def _fad_infinity(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     found = frechet.fad_infinity(*_frames(row, "vggish"), seed=scorer.settings.seed)
-    return {"fad_infinity": Metric(value=found.value, params={"framing": "google"}, details=asdict(found))}
+    details = {"slope": found.slope, "notes": list(found.notes), "distances": list(found.distances)}
+    return {"fad_infinity": Metric(value=found.value, params={"framing": "google"}, details=details)}
 
 
 def _fad_classifier(scorer: _Scorer, row: _Row) -> dict[str, Metric]:

@@ -1,0 +1,307 @@
+"""Whole evaluations of synthetic notes, with networks that are a few lines long."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from mars.errors import ConfigError, DataError
+from mars.evaluate import inception_score, kid, mel, ndb, report, score
+from mars.evaluate.baselines import anchor
+from mars.evaluate.features import Embedding
+from mars.evaluate.notes import open_notes
+from mars.evaluate.score import ANCHOR, ORACLE, REAL_VS_REAL, ROLES, Settings, evaluate
+
+PITCHES = range(45, 76)
+BRIGHTNESS = {"bass": 3.0, "organ": 1.5, "brass": 0.7, "reed": 1.0}  # power by which partials fall
+
+
+def note(pitch: int, family: str, chance: np.random.Generator) -> np.ndarray:
+    """Partials that fall off and decay, over a little noise."""
+    t = np.arange(64_000) / 16_000
+    f = 440 * 2 ** ((pitch - 69) / 12)
+    partials = [
+        k ** -BRIGHTNESS[family] * np.sin(2 * np.pi * k * f * t + chance.uniform(0, 6)) * np.exp(-k * t / 4)
+        for k in range(1, int(7500 / f))
+    ]
+    return 0.3 * np.sum(partials, 0) * np.exp(-t) + 1e-3 * chance.standard_normal(len(t))
+
+
+def write(folder: Path, n: int, seed: int, start: int = 0) -> Path:
+    """A folder of notes with NSynth names."""
+    folder.mkdir()
+    chance = np.random.default_rng(seed)
+    for i in range(start, start + n):
+        family, pitch = list(BRIGHTNESS)[i % 4], PITCHES[int(chance.integers(len(PITCHES)))]
+        name = f"{family}_acoustic_{i:03d}-{pitch:03d}-100.wav"
+        soundfile.write(folder / name, note(pitch, family, chance), 16_000)
+    return folder
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Hears the loudest partial (pitch), the spectrum's shape (instrument) or its course (vggish)."""
+
+    id: str
+    classes: tuple[str, ...] | None
+    sample_rate: int = 16_000
+    dim: int = 12
+    sha256: str = "0"
+    front_end: str = "1"
+
+    def embed(self, waveforms: torch.Tensor) -> Embedding:
+        if self.id == "pitch":
+            spectrum = torch.fft.rfft(waveforms.double(), 2**17).abs().float()
+            hertz = 440 * 2 ** ((torch.tensor([int(c) for c in self.classes]) - 69) / 12)
+            logits = spectrum[:, (hertz * 2**17 / 16_000).round().long()]
+            return Embedding(logits[:, None, :12].contiguous(), logits)
+        bands = mel.log_mel(waveforms)[:, 4:76].unflatten(1, (12, 6)).mean(2)  # (n, 12, 251)
+        if self.id == "vggish":
+            return Embedding(bands[:, :, :240].unflatten(2, (8, 30)).mean(3).mT.contiguous())
+        return Embedding(bands.mean(2)[:, None], 20 * bands.mean(2)[:, :4])
+
+
+def listeners() -> dict:
+    """One for each role but CREPE."""
+    return {
+        "pitch": Listener("pitch", tuple(map(str, PITCHES))),
+        "instrument": Listener("instrument", tuple(BRIGHTNESS)),
+        "vggish": Listener("vggish", None),
+        "crepe": "no crepe here",
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("sets")
+    return {
+        "real": write(base / "real", 60, seed=1),
+        "fresh": write(base / "fresh", 50, seed=2, start=100),
+        "cache": base / "cache",
+    }
+
+
+def assess(folders, fake, settings=None, embedders=None, **options):
+    real = open_notes(folders["real"])
+    return evaluate(
+        real, fake, embedders or listeners(), settings or Settings(bins=5), cache=folders["cache"], **options
+    ).report
+
+
+@pytest.fixture(scope="module")
+def generated(folders):
+    """A report of notes as good as real ones."""
+    return assess(folders, open_notes(folders["fresh"]))
+
+
+def values(metrics):
+    return {name: m.value for name, m in metrics.items()}
+
+
+def test_every_metric_has_a_value_or_a_reason(generated):
+    assert tuple(generated.metrics) == tuple(report.METRICS)
+    assert tuple(generated.baselines) == (REAL_VS_REAL, ORACLE, ANCHOR)
+    for row in (generated.metrics, *generated.baselines.values()):
+        for name, metric in row.items():
+            assert (metric.value is None) == bool(metric.reason), name
+            if metric.low is not None:
+                point = metric.value if metric.point is None else metric.point
+                assert metric.low <= point <= metric.high
+    missing = {name: m.reason for name, m in generated.metrics.items() if m.value is None}
+    assert missing == {
+        "copy_ratio": "want the training notes (--train)",
+        **dict.fromkeys(("pis_crepe", "pkid_crepe", "pitch_accuracy_crepe"), "no crepe here"),
+    }
+    assert (generated.metrics["pkid"].n_real, generated.metrics["pkid"].n_fake) == (60, 50)
+    halves = generated.baselines[REAL_VS_REAL]["pkid"]
+    assert (halves.n_real, halves.n_fake, halves.embedder) == (30, 30, "pitch")
+
+
+def test_degraded_notes_score_worse_but_keep_their_pitch(generated):
+    """The anchor is real notes low-passed at 1 kHz and reduced to 8 bit; the networks of this test hear timbre."""
+    floor, oracle, worse = (values(generated.baselines[name]) for name in (REAL_VS_REAL, ORACLE, ANCHOR))
+    good = values(generated.metrics)
+    for name in ("mse", "mae", "ikid", "fad", "fad_classifier", "kad", "kad_classifier", "ndb_k"):
+        assert worse[name] > 2 * max(good[name], 0), name
+        assert worse[name] > oracle[name], name
+    for name in ("mse", "mae", "fad", "fad_classifier"):
+        assert oracle[name] < floor[name], name  # the same notes, but for their phase
+    for name in ("precision", "recall", "coverage"):
+        assert worse[name] < good[name], name
+    assert good["pitch_accuracy"] == oracle["pitch_accuracy"] == 1
+    assert worse["pitch_accuracy"] > 0.98
+
+
+def test_the_order_of_files_does_not_matter(folders, generated, tmp_path):
+    shuffled = np.random.default_rng(3).permutation(sorted(folders["fresh"].iterdir()))
+    for i, file in enumerate(shuffled):
+        folder = tmp_path / f"{i:03d}"
+        folder.mkdir()
+        shutil.copy(file, folder)  # the name says the pitch, the folder the place
+    again = assess(folders, open_notes(tmp_path), baselines=False)
+    assert values(again.metrics) == values(generated.metrics)
+    assert again.fingerprint == generated.fingerprint
+
+
+def test_reconstructions_are_compared_with_their_originals(folders, tmp_path):
+    real = open_notes(folders["real"])
+    louder = tmp_path / "louder"
+    louder.mkdir()
+    for name, waveform in zip(real.names, real.waveforms().numpy(), strict=True):
+        soundfile.write(louder / name, 0.5 * waveform, 16_000)
+    fake = open_notes(louder)
+    found = assess(folders, fake, Settings(mode="reconstruction", bins=5))
+    wanted = mel.mel_errors(mel.log_mel(real.waveforms()), mel.log_mel(fake.waveforms()))
+    assert found.metrics["mse"].value == pytest.approx(float(wanted.mse.mean()), rel=1e-9)
+    assert found.metrics["mae"].value == pytest.approx(float(wanted.mae.mean()), rel=1e-9)
+    assert found.metrics["mse"].params["against"] == "the original"
+    assert "copy_ratio" not in found.metrics
+    floor = found.baselines[REAL_VS_REAL]
+    assert (floor["mse"].value, floor["mse"].reason) == (None, "the notes have no originals to be compared with")
+    assert floor["ikid"].value is not None
+    (louder / real.names[0]).unlink()
+    with pytest.raises(DataError, match=r"has 60 notes, .* 59, and they must pair up"):
+        assess(folders, open_notes(louder), Settings(mode="reconstruction", bins=5))
+
+
+def test_the_published_profile_is_that_of_the_published_programs(folders):
+    real = open_notes(folders["real"])
+    fake = anchor(open_notes(folders["fresh"]))
+    found = assess(folders, fake, Settings(profile="vinay2022", bins=5))
+    assert tuple(found.metrics) == score.TABLE_1
+    logits = {
+        name: [listeners()[name].embed(notes.waveforms()).logits for notes in (real, fake)]
+        for name in ("pitch", "instrument")
+    }
+    assert found.metrics["pkid"].reason == "kid_vinay2022: want as many fake notes as real ones, got 50 and 60"
+    for name, role in (("pis", "pitch"), ("iis", "instrument")):
+        wanted = inception_score.inception_score_vinay2022(logits[role][1])
+        assert found.metrics[name].value == pytest.approx(wanted.mean, rel=1e-5)
+        assert found.metrics[name].details["shuffled"] != found.metrics[name].value or wanted.std == 0
+    bins = ndb.fit_bins_vinay2022(mel.log_mel(real.waveforms()).flatten(1), 5, seed=2020)
+    wanted = ndb.different_bins(bins, mel.log_mel(fake.waveforms()).flatten(1)).ratio
+    assert found.metrics["ndb_k"].value == wanted
+    # The same number of notes: the distance of the first fifty.
+    fifty = real.subset(range(50))
+    equal = evaluate(fifty, fake, listeners(), Settings(profile="vinay2022", bins=5), cache=folders["cache"]).report
+    wanted = kid.kid_vinay2022(logits["pitch"][0][:50], logits["pitch"][1]).mean
+    assert equal.metrics["pkid"].value == pytest.approx(wanted, rel=1e-4)
+    swapped = evaluate(
+        fifty, fake, listeners(), Settings(profile="vinay2022", bins=5, as_published=True), cache=folders["cache"]
+    ).report
+    assert values(swapped.metrics) | {"pkid": 0, "ikid": 0, "pis": 0, "iis": 0} == values(equal.metrics) | {
+        "pkid": 0, "ikid": 0, "pis": 0, "iis": 0,
+    }  # fmt: skip
+    for one, other in (("pkid", "ikid"), ("pis", "iis")):
+        assert swapped.metrics[one].value == equal.metrics[other].value
+        assert swapped.metrics[one].embedder == equal.metrics[other].embedder
+        assert swapped.metrics[one].params["label_order"] == "as published"
+    assert swapped.fingerprint != equal.fingerprint
+
+
+def test_copies_of_training_notes_are_found(folders, tmp_path):
+    train = open_notes(write(tmp_path / "train", 50, seed=7, start=300))
+    copies = assess(folders, train.subset(range(0, 50, 2)), train=train)
+    honest = assess(folders, open_notes(folders["fresh"]), train=train, baselines=False)
+    assert copies.metrics["copy_ratio"].value == 0
+    assert copies.metrics["copy_ratio"].details["below_half"] == 1
+    assert 0.7 < honest.metrics["copy_ratio"].value < 1.4
+    assert 0.7 < copies.baselines[REAL_VS_REAL]["copy_ratio"].value < 1.4
+    assert copies.baselines[ANCHOR]["copy_ratio"].reason == "want notes that may be copies"
+    found = honest.metrics["ndb_k"]
+    assert (found.params["reference"], found.params["n_reference"]) == ("train", 50)
+    assert 0 <= found.details["floor"] <= 1
+
+
+def test_metrics_that_are_named_must_be_there(folders):
+    fresh = open_notes(folders["fresh"])
+    with pytest.raises(ConfigError, match="pis_crepe: no crepe here"):
+        assess(folders, fresh, Settings(metrics=("mse", "pis_crepe")))
+    with pytest.raises(DataError, match="ndb_k: fit_bins: want at least 100 notes, got 60"):
+        assess(folders, fresh, Settings(metrics=("ndb_k",)))
+    found = assess(folders, fresh, Settings(metrics=("mae",)))
+    assert tuple(found.metrics) == ("mae",)
+    assert tuple(found.baselines[ANCHOR]) == ("mae",)
+    assert found.embedders == {}
+    for settings, message in (
+        ({"metrics": ("fid",)}, "unknown metric 'fid'; known: ndb_k, pkid"),
+        ({"metrics": ("kad",), "profile": "vinay2022"}, "kad is not computed for generation in the profile vinay2022"),
+        ({"metrics": ("copy_ratio",), "mode": "reconstruction"}, "copy_ratio is not computed for reconstruction"),
+        ({"as_published": True}, "exists in the profile vinay2022 only"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Settings(**settings)
+
+
+def test_classes_that_nobody_knows_give_no_accuracy(folders):
+    embedders = listeners() | {"instrument": "none", "vggish": "none"}
+    unnamed = replace(embedders["pitch"], id="pitch")
+    heard = unnamed.embed
+
+    @dataclass(frozen=True)
+    class Unnamed(Listener):
+        def embed(self, waveforms):
+            return heard(waveforms)
+
+    embedders["pitch"] = Unnamed("pitch", None, sha256="2")
+    found = assess(folders, open_notes(folders["fresh"]), embedders=embedders, baselines=False)
+    assert found.metrics["pitch_accuracy"].reason == "nobody knows which class of pitch is which"
+    assert found.metrics["pkid"].value is not None
+
+
+def test_the_fingerprint_is_that_of_the_protocol(folders, generated, tmp_path):
+    fresh = open_notes(folders["fresh"])
+    plain = assess(folders, fresh, baselines=False).fingerprint
+    assert plain == generated.fingerprint
+    assert assess(folders, anchor(fresh), baselines=False).fingerprint == plain  # other notes, the same protocol
+    others = {
+        "seed": assess(folders, fresh, Settings(bins=5, seed=1), baselines=False),
+        "bins": assess(folders, fresh, Settings(bins=6), baselines=False),
+        "number": assess(folders, fresh.subset(range(49)), baselines=False),
+        "weights": assess(
+            folders,
+            fresh,
+            embedders=listeners() | {"pitch": replace(listeners()["pitch"], sha256="9")},
+            baselines=False,
+        ),
+    }
+    assert len({plain, *(other.fingerprint for other in others.values())}) == 5
+    path = tmp_path / "report.json"
+    report.write(path, generated)
+    again = report.read(path)
+    assert again == generated
+    document = json.loads(path.read_text())
+    assert document["metrics"]["mse"]["value"] == generated.metrics["mse"].value
+    assert document["fingerprint"] == generated.fingerprint == again.fingerprint
+
+
+def test_reports_that_are_none_are_refused(generated, tmp_path):
+    path = tmp_path / "report.json"
+    report.write(path, generated)
+    document = json.loads(path.read_text())
+    for change, message in (
+        ({"format": "x"}, "is not a report of mars-eval"),
+        ({"version": 2}, "want mars-evaluation version 1, got 2"),
+        ({"metrics": {"mse": {"value": "much"}}}, "is damaged"),
+        ({"metrics": {"mse": {"value": float("inf")}}}, "is damaged"),
+        ({"sets": None}, "is damaged"),
+    ):
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(DataError, match=message):
+            report.read(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        report.read(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        report.read(tmp_path / "absent.json")
+
+
+def test_roles_are_all_there():
+    assert set(listeners()) == set(ROLES)
