@@ -27,6 +27,7 @@ from mars.evaluate.features import Embedder, Embedding
 from mars.evaluate.notes import NoteSet, pair
 from mars.evaluate.pitch import detected, pitch_accuracy
 from mars.evaluate.report import METRICS, Metric, Mode, Profile, Report, Sounds
+from mars.evaluate.samples import canonical
 from mars.runtime import stream
 
 Role = Literal["pitch", "instrument", "vggish", "crepe"]
@@ -422,7 +423,7 @@ def _fad_infinity(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
 
 
 def _fad_classifier(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
-    real, fake = (frechet.Moments.of(frames.flatten(0, 1)) for frames in _frames(row, "instrument"))
+    real, fake = (frechet.Moments.of(canonical(frames[:, 0])) for frames in _frames(row, "instrument"))
     distance = frechet.frechet_distance(real.mean, real.covariance, fake.mean, fake.covariance)
     return {"fad_classifier": Metric(value=distance, params={"features": len(real.mean)})}
 

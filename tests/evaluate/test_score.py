@@ -82,8 +82,8 @@ def listeners() -> dict:
 def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("sets")
     return {
-        "real": write(base / "real", 60, seed=1),
-        "fresh": write(base / "fresh", 50, seed=2, start=100),
+        "real": write(base / "real", 40, seed=1),
+        "fresh": write(base / "fresh", 30, seed=2, start=100),
         "cache": base / "cache",
     }
 
@@ -119,18 +119,19 @@ def test_every_metric_has_a_value_or_a_reason(generated):
         "copy_ratio": "want the training notes (--train)",
         **dict.fromkeys(("pis_crepe", "pkid_crepe", "pitch_accuracy_crepe"), "no crepe here"),
     }
-    assert (generated.metrics["pkid"].n_real, generated.metrics["pkid"].n_fake) == (60, 50)
+    assert (generated.metrics["pkid"].n_real, generated.metrics["pkid"].n_fake) == (40, 30)
     halves = generated.baselines[REAL_VS_REAL]["pkid"]
-    assert (halves.n_real, halves.n_fake, halves.embedder) == (30, 30, "pitch")
+    assert (halves.n_real, halves.n_fake, halves.embedder) == (20, 20, "pitch")
 
 
 def test_degraded_notes_score_worse_but_keep_their_pitch(generated):
     """The anchor is real notes low-passed at 1 kHz and reduced to 8 bit; the networks of this test hear timbre."""
     floor, oracle, worse = (values(generated.baselines[name]) for name in (REAL_VS_REAL, ORACLE, ANCHOR))
     good = values(generated.metrics)
-    for name in ("mse", "mae", "ikid", "fad", "fad_classifier", "kad", "kad_classifier", "ndb_k"):
-        assert worse[name] > 2 * max(good[name], 0), name
-        assert worse[name] > oracle[name], name
+    for name in ("mse", "mae", "ikid", "fad", "fad_classifier", "kad", "kad_classifier"):
+        assert worse[name] > 1.5 * max(oracle[name], 0), name
+    for name in ("mse", "mae", "ikid"):
+        assert worse[name] > 1.5 * max(good[name], 0), name
     for name in ("mse", "mae", "fad", "fad_classifier"):
         assert oracle[name] < floor[name], name  # the same notes, but for their phase
     for name in ("precision", "recall", "coverage"):
@@ -167,20 +168,20 @@ def test_reconstructions_are_compared_with_their_originals(folders, tmp_path):
     assert (floor["mse"].value, floor["mse"].reason) == (None, "the notes have no originals to be compared with")
     assert floor["ikid"].value is not None
     (louder / real.names[0]).unlink()
-    with pytest.raises(DataError, match=r"has 60 notes, .* 59, and they must pair up"):
+    with pytest.raises(DataError, match=r"has 40 notes, .* 39, and they must pair up"):
         assess(folders, open_notes(louder), Settings(mode="reconstruction", bins=5))
 
 
 def test_the_published_profile_is_that_of_the_published_programs(folders):
     real = open_notes(folders["real"])
     fake = anchor(open_notes(folders["fresh"]))
-    found = assess(folders, fake, Settings(profile="vinay2022", bins=5))
+    found = assess(folders, fake, Settings(profile="vinay2022", bins=5), baselines=False)
     assert tuple(found.metrics) == score.TABLE_1
     logits = {
         name: [listeners()[name].embed(notes.waveforms()).logits for notes in (real, fake)]
         for name in ("pitch", "instrument")
     }
-    assert found.metrics["pkid"].reason == "kid_vinay2022: want as many fake notes as real ones, got 50 and 60"
+    assert found.metrics["pkid"].reason == "kid_vinay2022: want as many fake notes as real ones, got 30 and 40"
     for name, role in (("pis", "pitch"), ("iis", "instrument")):
         wanted = inception_score.inception_score_vinay2022(logits[role][1])
         assert found.metrics[name].value == pytest.approx(wanted.mean, rel=1e-5)
@@ -188,13 +189,20 @@ def test_the_published_profile_is_that_of_the_published_programs(folders):
     bins = ndb.fit_bins_vinay2022(mel.log_mel(real.waveforms()).flatten(1), 5, seed=2020)
     wanted = ndb.different_bins(bins, mel.log_mel(fake.waveforms()).flatten(1)).ratio
     assert found.metrics["ndb_k"].value == wanted
-    # The same number of notes: the distance of the first fifty.
-    fifty = real.subset(range(50))
-    equal = evaluate(fifty, fake, listeners(), Settings(profile="vinay2022", bins=5), cache=folders["cache"]).report
-    wanted = kid.kid_vinay2022(logits["pitch"][0][:50], logits["pitch"][1]).mean
+    # The same number of notes: the distance of the first thirty.
+    thirty = real.subset(range(30))
+    equal = evaluate(
+        thirty, fake, listeners(), Settings(profile="vinay2022", bins=5), cache=folders["cache"], baselines=False
+    ).report
+    wanted = kid.kid_vinay2022(logits["pitch"][0][:30], logits["pitch"][1]).mean
     assert equal.metrics["pkid"].value == pytest.approx(wanted, rel=1e-4)
     swapped = evaluate(
-        fifty, fake, listeners(), Settings(profile="vinay2022", bins=5, as_published=True), cache=folders["cache"]
+        thirty,
+        fake,
+        listeners(),
+        Settings(profile="vinay2022", bins=5, as_published=True),
+        cache=folders["cache"],
+        baselines=False,
     ).report
     assert values(swapped.metrics) | {"pkid": 0, "ikid": 0, "pis": 0, "iis": 0} == values(equal.metrics) | {
         "pkid": 0, "ikid": 0, "pis": 0, "iis": 0,
@@ -207,8 +215,8 @@ def test_the_published_profile_is_that_of_the_published_programs(folders):
 
 
 def test_copies_of_training_notes_are_found(folders, tmp_path):
-    train = open_notes(write(tmp_path / "train", 50, seed=7, start=300))
-    copies = assess(folders, train.subset(range(0, 50, 2)), train=train)
+    train = open_notes(write(tmp_path / "train", 40, seed=7, start=300))
+    copies = assess(folders, train.subset(range(0, 40, 2)), train=train)
     honest = assess(folders, open_notes(folders["fresh"]), train=train, baselines=False)
     assert copies.metrics["copy_ratio"].value == 0
     assert copies.metrics["copy_ratio"].details["below_half"] == 1
@@ -216,7 +224,7 @@ def test_copies_of_training_notes_are_found(folders, tmp_path):
     assert 0.7 < copies.baselines[REAL_VS_REAL]["copy_ratio"].value < 1.4
     assert copies.baselines[ANCHOR]["copy_ratio"].reason == "want notes that may be copies"
     found = honest.metrics["ndb_k"]
-    assert (found.params["reference"], found.params["n_reference"]) == ("train", 50)
+    assert (found.params["reference"], found.params["n_reference"]) == ("train", 40)
     assert 0 <= found.details["floor"] <= 1
 
 
@@ -224,7 +232,7 @@ def test_metrics_that_are_named_must_be_there(folders):
     fresh = open_notes(folders["fresh"])
     with pytest.raises(ConfigError, match="pis_crepe: no crepe here"):
         assess(folders, fresh, Settings(metrics=("mse", "pis_crepe")))
-    with pytest.raises(DataError, match="ndb_k: fit_bins: want at least 100 notes, got 60"):
+    with pytest.raises(DataError, match="ndb_k: fit_bins: want at least 100 notes, got 40"):
         assess(folders, fresh, Settings(metrics=("ndb_k",)))
     found = assess(folders, fresh, Settings(metrics=("mae",)))
     assert tuple(found.metrics) == ("mae",)
@@ -242,8 +250,7 @@ def test_metrics_that_are_named_must_be_there(folders):
 
 def test_classes_that_nobody_knows_give_no_accuracy(folders):
     embedders = listeners() | {"instrument": "none", "vggish": "none"}
-    unnamed = replace(embedders["pitch"], id="pitch")
-    heard = unnamed.embed
+    heard = embedders["pitch"].embed
 
     @dataclass(frozen=True)
     class Unnamed(Listener):
@@ -264,7 +271,7 @@ def test_the_fingerprint_is_that_of_the_protocol(folders, generated, tmp_path):
     others = {
         "seed": assess(folders, fresh, Settings(bins=5, seed=1), baselines=False),
         "bins": assess(folders, fresh, Settings(bins=6), baselines=False),
-        "number": assess(folders, fresh.subset(range(49)), baselines=False),
+        "number": assess(folders, fresh.subset(range(29)), baselines=False),
         "weights": assess(
             folders,
             fresh,
