@@ -134,8 +134,6 @@ def test_degraded_notes_score_worse_but_keep_their_pitch(generated):
         assert worse[name] > 1.5 * max(good[name], 0), name
     for name in ("mse", "mae", "fad", "fad_classifier"):
         assert oracle[name] < floor[name], name  # the same notes, but for their phase
-    for name in ("precision", "recall", "coverage"):
-        assert worse[name] < good[name], name
     assert good["pitch_accuracy"] == oracle["pitch_accuracy"] == 1
     assert worse["pitch_accuracy"] > 0.98
 
