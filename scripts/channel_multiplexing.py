@@ -4,7 +4,7 @@ python -m scripts.channel_multiplexing [--steps N] [--seeds 0,1] [--data PACKED]
 
 Trains the tokenizers of the presets `truncated` (256 x 256 x 1) and `cmx` (128 x 128 x 4), made small and, by default,
 without the discriminator, and prints their errors on held-out instruments: of the spectrograms in [-1, 1], and of the
-mel spectrograms after Griffin-Lim, as scripts/evaluate.py computes them, both against the low 256 bins of 2 s.
+mel spectrograms after Griffin-Lim, as mars.evaluate.mel computes them, both against the low 256 bins of 2 s.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from mars import audio
 from mars.config import Config, preset
 from mars.data import Dataset, open_dataset
+from mars.evaluate import mel
 from mars.model import Model
 from mars.runtime import stream
 from mars.train.loop import batch_indices
 from mars.train.tokenizer import TokenizerStage, held_out
-from scripts.evaluate import errors
 
 SMALL = (
     *("tokenizer.width=256", "tokenizer.depth=2", "tokenizer.heads=4", "tokenizer.codebook_size=1024"),
@@ -48,7 +48,8 @@ def mel_errors(stage: TokenizerStage) -> tuple[float, float]:
     true = audio.magnitudes(audio.spectrogram(waveforms, settings), settings)
     streams = [torch.Generator().manual_seed(0) for _ in waveforms]
     oracle = audio.griffin_lim(true, settings, generators=streams)
-    return errors(oracle, model.decode(model.encode(waveforms)), settings.sample_rate)
+    errors = mel.mel_errors(mel.log_mel(oracle), mel.log_mel(model.decode(model.encode(waveforms))))
+    return float(errors.mse.mean()), float(errors.mae.mean())
 
 
 def main() -> None:
