@@ -110,9 +110,7 @@ def generate(
         CheckpointError: the model is a tokenizer only or, later, gives numbers that are not finite.
         ConfigError: a setting is out of range or asks for what the model was not trained on.
     """
-    var, device = model.var, model.device
-    if var is None:
-        raise CheckpointError("the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL")
+    var, device = _transformer(model), model.device
     for name, value, least in (
         ("n", n, 1), ("seed", seed, 0), ("start", start, 0), ("top_k", top_k, 1),
         ("batch_size", batch_size, 1), ("iterations", iterations, 0),
@@ -285,7 +283,7 @@ def takes(model: Model, name: str, value: Any) -> bool:
 
     Of pitches and velocities any will do: what exactly was trained on is not known.
     """
-    if model.var is None or name not in model.var.config.condition:
+    if name not in _transformer(model).config.condition:
         return False
     return name not in ("family", "source") or not model.notes or any(e[name] == value for e in model.notes)
 
@@ -296,10 +294,10 @@ def accepted(model: Model, condition: Condition) -> Condition:
     Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
 
     Raises:
+        CheckpointError: the model is a tokenizer only.
         ConfigError: a value is out of range, or the model was not trained on it.
     """
-    var = model.var
-    assert var is not None
+    var = _transformer(model)
     if unknown := condition.keys() - CLASSES.keys():
         raise ConfigError(f"{condition}: want {', '.join(CLASSES)} in a condition, got {', '.join(sorted(unknown))}")
     kept = {name: condition.get(name) if name in var.config.condition else None for name in CLASSES}
@@ -339,6 +337,12 @@ def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str]) ->
         [CLASSES[name] if c[name] is None else classes[name].index(c[name]) for name in attributes] for c in conditions
     ]
     return torch.tensor(rows, dtype=torch.int64).reshape(len(conditions), len(attributes))
+
+
+def _transformer(model: Model) -> VAR:
+    if model.var is None:
+        raise CheckpointError("the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL")
+    return model.var
 
 
 def _asked(
