@@ -14,6 +14,8 @@ from html import escape
 from itertools import pairwise
 from typing import Literal
 
+from mars.html import number
+
 BUCKETS = 250  # of a curve
 HOVERS = 120  # of a chart: places that say their values
 MARKED = 40  # points of a curve with at most so many are marked
@@ -155,16 +157,6 @@ def heat_map(
     spoken = ", ".join(f"{label}: {number(v)}" for label, v in zip(labels, columns[-1][1], strict=True))
     scale = f'{unit}; <span class="ramp"></span> {number(low)} to {number(high)}{", logarithmic" if low > 0 else ""}'
     return _figure(title, f"{title} per scale at step {columns[-1][0]:,}. {spoken}.", height, parts, f"<p>{scale}</p>")
-
-
-def number(value: float) -> str:
-    """A number for people: four digits at most, or all those before the point."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e7 or abs(value) < 1e-3:
-        digits, _, exponent = f"{value:.2e}".partition("e")
-        return f"{float(digits):g}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _figure(title: str, spoken: str, height: int, parts: Sequence[str], below: str) -> str:
