@@ -83,14 +83,14 @@ def flac(samples: NDArray[np.int16], rate: int) -> bytes:
     return buffer.getvalue()
 
 
-def number(value: float) -> str:
-    """A number for people: four digits at most, or all those before the point."""
+def number(value: float, digits: int = 4) -> str:
+    """A number for people: so many digits at most, or all those before the point."""
     if value == 0:
         return "0"
     if abs(value) >= 1e7 or abs(value) < 1e-3:
-        digits, _, exponent = f"{value:.2e}".partition("e")
-        return f"{float(digits):g}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        mantissa, _, exponent = f"{value:.{digits - 2}e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def duration(seconds: float) -> str:

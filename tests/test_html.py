@@ -16,6 +16,13 @@ def test_numbers_are_short(value, text):
 
 
 @pytest.mark.parametrize(
+    ("value", "text"), [(1234.5, "1,234"), (12.345, "12.3"), (-0.00012345, "-1.2e-4"), (0.5, "0.5")]
+)
+def test_numbers_can_be_shorter(value, text):
+    assert html.number(value, 3) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (90, "2 min"), (12_000, "3 h 20 min"), (5e5, "5 d 19 h")]
 )
 def test_durations_are_short(seconds, text):
