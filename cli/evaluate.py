@@ -164,6 +164,23 @@ def generate(model: str | None, data: Path | None, split: str, n: int, cfg: floa
 
 
 @main.command()
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="REPORT.json…")
+def compare(reports: tuple[Path, ...]) -> None:
+    """Show the figures of reports side by side, and warn of what makes them hard to compare."""
+    with user_errors():
+        from rich.console import Console
+
+        from mars.evaluate import report, table
+
+        files = dict.fromkeys(reports)
+        if len(files) < 2:
+            raise click.UsageError("give two reports or more: the files that --json names")
+        names = [file.name for file in files]
+        found = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
+        table.print_comparison(found, Console(), Console(stderr=True))
+
+
+@main.command()
 @click.option("--task", type=click.Choice(["pitch", "instrument"]), required=True, help="What it tells apart.")
 @click.option("--data", type=FOLDER, help="Packed dataset (mars-data); default: the built-in notes.")
 @click.option(
