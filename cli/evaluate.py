@@ -124,14 +124,14 @@ def reconstruct(model: str | None, data: Path | None, split: str, n: int | None,
 
         real = _open(data, split, options["allow_bad"], progress)
         if n is not None:
-            real = produce.draw(real, n, options["seed"])
+            real = real.shuffled(options["seed"]).subset(range(min(n, len(real))))
         out = out or _new_folder()
         network = load(model, options["device"])
         produced = produce.reconstruct(
             network, real, out / "notes", iterations=iterations, seed=options["seed"],
             progress=lambda done, of: progress("reconstruct", done, of),
         )  # fmt: skip
-        fake = _open(out / "notes", split, 0.0, progress)
+        fake = _open(out / "notes", split, options["allow_bad"], progress)
         files = out / "report.json", out / "report.html"
         _score(real, fake, "reconstruction", options, progress, *files, produced=produced, audio=network.config.audio)
 
@@ -158,7 +158,7 @@ def generate(model: str | None, data: Path | None, split: str, n: int, cfg: floa
             network, real, n, out / "notes", seed=options["seed"], cfg=cfg, top_k=top_k, top_p=top_p,
             iterations=iterations, progress=lambda done, of: progress("generate", done, of),
         )  # fmt: skip
-        fake = _open(out / "notes", split, 0.0, progress)
+        fake = _open(out / "notes", split, options["allow_bad"], progress)
         files = out / "report.json", out / "report.html"
         _score(real, fake, "generation", options, progress, *files, produced=produced, audio=network.config.audio)
 
