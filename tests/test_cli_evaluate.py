@@ -109,7 +109,7 @@ def test_the_same_notes_score_the_same_in_one_folder_or_another(folder):
     assert values[0].metrics["mse"].value == values[1].metrics["mse"].value
     assert not (folder / "features").exists()
     compared = succeed("compare", folder / "a.json", folder / "b.json")
-    assert "mse" in compared.output
+    assert "mel MSE" in compared.output
 
 
 @pytest.mark.parametrize(
