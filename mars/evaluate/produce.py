@@ -119,7 +119,7 @@ def generate_like(
         return generate(model, stop - start, start=start, conditions=conditions[start:stop], **drawn)
 
     generated(0, n)  # for its checks, before anything is written
-    settings = {"made": "new notes", "like": real.fingerprint, "n": n, **drawn}
+    settings = {"made": "new notes", "n": n, **drawn, "like": real.fingerprint}
     files = [f"{stem(i, n, condition)}.wav" for i, condition in enumerate(conditions)]
     folder = _Folder(model, out, settings, files, conditions)
     missing = folder.begin()
