@@ -56,7 +56,7 @@ def test_a_run_is_printed_and_written(folder):
     assert "no VGGish weights" in document["metrics"]["fad"]["reason"]
     assert document["embedders"]["pitch-tiny"]["accuracy"] >= 0.7
     assert document["baselines"]["griffin-lim oracle"]["mse"]["value"] < document["metrics"]["mse"]["value"]
-    for text in ("ndb_k", "real-vs-real", "anchor", document["fingerprint"][:12], "no VGGish weights"):
+    for text in ("NDB/k", "real-vs-real", "anchor", document["fingerprint"][:12], "no VGGish weights"):
         assert text in " ".join(result.output.split()), text
     page = files[1].read_text()
     assert page.count("<audio") > 4
