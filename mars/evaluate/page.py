@@ -82,7 +82,8 @@ def _facts(report: Report) -> str:
             "Seed": report.seed,
             "Evaluated at": report.created.replace("T", " "),
             "Time": html.duration(report.seconds),
-            "Device": f"{report.device}, {report.threads} threads",
+            "Device": report.device,
+            "Threads": report.threads,
         }
     )
 
