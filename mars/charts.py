@@ -24,7 +24,7 @@ CELLS = 80  # columns of a heat map
 WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 66, 12, 8, 42  # margins
 BAR = 26  # height of a bar with the gap below
-NAMES, VALUES = 116, 62  # margins of bars
+NAMES, VALUES = 116, 72  # margins of bars
 
 Points = Sequence[tuple[int, float | None]]
 
@@ -197,6 +197,7 @@ def _bar(bar: Bar, x: Axis, top: float) -> str:
     left, right = sorted((x(0), x(bar.value)))
     middle, height = top + BAR / 2, BAR - 10
     parts = [
+        f"<title>{escape(f'{bar.label}: {_stated(bar)}')}</title>",
         f'<text class="tick end" x="{NAMES - 8}" y="{middle + 4}">{escape(bar.label)}</text>',
         f'<rect class="bar" x="{left:.1f}" y="{top + 5}" width="{max(right - left, 1):.1f}" height="{height}"/>',
     ]
@@ -206,16 +207,15 @@ def _bar(bar: Bar, x: Axis, top: float) -> str:
         if bar.point is not None:
             parts.append(f'<circle class="point" cx="{x(bar.point):.1f}" cy="{middle}" r="3"/>')
     parts.append(f'<text class="value" x="{WIDTH - VALUES + 6}" y="{middle + 4}">{number(bar.value)}</text>')
-    said = escape(f"{bar.label}: {_stated(bar)}")
-    return f'<g class="c{bar.colour}">{"".join(parts)}<title>{said}</title></g>'
+    return f'<g class="c{bar.colour}">{"".join(parts)}</g>'
 
 
 def _stated(bar: Bar) -> str:
     """The bar in words."""
     if bar.low is None or bar.high is None:
         return number(bar.value)
-    of = "" if bar.point is None else f" of {number(bar.point)}"
-    return f"{number(bar.value)}, interval{of} {number(bar.low)} to {number(bar.high)}"
+    around = "" if bar.point is None else f" around {number(bar.point)}"
+    return f"{number(bar.value)}, interval {number(bar.low)} to {number(bar.high)}{around}"
 
 
 def _figure(title: str, spoken: str, height: int, parts: Sequence[str], below: str) -> str:

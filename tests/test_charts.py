@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,3 +38,26 @@ def test_ticks_are_round_and_within(low, ratio, log):
     assert 1 <= len(ticks) <= 12
     assert ticks == sorted(ticks)
     assert all(-0.01 <= axis(t) <= 100.01 for t in ticks)
+
+
+@given(st.lists(st.tuples(finite, st.none() | st.tuples(finite, finite, st.none() | finite)), max_size=5))
+def test_any_bars_can_be_drawn(values):
+    bars = [
+        charts.Bar("b", value, *((None, None, None) if rest is None else (min(rest[:2]), max(rest[:2]), rest[2])))
+        for value, rest in values
+    ]
+    drawn = charts.bar_chart("t", "", bars)
+    assert (drawn == "") == (not bars)
+    assert "nan" not in drawn
+    assert "inf" not in drawn
+    assert drawn.count('class="bar"') == len(bars)
+    for start, width in re.findall(r'<rect class="bar" x="([-\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn):
+        assert charts.NAMES - 0.1 <= float(start) <= float(start) + float(width) <= charts.WIDTH - charts.VALUES + 1.1
+
+
+def test_bars_are_as_long_as_their_values():
+    drawn = charts.bar_chart("t", "", [charts.Bar("a", 4.0, 3.0, 5.0), charts.Bar("b", 2.0), charts.Bar("c", -1.0)])
+    widths = [float(width) for width in re.findall(r'class="bar" x="[\d.]+" y="\d+" width="([\d.]+)"', drawn)]
+    assert widths == pytest.approx([4 * widths[2], 2 * widths[2], widths[2]], abs=0.2)
+    assert drawn.count('class="whisker"') == 1
+    assert 'aria-label="t. a: 4, interval 3 to 5. b: 2. c: -1."' in drawn

@@ -82,8 +82,8 @@ def _facts(report: Report) -> str:
             "Seed": report.seed,
             "Evaluated at": report.created.replace("T", " "),
             "Time": html.duration(report.seconds),
-            "Device": f"{report.device}, {report.threads} threads",
-            "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+            "Device": report.device,
+            "Threads": report.threads,
         }
     )
 
@@ -188,17 +188,16 @@ def _computed(report: Report, name: str) -> str:
 
 def _provenance(report: Report) -> str:
     """The sets, the networks and the making of the evaluated notes."""
-    columns = ("source", "notes", "padded", "cut", "clipped")
     sets = html.table(
-        ["", *columns, "refused", "fingerprint"],
+        ["", "source", "notes", "padded", "cut", "clipped", "refused", "fingerprint"],
         [
             [
                 escape(name),
-                *(_text(getattr(sounds, column)) for column in columns),
-                f"{len(sounds.refused):,}",
-                f"<code>{escape(sounds.fingerprint[:DIGITS])}</code>",
+                escape(s.source),
+                *(f"{count:,}" for count in (s.notes, s.padded, s.cut, s.clipped, len(s.refused))),
+                f"<code>{escape(s.fingerprint[:DIGITS])}</code>",
             ]
-            for name, sounds in report.sets.items()
+            for name, s in report.sets.items()
         ],
     )
     networks = html.table(
@@ -206,12 +205,14 @@ def _provenance(report: Report) -> str:
         [[escape(name), *map(_text, embedder.values())] for name, embedder in report.embedders.items()],
     )
     made = html.table([], [[escape(name), _text(value)] for name, value in html.flat(report.produced).items()])
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "".join(
         [
             f"<h3>Sets</h3>{sets}",
             *(_refused(name, sounds) for name, sounds in report.sets.items() if sounds.refused),
             f"<h3>Networks</h3>{networks}" if report.embedders else "",
             f"<h3>How the evaluated notes were made</h3>{made}" if report.produced else "",
+            f"<h3>Versions</h3><p>{escape(versions)}</p>",
         ]
     )
 
@@ -224,7 +225,9 @@ def _refused(name: str, sounds: Sounds) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return number(value)
-    text = f"{value:,}" if type(value) is int else html.text(value)
+    text = ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else _plain(value)
     return escape(text if len(text) <= LONG else f"{text[:LONG]}…")
+
+
+def _plain(value: Any) -> str:
+    return number(value) if isinstance(value, float) else html.text(value)
