@@ -135,7 +135,10 @@ def read(path: Path) -> Report:
         fields["sets"] = {
             name: Sounds(**s | {"refused": tuple(map(tuple, s["refused"]))}) for name, s in content["sets"].items()
         }
-        return Report(**fields)
+        report = Report(**fields)
+        if report.profile not in PROFILES or not {"real", "fake"} <= report.sets.keys() or not report.fingerprint:
+            raise KeyError("profile or sets")
+        return report
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}); evaluate again") from None
 
@@ -143,7 +146,7 @@ def read(path: Path) -> Report:
 def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
     found = {str(name): Metric(**metric) for name, metric in row.items()}
     for name, metric in found.items():
-        for value in (metric.value, metric.low, metric.high):
+        for value in (metric.value, metric.point, metric.low, metric.high):
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise TypeError(f"{name}: {value!r:.40}")
     return found
