@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mars.errors import DataError
 
-
 _BLOCK = 256  # samples summed at a time
 
 

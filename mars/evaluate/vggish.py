@@ -21,6 +21,7 @@ from mars.errors import CheckpointError
 from mars.evaluate.features import Embedding
 from mars.evaluate.weights import read_weights
 from mars.files import sha256
+from mars.runtime import float64_device
 
 PUBLISHED = "vggish-10086976.pth"  # 276 MiB
 SAMPLE_RATE = 16_000  # Hz
@@ -37,13 +38,18 @@ def log_mel(waveform: Tensor) -> Tensor:
     """log(mel + 0.01), float64 (B, frames, 64), of waveforms (B, samples) at 16 kHz.
 
     Windows of 25 ms every 10 ms without padding: 1 + (samples - 400) // 160 frames. Periodic Hann window, magnitudes
-    of a 512-point transform, triangles that are straight on the mel scale 1127 ln(1 + f / 700).
+    of a 512-point transform, triangles that are straight on the mel scale 1127 ln(1 + f / 700). On the CPU for
+    waveforms on MPS, which has no float64.
     """
-    frames = waveform.double().unfold(-1, WINDOW, HOP)
+    waveform = waveform.to(float64_device(waveform.device)).double()
+    frames = waveform.unfold(-1, WINDOW, HOP)
     window = torch.hann_window(WINDOW, dtype=torch.float64, device=waveform.device)
     filters = _filterbank().to(waveform.device)
-    parts = [(torch.fft.rfft(notes * window, N_FFT).abs() @ filters + 0.01).log() for notes in frames.split(_NOTES)]
-    return torch.cat(parts)
+    spectrograms = waveform.new_empty(*frames.shape[:2], BANDS)
+    for start in range(0, len(frames), _NOTES):
+        spectrum = torch.fft.rfft(frames[start : start + _NOTES] * window, N_FFT)
+        spectrograms[start : start + _NOTES] = (spectrum.abs() @ filters + 0.01).log()
+    return spectrograms
 
 
 def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
@@ -105,8 +111,11 @@ class VGGish(nn.Module):
     def embed(self, waveforms: Tensor, framing: Framing = "google") -> Embedding:
         """Frames (B, examples, 128) of waveforms (B, samples) at 16 kHz."""
         device = self.embeddings[0].weight.device
-        parts = [self(examples(notes.to(device), framing).flatten(0, 1)).cpu() for notes in waveforms.split(_NOTES)]
-        return Embedding(torch.cat(parts).unflatten(0, (len(waveforms), -1)))
+        parts = []
+        for notes in waveforms.split(_NOTES):
+            seen = examples(notes.to(device), framing).to(device)
+            parts.append(self(seen.flatten(0, 1)).view(*seen.shape[:2], self.dim).cpu())
+        return Embedding(torch.cat(parts))
 
 
 def load(path: Path) -> VGGish:

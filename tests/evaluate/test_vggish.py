@@ -66,6 +66,12 @@ def test_google_framing():
     assert vggish.examples(torch.zeros(1, 24_000)).shape[1] == 2
 
 
+@pytest.mark.parametrize(("framing", "count"), [("google", 7), ("torchvggish", 4)])
+def test_no_notes_make_no_examples(framing, count):
+    assert vggish.log_mel(torch.zeros(0, 64_000)).shape == (0, 398, 64)
+    assert vggish.examples(torch.zeros(0, 64_000), framing).shape == (0, count, 96, 64)
+
+
 def test_torchvggish_framing():
     waveform = torch.randn(2, 64_000)
     found = vggish.examples(waveform, "torchvggish")
@@ -112,6 +118,7 @@ def test_embeddings_are_what_the_published_layout_gives(weights):
     found = network.embed(waveform).frames
     assert found.shape == (3, 7, 128)
     assert float(found.min()) < 0  # before any activation
+    assert network.embed(waveform[:0]).frames.shape == (0, 7, 128)
     state = network.state_dict()
     x = vggish.examples(waveform)[1, 2][None, None]
     for name in NAMES[:6]:
