@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench reliability sanitize pretrained venv clean
+.PHONY: demo test bench evaluation reliability sanitize pretrained venv clean
 
 demo: $(VENV)/.mars
 	out=generated/$$(date +%Y%m%d-%H%M%S) && $(BIN)/mars-generate -n 64 --out $$out && echo "64 notes: $$out"
@@ -24,6 +24,9 @@ bench: $(VENV)/.mars-dev
 
 reliability: $(VENV)/.mars-dev  # kills, crashes, damage: some twenty minutes
 	$(BIN)/python -m scripts.reliability
+
+evaluation: $(VENV)/.mars-dev  # the packaged model and classifiers on rendered notes: some forty minutes
+	PATH="$(abspath $(BIN)):$$PATH" bash scripts/reference_evaluation.sh
 
 sanitize: $(VENV)/.mars-dev  # the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -DMARS_SANITIZE=ON

@@ -124,14 +124,14 @@ def reconstruct(model: str | None, data: Path | None, split: str, n: int | None,
 
         real = _open(data, split, options["allow_bad"], progress)
         if n is not None:
-            real = produce.draw(real, n, options["seed"])
+            real = real.shuffled(options["seed"]).subset(range(min(n, len(real))))
         out = out or _new_folder()
         network = load(model, options["device"])
         produced = produce.reconstruct(
             network, real, out / "notes", iterations=iterations, seed=options["seed"],
             progress=lambda done, of: progress("reconstruct", done, of),
         )  # fmt: skip
-        fake = _open(out / "notes", split, 0.0, progress)
+        fake = _open(out / "notes", split, options["allow_bad"], progress)
         files = out / "report.json", out / "report.html"
         _score(real, fake, "reconstruction", options, progress, *files, produced=produced, audio=network.config.audio)
 
@@ -158,9 +158,26 @@ def generate(model: str | None, data: Path | None, split: str, n: int, cfg: floa
             network, real, n, out / "notes", seed=options["seed"], cfg=cfg, top_k=top_k, top_p=top_p,
             iterations=iterations, progress=lambda done, of: progress("generate", done, of),
         )  # fmt: skip
-        fake = _open(out / "notes", split, 0.0, progress)
+        fake = _open(out / "notes", split, options["allow_bad"], progress)
         files = out / "report.json", out / "report.html"
         _score(real, fake, "generation", options, progress, *files, produced=produced, audio=network.config.audio)
+
+
+@main.command()
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="REPORT.json…")
+def compare(reports: tuple[Path, ...]) -> None:
+    """Show the figures of reports side by side, and warn of what makes them hard to compare."""
+    with user_errors():
+        from rich.console import Console
+
+        from mars.evaluate import report, table
+
+        files = dict.fromkeys(reports)
+        if len(files) < 2:
+            raise click.UsageError("give two reports or more: the files that --json names")
+        names = [file.name for file in files]
+        found = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
+        table.print_comparison(found, Console(), Console(stderr=True))
 
 
 @main.command()

@@ -95,10 +95,9 @@ def _generate(n: int, name: str | None, out: Path, threads: int | None, device: 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    import mars
     from mars.audio import write_wav
     from mars.files import sha256, write_atomically
-    from mars.generate import Timing, generate
+    from mars.generate import Timing, generate, listing, stem
     from mars.model import DEFAULT, load
     from mars.picture import contact_sheet, write_png
     from mars.runtime import free_space, pick_device
@@ -119,7 +118,7 @@ def _generate(n: int, name: str | None, out: Path, threads: int | None, device: 
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=n, rate="")
         for done, note in enumerate(notes, 1):
-            file = out / f"{_stem(note.index, n, note.condition)}.wav"
+            file = out / f"{stem(note.index, n, note.condition)}.wav"
             write_wav(file, note.waveform, model.config.audio.sample_rate)
             records.append(
                 {"index": note.index, "file": file.name, "condition": note.condition, "sha256": sha256(file)}
@@ -131,28 +130,12 @@ def _generate(n: int, name: str | None, out: Path, threads: int | None, device: 
 
     labels = [Path(r["file"]).stem for r in records[: len(pictures)]]
     write_png(out / "spectrograms.png", contact_sheet(torch.stack(pictures), labels, height=256, width=128))
-    document = {
-        "mars": mars.__version__,
-        "model": str(name or DEFAULT),
-        "model_hash": model.hash,
-        "torch": torch.__version__,
-        "device": model.device.type,
-        "threads": torch.get_num_threads(),
-        "n": n,
-        **settings,
-        "notes": records,
-    }
+    document = listing(model, {"model": str(name or DEFAULT), "n": n, **settings}, records)
     write_atomically(out / "notes.json", (json.dumps(document, indent=1) + "\n").encode())
     if silent:
         click.echo(f"warning: {silent} of {n} notes are silent", err=True)
     parts = ", ".join(f"{part.replace('_', '-')} {seconds:.1f}" for part, seconds in asdict(timing).items())
     click.echo(f"{n} notes in {out}: {time.monotonic() - began:.1f} s ({parts})")
-
-
-def _stem(index: int, n: int, condition: dict[str, Any]) -> str:
-    """`0007-brass-060`; "any" for what is not known."""
-    pitch = "any" if condition["pitch"] is None else f"{condition['pitch']:03d}"
-    return f"{index:0{max(4, len(str(n - 1)))}d}-{condition['family'] or 'any'}-{pitch}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mars import kernels
@@ -151,23 +152,31 @@ def griffin_lim(
 
 
 def write_wav(path: Path | str, waveform: Tensor, sample_rate: int) -> None:
-    """Write a waveform (samples,), full scale 1, as mono 16-bit PCM; the file appears whole or not at all.
-
-    Samples are rounded to a multiple of 1 / 32768 (ties to even) and clipped to [-1, 1 - 1 / 32768].
-    """
-    if waveform.ndim != 1:
-        raise ValueError(f"write_wav: want a waveform (samples,), got shape {tuple(waveform.shape)}")
-    samples = _as_float32("write_wav", waveform).detach().cpu()
-    if not bool(samples.isfinite().all()):
-        raise ValueError(f"write_wav: the waveform for {path} holds NaN or infinity")
-    pcm = (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
+    """Write a waveform (samples,), full scale 1, as mono WAV of `pcm`; the file appears whole or not at all."""
+    samples = pcm(waveform)
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(sample_rate)
-        file.writeframes(pcm.astype(np.dtype("<i2")).tobytes())
+        file.writeframes(samples.astype(np.dtype("<i2")).tobytes())
     write_atomically(Path(path), buffer.getvalue())
+
+
+def pcm(waveform: Tensor) -> NDArray[np.int16]:
+    """16-bit samples (n,) of a waveform (n,), full scale 1.
+
+    They are rounded to a multiple of 1 / 32768 (ties to even) and clipped to [-1, 1 - 1 / 32768].
+
+    Raises:
+        ValueError: another shape, integers, NaN or infinity.
+    """
+    if waveform.ndim != 1:
+        raise ValueError(f"pcm: want a waveform (samples,), got shape {tuple(waveform.shape)}")
+    samples = _as_float32("pcm", waveform).detach().cpu()
+    if not bool(samples.isfinite().all()):
+        raise ValueError("pcm: the waveform holds NaN or infinity")
+    return (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
 
 
 @torch.no_grad()  # here and not on griffin_lim, because every thread has its own gradient mode

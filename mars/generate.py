@@ -2,9 +2,10 @@
 
 Sampling is VAR's (Tian et al. 2024, arXiv:2404.02905): guidance that grows with the scale, top-k, then top-p.
 
-A note depends on its seed and index alone: it has its own random stream, and the network always runs on whole
-tiles of notes, index i in slot i % tile of tile i // tile, because matrix products may round differently with
-the number of their rows. So on one machine a note has the same bytes whatever n, start and batch_size are.
+A note depends on its seed, index and condition alone: it has its own random stream, and the network always runs on
+whole tiles of notes, index i in slot i % tile of tile i // tile, because matrix products may round differently with
+the number of their rows. So on one machine a note has the same bytes whatever n, start, batch_size and the conditions
+of other notes are.
 Another device, number of threads or version of PyTorch may round differently, which can change a token.
 
 Letters: B notes, L tokens over all scales, n tokens of one scale, V codebook size, D code dimension.
@@ -15,13 +16,14 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import mars
 from mars import audio
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES
 from mars.errors import CheckpointError, ConfigError
@@ -77,6 +79,7 @@ def generate(
     family: str | None = None,
     source: str | None = None,
     velocity: int | None = None,
+    conditions: Sequence[Condition] | None = None,
     cfg: float = 2.0,
     top_k: int = 900,
     top_p: float = 0.96,
@@ -94,6 +97,7 @@ def generate(
     Args:
         pitch: MIDI number, or (lowest, highest); the usual pitches within that range if there are any.
         velocity: counts as the nearest of VELOCITIES.
+        conditions: n of them, what each note is to be, in place of the four above; see `accepted`.
         cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
             none, at half the cost. Without effect if the model has no condition.
         top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
@@ -106,9 +110,7 @@ def generate(
         CheckpointError: the model is a tokenizer only or, later, gives numbers that are not finite.
         ConfigError: a setting is out of range or asks for what the model was not trained on.
     """
-    var, device = model.var, model.device
-    if var is None:
-        raise CheckpointError("the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL")
+    var, device = _transformer(model), model.device
     for name, value, least in (
         ("n", n, 1), ("seed", seed, 0), ("start", start, 0), ("top_k", top_k, 1),
         ("batch_size", batch_size, 1), ("iterations", iterations, 0),
@@ -120,6 +122,13 @@ def generate(
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1 (no limit), got {top_p}")
     asked = _asked(model, var, pitch, family, source, velocity)
+    given: dict[int, Condition] = {}
+    if conditions is not None:
+        if any(value is not None for value in asked.values()):
+            raise ConfigError("conditions say what each note is to be; leave out pitch, family, source and velocity")
+        if len(conditions) != n:
+            raise ConfigError(f"want a condition for each of {n} notes, got {len(conditions)}")
+        given = {start + i: accepted(model, condition) for i, condition in enumerate(conditions)}
     timing = timing or Timing()
     size = TILE if device.type == "cpu" else TILE_ACCELERATOR
     wanted = range(start, start + n)
@@ -127,7 +136,8 @@ def generate(
     def drafts(first: int) -> list[_Draft]:
         """The tile of notes from `first`, whole even where fewer are wanted."""
         streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
-        conditions = [choose(model.notes, var.config.condition, asked, s) for s in streams]
+        chosen = [choose(model.notes, var.config.condition, asked, s) for s in streams]
+        conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
         uniforms = torch.stack([torch.rand(var.starts[-1], generator=s) for s in streams])
         began = time.perf_counter()
         classes = condition_ids(conditions, var.config.condition).to(device)
@@ -268,6 +278,56 @@ def choose(
     return {name: value if name in attributes else None for name, value in chosen.items()}
 
 
+def takes(model: Model, name: str, value: Any) -> bool:
+    """Whether a label can be asked for: the model has the condition and, of a family or source, was trained on some.
+
+    Of pitches and velocities any will do: what exactly was trained on is not known.
+    """
+    if name not in _transformer(model).config.condition:
+        return False
+    return name not in ("family", "source") or not model.notes or any(e[name] == value for e in model.notes)
+
+
+def accepted(model: Model, condition: Condition) -> Condition:
+    """A condition as a note of this model has it: all four attributes, None where it says nothing.
+
+    Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
+
+    Raises:
+        CheckpointError: the model is a tokenizer only.
+        ConfigError: a value is out of range, or the model was not trained on it.
+    """
+    var = _transformer(model)
+    if unknown := condition.keys() - CLASSES.keys():
+        raise ConfigError(f"{condition}: want {', '.join(CLASSES)} in a condition, got {', '.join(sorted(unknown))}")
+    kept = {name: condition.get(name) if name in var.config.condition else None for name in CLASSES}
+    if kept["pitch"] is not None and not isinstance(kept["pitch"], int):
+        raise ConfigError(f"{condition}: want one MIDI number as pitch, got {kept['pitch']!r}")
+    try:
+        return kept | {"velocity": _asked(model, var, **kept)["velocity"]}
+    except ConfigError as error:
+        raise ConfigError(f"{condition}: {error}") from None
+
+
+def stem(index: int, n: int, condition: Condition) -> str:
+    """Name of a note's file, `0007-brass-060`; "any" for what is not known. n: all notes."""
+    pitch = "any" if condition["pitch"] is None else f"{condition['pitch']:03d}"
+    return f"{index:0{max(4, len(str(n - 1)))}d}-{condition['family'] or 'any'}-{pitch}"
+
+
+def listing(model: Model, settings: Mapping[str, Any], notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `notes.json` says: with what and how the notes were made, and of each its `file` and `condition`."""
+    return {
+        "mars": mars.__version__,
+        "model_hash": model.hash,
+        "torch": torch.__version__,
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        **settings,
+        "notes": list(notes),
+    }
+
+
 def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str]) -> Tensor:
     """int64 (B, attributes): class of each attribute, CLASSES[name] where it is None."""
     classes: dict[str, Sequence[Any]] = {
@@ -277,6 +337,12 @@ def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str]) ->
         [CLASSES[name] if c[name] is None else classes[name].index(c[name]) for name in attributes] for c in conditions
     ]
     return torch.tensor(rows, dtype=torch.int64).reshape(len(conditions), len(attributes))
+
+
+def _transformer(model: Model) -> VAR:
+    if model.var is None:
+        raise CheckpointError("the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL")
+    return model.var
 
 
 def _asked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -42,11 +43,13 @@ class Model:
         return self.tokenizer.encode(audio.multiplexed(waveform.to(self.device), self.config.audio))
 
     @torch.inference_mode()
-    def decode(self, ids: Tensor, *, iterations: int = 32, seed: int = 0) -> Tensor:
-        """Waveforms (B, samples) of tokens (B, L); the phase is Griffin-Lim's, started at random from `seed`."""
+    def decode(self, ids: Tensor, *, iterations: int = 32, seed: int | Sequence[torch.Generator] = 0) -> Tensor:
+        """Waveforms (B, samples) of tokens (B, L).
+
+        The phase is Griffin-Lim's, started at random from `seed`: a number, or a generator for each note.
+        """
         magnitudes = audio.demultiplexed_magnitudes(self.tokenizer.decode(ids.to(self.device)), self.config.audio)
-        streams = [torch.Generator().manual_seed(seed) for _ in ids]
-        return audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=streams)
+        return audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=seed)
 
     def generate(self, n: int, **settings: Any) -> list[Any]:
         """New notes; the settings are those of `mars.generate.generate`."""

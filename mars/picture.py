@@ -42,10 +42,10 @@ _GLYPHS = {
 _UNKNOWN = "7f4141417f"  # a box
 
 
-def write_png(path: Path | str, picture: Picture) -> None:
-    """Write a picture (height, width, 3) as a PNG; the file appears whole or not at all."""
+def png(picture: Picture) -> bytes:
+    """A picture (height, width, 3) as PNG."""
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
-        raise ValueError(f"write_png: want uint8 (height, width, 3), got {picture.dtype} {picture.shape}")
+        raise ValueError(f"png: want uint8 (height, width, 3), got {picture.dtype} {picture.shape}")
     height, width, _ = picture.shape
     rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each row starts with its filter, 0: none
     rows[:, 1:] = picture.reshape(height, -1)
@@ -55,7 +55,12 @@ def write_png(path: Path | str, picture: Picture) -> None:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b"")
-    write_atomically(Path(path), b"\x89PNG\r\n\x1a\n" + body)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def write_png(path: Path | str, picture: Picture) -> None:
+    """Write a picture (height, width, 3) as a PNG; the file appears whole or not at all."""
+    write_atomically(Path(path), png(picture))
 
 
 def spectrogram_picture(

@@ -8,7 +8,7 @@ import torch
 from mars import config, generate
 from mars.config import FAMILIES, VELOCITIES
 from mars.errors import CheckpointError, ConfigError
-from mars.generate import TILE, Timing, choose, condition_ids, draw
+from mars.generate import TILE, Timing, choose, condition_ids, draw, takes
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
@@ -232,6 +232,73 @@ def test_condition_ids():
 
 def test_velocity_counts_as_the_nearest_trained_one(model):
     assert listed(model, 1, velocity=110)[0].condition["velocity"] == 100
+
+
+FLUTE = {"family": "flute", "source": "acoustic", "pitch": 61, "velocity": 100}
+BRASS = {"family": "brass", "pitch": 50}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_note_depends_on_its_own_condition_alone(precision):
+    model = tiny(f"train.var.precision={precision}", f"train.tokenizer.precision={precision}")
+    conditions = [FLUTE, BRASS, {}, *[FLUTE] * 5, BRASS, FLUTE]
+    notes = listed(model, 10, conditions=conditions)
+    assert notes[0].condition == FLUTE
+    assert notes[1].condition == {"family": "brass", "source": None, "pitch": 50, "velocity": None}
+    assert set(notes[2].condition.values()) == {None}
+    assert all(map(identical, notes, listed(model, 10, conditions=conditions, batch_size=1)))
+    assert all(map(identical, notes[1:3], listed(model, 2, start=1, conditions=conditions[1:3])))
+    assert all(map(identical, notes[7:], listed(model, 3, start=7, conditions=conditions[7:])))
+    others = listed(model, 10, conditions=[FLUTE, *[BRASS] * 9])
+    assert identical(others[0], notes[0])
+    assert identical(others[1], notes[1])
+    assert not torch.equal(others[2].ids, notes[2].ids)
+    assert not torch.equal(notes[3].ids, notes[4].ids)
+
+
+def test_a_condition_that_is_given_counts_like_the_same_one_chosen(model):
+    notes = listed(model, 3)
+    again = listed(model, 2, start=1, conditions=[note.condition for note in notes[1:]])
+    assert all(map(identical, notes[1:], again))
+
+
+def test_conditions_that_the_model_lacks_are_ignored():
+    model = tiny('var.condition=["pitch"]')
+    nothing = {"family": None, "source": None, "velocity": None}
+    (note,) = listed(model, 1, conditions=[{"family": "zzz", "source": "acoustic", "pitch": 60}])
+    assert note.condition == {**nothing, "pitch": 60}
+    (free,) = listed(tiny("var.condition=[]"), 1, conditions=[FLUTE])
+    assert free.condition == {**nothing, "pitch": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"conditions": [FLUTE], "pitch": 60}, "leave out pitch"),
+        ({"conditions": []}, "want a condition for each of 1 notes, got 0"),
+        ({"conditions": [FLUTE, FLUTE]}, "want a condition for each of 1 notes, got 2"),
+        ({"conditions": [{"pitch": 128}]}, r"\{'pitch': 128\}: pitch must be a MIDI number"),
+        ({"conditions": [{"pitch": (40, 50)}]}, "want one MIDI number"),
+        ({"conditions": [{"family": "vocal"}]}, "trained on none; it knows brass, flute"),
+        ({"conditions": [{"family": "flut"}]}, "did you mean flute"),
+        ({"conditions": [{"source": "electronic"}]}, "trained on none; it knows acoustic, synthetic"),
+        ({"conditions": [{"velocity": 128}]}, "velocity must be"),
+        ({"conditions": [{"tempo": 3}]}, "want family, source, pitch, velocity in a condition, got tempo"),
+    ],
+)
+def test_mistaken_conditions_are_explained_at_once(model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        generate.generate(model, **{"n": 1, **settings})
+
+
+def test_what_can_be_asked_for(model):
+    assert takes(model, "family", "flute")
+    assert not takes(model, "family", "vocal")
+    assert not takes(model, "source", "electronic")
+    assert takes(model, "pitch", 3)
+    assert takes(model, "velocity", 1)
+    assert takes(Model(config=model.config, tokenizer=model.tokenizer, var=model.var), "family", "vocal")
+    assert not takes(tiny('var.condition=["family"]'), "pitch", 60)
 
 
 @pytest.mark.parametrize(

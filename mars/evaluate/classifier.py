@@ -153,8 +153,8 @@ def locate(task: Task, preset: str, path: Path | None = None) -> Path:
             return candidate
     command = "import-sony" if preset == "sony" else f"train-classifier --task {task} --preset {preset} --data DATASET"
     raise CheckpointError(
-        f"{candidates[0]} is not a classifier (no classifier.json); mars-eval {command} makes one, and {WEIGHTS_DIR} "
-        "may name another folder"
+        f"{candidates[0]} is not a classifier (no classifier.json); mars-eval {command} makes one, {WEIGHTS_DIR} may "
+        "name another folder, and the preset tiny comes with mars"
     )
 
 

@@ -21,13 +21,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mars.config import FAMILIES
+from mars.config import FAMILIES, SOURCES
 from mars.data import SPLITS, open_dataset
 from mars.data.folder import SUFFIXES
-from mars.data.notes import UNKNOWN, Audio, fault, fit, labels_of, parse_json, read_audio
+from mars.data.notes import UNKNOWN, Audio, Labels, fault, fit, labels_of, parse_json, read_audio
 from mars.errors import BadFileError, DataError, TooManyBadError
+from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
+BATCH = 32  # notes that a transform gets at once
+STREAM = 5  # tells the random order from other streams with the same seed
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class NoteSet:
     keys: tuple[str, ...]  # what each note's sound is: a hash of its file, or its place in a dataset
     pitch: npt.NDArray[np.int32]  # (n,) MIDI, -1 = unknown; asked for, where notes were generated
     family: npt.NDArray[np.int32]  # (n,) index into FAMILIES, -1 = unknown
+    instrument_source: npt.NDArray[np.int32]  # (n,) index into SOURCES, -1 = unknown
+    velocity: npt.NDArray[np.int32]  # (n,) MIDI, -1 = unknown
     record: Record
     _read: Callable[[Sequence[int]], Tensor] = field(repr=False)
     sample_rate: int = SAMPLE_RATE  # Hz
@@ -85,8 +90,53 @@ class NoteSet:
             keys=tuple(self.keys[i] for i in places),
             pitch=self.pitch[places],
             family=self.family[places],
+            instrument_source=self.instrument_source[places],
+            velocity=self.velocity[places],
             _read=lambda chosen: self._read([places[i] for i in chosen]),
         )
+
+    def mapped(self, name: str, transform: Callable[[Tensor, Sequence[str]], Tensor]) -> NoteSet:
+        """The same notes with other sounds, computed whenever they are read.
+
+        Args:
+            name: of the transform with its parameters; the sounds' keys begin with it.
+            transform: makes waveforms (B, 64000) of waveforms (B, 64000) and the notes' keys, each from its own alone.
+        """
+
+        def read(chosen: Sequence[int]) -> Tensor:
+            batches = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
+            return torch.cat([transform(self._read(rows), [self.keys[i] for i in rows]) for rows in batches])
+
+        keys = tuple(f"{name}:{key}" for key in self.keys)
+        return replace(self, source=f"{self.source}, {name}", keys=keys, _read=read)
+
+    def shuffled(self, seed: int) -> NoteSet:
+        """The notes in an order that depends on the seed and on what is in the set, not on its own order."""
+        rows = sorted(range(len(self)), key=lambda i: (self.keys[i], self.names[i]))
+        order = torch.randperm(len(rows), generator=stream(seed, STREAM)).tolist()
+        return self.subset([rows[i] for i in order])
+
+    def by_id(self) -> dict[str, int]:
+        """The place of each id.
+
+        Raises:
+            DataError: an id occurs twice.
+        """
+        found: dict[str, int] = {}
+        for i, key in enumerate(self.ids):
+            if key in found:
+                raise DataError(
+                    f"{self.source}: {self.names[found[key]]} and {self.names[i]} both have the id {key}; "
+                    "rename one or keep each in a folder of its own"
+                )
+            found[key] = i
+        return found
+
+
+def stem(name: str) -> str:
+    """A note's name without folders and suffix."""
+    file = name.rsplit("/", 1)[-1]
+    return file.rsplit(".", 1)[0] if file.lower().endswith(SUFFIXES) else file
 
 
 def note_id(name: str) -> str:
@@ -95,15 +145,13 @@ def note_id(name: str) -> str:
     An NSynth name is the id itself. Otherwise the number that the name starts with, or the only number in it, without
     leading zeros; otherwise the name. Folders and suffixes do not count.
     """
-    stem = name.rsplit("/", 1)[-1]
-    if stem.lower().endswith(SUFFIXES):
-        stem = stem.rsplit(".", 1)[0]
-    if labels_of(stem) is not None:
-        return stem
-    numbers = re.findall(r"[0-9]+", stem)
-    if len(numbers) == 1 or re.match(r"[0-9]", stem):
+    name = stem(name)
+    if labels_of(name) is not None:
+        return name
+    numbers = re.findall(r"[0-9]+", name)
+    if len(numbers) == 1 or re.match(r"[0-9]", name):
         return str(int(numbers[0]))
-    return stem
+    return name
 
 
 def open_notes(
@@ -134,17 +182,7 @@ def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
     Raises:
         DataError: an id occurs twice in a set, or in one set alone.
     """
-    places = []
-    for notes in (real, fake):
-        found: dict[str, int] = {}
-        for i, key in enumerate(notes.ids):
-            if key in found:
-                raise DataError(
-                    f"{notes.source}: {notes.names[found[key]]} and {notes.names[i]} both have the id {key}; "
-                    "rename one or keep each in a folder of its own"
-                )
-            found[key] = i
-        places.append(found)
+    places = real.by_id(), fake.by_id()
     for ours, theirs, where in ((places[0], places[1], fake), (places[1], places[0], real)):
         lacking = sorted(ours.keys() - theirs.keys())
         if lacking:
@@ -179,6 +217,8 @@ def _packed(path: str | Path | None, split: str) -> NoteSet:
         keys=tuple(f"{dataset.fingerprint}:{i}" for i in rows),
         pitch=dataset.column("pitch")[rows],
         family=dataset.column("family")[rows],
+        instrument_source=dataset.column("source")[rows],
+        velocity=dataset.column("velocity")[rows],
         record=Record(
             read=len(rows),
             padded=len(rows) if dataset.samples < SAMPLES else 0,
@@ -233,8 +273,10 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
         source=str(path),
         names=names,
         keys=tuple(file.sha256 for file in kept.values()),
-        pitch=np.array([pitch for pitch, _ in labels], np.int32),
-        family=np.array([family for _, family in labels], np.int32),
+        pitch=np.array([label.pitch for label in labels], np.int32),
+        family=np.array([label.family for label in labels], np.int32),
+        instrument_source=np.array([label.source for label in labels], np.int32),
+        velocity=np.array([label.velocity for label in labels], np.int32),
         record=Record(
             read=len(kept),
             padded=sum(file.frames < SAMPLES for file in kept.values()),
@@ -293,22 +335,25 @@ def _conditions(path: Path) -> dict[str, dict[str, Any]]:
     content = parse_json(listing.read_bytes(), str(listing))
     try:
         found = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
-        pitches = [condition.get("pitch") for condition in found.values()]
+        numbers = [(name, condition.get(name)) for condition in found.values() for name in ("pitch", "velocity")]
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
-    for pitch in pitches:
-        if pitch is not None and not (type(pitch) is int and 0 <= pitch < 128):
-            raise DataError(f"{listing}: want a pitch 0..127 or null, got {pitch!r:.40}")
+    for name, value in numbers:
+        if value is not None and not (type(value) is int and 0 <= value < 128):
+            raise DataError(f"{listing}: want a {name} 0..127 or null, got {value!r:.40}")
     return found
 
 
-def _labels(name: str, conditions: dict[str, dict[str, Any]]) -> tuple[int, int]:
-    """Pitch and family of a note, asked for or in its name."""
-    if name in conditions:
-        pitch, family = conditions[name].get("pitch"), conditions[name].get("family")
-        return (
-            UNKNOWN if pitch is None else pitch,
-            FAMILIES.index(family) if family in FAMILIES else UNKNOWN,
-        )
-    known = labels_of(name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
-    return (known.pitch, known.family) if known else (UNKNOWN, UNKNOWN)
+def _labels(name: str, conditions: dict[str, dict[str, Any]]) -> Labels:
+    """What is known of a note: asked for, or in its name."""
+    if name not in conditions:
+        return labels_of(stem(name)) or Labels("")
+    asked = {label: value for label, value in conditions[name].items() if value is not None}
+    family, source = asked.get("family"), asked.get("source")
+    return Labels(
+        "",
+        FAMILIES.index(family) if family in FAMILIES else UNKNOWN,
+        SOURCES.index(source) if source in SOURCES else UNKNOWN,
+        asked.get("pitch", UNKNOWN),
+        asked.get("velocity", UNKNOWN),
+    )

@@ -6,22 +6,19 @@ the file, the newest first, up to `EMBEDDED` bytes; what does not fit is linked,
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import time
 from dataclasses import dataclass, field
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from mars import config
+from mars import config, html
+from mars.charts import Curve, heat_map, line_chart
 from mars.errors import ConfigError
-from mars.files import write_atomically
+from mars.html import duration, number, section
 from mars.train import samples
-from mars.train.charts import Curve, heat_map, line_chart, number
 from mars.train.log import Log, read_log
 
 FILE = "report.html"
@@ -46,9 +43,6 @@ CHARTS: tuple[tuple[str, str, dict[str, tuple[str, int]], bool], ...] = (
 )
 CHARTED = {name for *_, names, _ in CHARTS for name in names} | {"step", "time", "epoch", "skipped"}
 
-# There is no script to run, and a name that smuggled one in must not get to run it.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data: file:; media-src 'self' data: file:"
-
 
 @dataclass
 class Media:
@@ -65,7 +59,7 @@ class Media:
             kind, data = ("image/png", path.read_bytes()) if path.suffix == ".png" else ("audio/flac", _flac(path))
             if len(data) <= self.room:
                 self.room -= len(data)
-                self._sources[path] = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+                self._sources[path] = html.data_uri(kind, data)
             else:
                 self.linked += 1
                 self.room = 0  # from here on everything older is linked
@@ -92,7 +86,7 @@ def write(run: Path) -> Path:
         OSError: a file cannot be read or the report not be written.
     """
     path = run / FILE
-    write_atomically(path, render(run).encode("utf-8", "xmlcharrefreplace"))
+    html.write(path, render(run))
     return path
 
 
@@ -110,21 +104,16 @@ def render(run: Path) -> str:
         _facts(record, log, steps),
         "</header>",
         *(f'<p class="alarm">{escape(text)}</p>' for text in alarms(log, labels)),
-        _section("Curves", "charts", _charts(log)),
-        _section("Scales, coarse to fine", "charts", _scales(log, labels, settings.tokenizer.codebook_size)),
+        section("Curves", "charts", _charts(log)),
+        section("Scales, coarse to fine", "charts", _scales(log, labels, settings.tokenizer.codebook_size)),
         _sounds(run, log, stage),
         _settings(settings, record),
     ]
-    style = resources.files("mars").joinpath("train", "report.css").read_text(encoding="utf-8")
-    made = time.strftime("%Y-%m-%d %H:%M")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}, {state}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>\n{style}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n"
-        f"<footer>Made {made} from the run folder, up to step {log.step:,}; "
-        "<code>mars-train report</code> makes it again.</footer>\n</body></html>\n"
+    footer = (
+        f"Made {time.strftime('%Y-%m-%d %H:%M')} from the run folder, up to step {log.step:,}; "
+        "<code>mars-train report</code> makes it again."
     )
+    return html.document(f"{name}, {state}", parts, footer)
 
 
 def alarms(log: Log, labels: list[str]) -> list[str]:
@@ -179,22 +168,7 @@ def _facts(record: dict[str, Any], log: Log, steps: int) -> str:
         "Versions": started and f"mars {started.get('mars')}, PyTorch {started.get('torch')}",
         "Begun": created and time.strftime("%Y-%m-%d %H:%M", time.localtime(created)),
     }
-    shown = [(name, escape(str(value))) for name, value in facts.items() if value or value == 0]
-    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown) + "</dl>"
-
-
-def duration(seconds: float) -> str:
-    """Such as 45 s, 12 min, 3 h 20 min or 6 d 4 h."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def _section(title: str, kind: str, content: str) -> str:
-    return f'<section><h2>{title}</h2><div class="{kind}">{content}</div></section>' if content else ""
+    return html.facts(facts)
 
 
 def _charts(log: Log) -> str:
@@ -252,7 +226,7 @@ def _sounds(run: Path, log: Log, stage: str) -> str:
         for shown in earlier
     ]
     hint = "<p>Some sounds and pictures are linked: keep this file in its run folder.</p>" if media.linked else ""
-    return _section(f"Notes at step {newest.step:,}", "notes", "".join(notes)) + _section(
+    return section(f"Notes at step {newest.step:,}", "notes", "".join(notes)) + section(
         "Earlier steps", "earlier", hint + "".join(folded) if folded else hint
     )
 
@@ -270,57 +244,39 @@ def _shown(path: Path, step: int) -> Shown | None:
 
 def _note(media: Media, shown: Shown, index: int, what: str, title: str = "") -> str:
     """Picture and player of a note; its name is not repeated below if it is the title above."""
-    name = escape(shown.names[index])
-    caption = what if shown.names[index] == title else name if not title else f"{what}: {name}"
-    return (
-        f'<figure><img src="{escape(media.source(shown.path / f"{index}.png"))}" loading="lazy" '
-        f'alt="Spectrogram, {what}: {name}; {shown.seconds:.3g} s across, up to {shown.nyquist:g} Hz, low below">'
-        f'<audio controls preload="metadata" src="{escape(media.source(shown.path / f"{index}.wav"))}" '
-        f'aria-label="Listen, {what}: {name}"></audio><figcaption>{caption}</figcaption></figure>'
+    name = shown.names[index]
+    caption = what if name == title else name if not title else f"{what}: {name}"
+    return html.note(
+        media.source(shown.path / f"{index}.png"),
+        media.source(shown.path / f"{index}.wav"),
+        f"Spectrogram, {what}: {name}; {shown.seconds:.3g} s across, up to {shown.nyquist:g} Hz, low below",
+        f"Listen, {what}: {name}",
+        caption,
     )
 
 
 def _flac(path: Path) -> bytes:
-    """A WAV file as FLAC, which is about half as long and which every browser plays."""
+    """A WAV file as FLAC."""
     import soundfile
 
-    waveform, rate = soundfile.read(path, dtype="int16")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, waveform, rate, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue()
+    return html.flac(*soundfile.read(path, dtype="int16"))
 
 
 def _settings(settings: config.Config, record: dict[str, Any]) -> str:
     """The settings that are not the preset's, of the stage at hand; all of them folded away."""
-    own, other = _flat(config.to_dict(settings)), "train.tokenizer." if record.get("stage") == "var" else "train.var."
+    other = "train.tokenizer." if record.get("stage") == "var" else "train.var."
     known = settings.preset in config.preset_names()
-    plain = _flat(config.to_dict(config.preset(settings.preset))) if known else {}
-    own = {name: value for name, value in own.items() if not name.startswith(other)}
-    changed = {name: value for name, value in own.items() if known and value != plain.get(name)}
-    rows = "".join(
-        f"<tr><th><code>{name}</code></th><td>{escape(_text(value))}</td><td>{escape(_text(plain.get(name)))}</td></tr>"
-        for name, value in changed.items()
+    plain = html.flat(config.to_dict(config.preset(settings.preset))) if known else {}
+    values = html.flat(config.to_dict(settings))
+    own = {name: html.text(value) for name, value in values.items() if not name.startswith(other)}
+    changed = [
+        (f"<code>{name}</code>", escape(value), escape(html.text(plain.get(name))))
+        for name, value in own.items()
+        if known and values[name] != plain.get(name)
+    ]
+    table = html.table(["setting", "this run", "preset"], changed) if changed else ""
+    note = "" if changed else f"<p>Those of the preset {escape(settings.preset)}.</p>" if known else ""
+    everything = html.table([], [(f"<code>{name}</code>", escape(value)) for name, value in own.items()])
+    return section(
+        "Settings", "settings", f"{table}{note}<details><summary>All settings</summary>{everything}</details>"
     )
-    head = "<tr><th>setting</th><th>this run</th><th>preset</th></tr>"
-    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>' if rows else ""
-    note = "" if rows else f"<p>Those of the preset {escape(settings.preset)}.</p>" if known else ""
-    everything = "".join(
-        f"<tr><th><code>{name}</code></th><td>{escape(_text(value))}</td></tr>" for name, value in own.items()
-    )
-    return _section(
-        "Settings",
-        "settings",
-        f"{table}{note}<details><summary>All settings</summary>"
-        f'<div class="scroll"><table><tbody>{everything}</tbody></table></div></details>',
-    )
-
-
-def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
-    return found
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

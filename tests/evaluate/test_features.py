@@ -26,6 +26,8 @@ def notes(*values: float) -> NoteSet:
         keys=tuple(map(str, values)),
         pitch=unknown,
         family=unknown,
+        instrument_source=unknown,
+        velocity=unknown,
         record=Record(read=len(values)),
         _read=lambda rows: audio[list(rows)],
     )

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from mars.config import FAMILIES
+from mars.config import FAMILIES, SOURCES
 from mars.data import open_dataset
 from mars.data.folder import pack_folder
 from mars.errors import DataError, TooManyBadError
@@ -140,11 +140,13 @@ def test_labels_come_from_nsynth_names(tmp_path):
     notes = open_notes(tmp_path)
     assert notes.pitch.tolist() == [72, -1]
     assert notes.family.tolist() == [FAMILIES.index("flute"), -1]
+    assert notes.instrument_source.tolist() == [0, -1]
+    assert notes.velocity.tolist() == [100, -1]
 
 
-def listing(path, *entries):
+def listing(path, *entries, **more):
     (path / "notes.json").write_text(
-        json.dumps({"notes": [{"file": f, "condition": {"pitch": p, "family": k}} for f, p, k in entries]})
+        json.dumps({"notes": [{"file": f, "condition": {"pitch": p, "family": k, **more}} for f, p, k in entries]})
     )
 
 
@@ -155,6 +157,11 @@ def test_labels_come_from_what_generation_was_asked_for(tmp_path):
     notes = open_notes(tmp_path)
     assert notes.pitch.tolist() == [60, -1]
     assert notes.family.tolist() == [FAMILIES.index("brass"), -1]
+    assert notes.instrument_source.tolist() == notes.velocity.tolist() == [-1, -1]
+    listing(tmp_path, ("0001-any-any.wav", 60, "brass"), source="synthetic", velocity=75)
+    notes = open_notes(tmp_path)
+    assert notes.instrument_source.tolist() == [-1, SOURCES.index("synthetic")]
+    assert notes.velocity.tolist() == [-1, 75]
 
 
 def test_a_note_that_was_generated_and_is_gone_counts_as_refused(tmp_path):
@@ -181,13 +188,22 @@ def test_a_pitch_that_is_none_is_an_error(pitch, tmp_path):
         open_notes(tmp_path)
 
 
+def test_a_velocity_that_is_none_is_an_error(tmp_path):
+    write(tmp_path / "0.wav")
+    listing(tmp_path, ("0.wav", 60, "brass"), velocity=128)
+    with pytest.raises(DataError, match=r"want a velocity 0\.\.127 or null"):
+        open_notes(tmp_path)
+
+
 def test_a_packed_split_is_a_set(tmp_path):
     dataset = open_dataset(None)
     notes = open_notes(None, split="valid")
     rows = dataset.split("valid")
     assert notes.source == "built-in notes (valid)"
     assert notes.names == tuple(dataset.names[i] for i in rows)
-    assert notes.pitch.tolist() == dataset.column("pitch")[rows].tolist()
+    for name in ("pitch", "family", "velocity"):
+        assert getattr(notes, name).tolist() == dataset.column(name)[rows].tolist()
+    assert notes.instrument_source.tolist() == dataset.column("source")[rows].tolist()
     short = dataset.samples
     assert torch.equal(notes.waveforms([2])[0, :short], dataset.waveforms(rows[[2]])[0, :64_000])
     assert notes.waveforms([2]).shape == (1, 64_000)
@@ -250,8 +266,44 @@ def test_a_subset_is_a_set(tmp_path):
     notes = open_notes(tmp_path)
     part = notes.subset([3, 1, 2]).subset([0, 2])
     assert part.pitch.tolist() == [63, 62]
+    assert part.velocity.tolist() == [100, 100]
+    assert len(part.instrument_source) == 2
     assert part.keys == (notes.keys[3], notes.keys[2])
     assert torch.equal(part.waveforms(), notes.waveforms([3, 2]))
+
+
+def test_sounds_can_be_mapped(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.wav", hertz=300 + i)
+    notes, seen = open_notes(tmp_path), []
+    quiet = notes.mapped("half", lambda waveforms, keys: seen.append(tuple(keys)) or waveforms / 2)
+    assert torch.equal(quiet.subset([3, 1]).waveforms(), notes.waveforms([3, 1]) / 2)
+    assert seen == [(notes.keys[3], notes.keys[1])]
+    assert quiet.keys == tuple(f"half:{key}" for key in notes.keys)
+    assert quiet.names == notes.names
+    assert quiet.fingerprint != notes.fingerprint
+    assert quiet.mapped("half", lambda waveforms, _: waveforms).keys[0] == f"half:half:{notes.keys[0]}"
+
+
+def test_many_notes_are_mapped_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("mars.evaluate.notes.BATCH", 3)
+    for i in range(4):
+        write(tmp_path / f"{i}.wav", hertz=300 + i)
+    notes, sizes = open_notes(tmp_path), []
+    same = notes.mapped("same", lambda waveforms, keys: sizes.append((len(waveforms), len(keys))) or waveforms)
+    assert torch.equal(same.waveforms(), notes.waveforms())
+    assert sizes == [(3, 3), (1, 1)]
+
+
+def test_an_order_of_the_sets_own(tmp_path):
+    for i in range(9):
+        write(tmp_path / f"{i}.wav", hertz=300 + i)
+    write(tmp_path / "9.wav", hertz=300)  # the sound of 0.wav
+    notes = open_notes(tmp_path)
+    shuffled = notes.shuffled(1)
+    assert sorted(shuffled.names) == list(notes.names)
+    assert shuffled.names == notes.subset(range(10)[::-1]).shuffled(1).names
+    assert len({notes.shuffled(seed).names for seed in range(9)}) == 9
 
 
 def test_the_fingerprint_is_of_names_sounds_and_order(tmp_path):

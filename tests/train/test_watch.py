@@ -7,14 +7,10 @@ import errno
 import io
 import json
 import math
-import struct
 import subprocess
 import sys
 import time
-import urllib.parse
 import wave
-import zlib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +27,7 @@ from mars.cli.train import main
 from mars.config import override
 from mars.errors import CheckpointError, ConfigError, Diverged
 from mars.models.tokenizer import Tokenizer
-from mars.train import charts, compare, loop, memory, report, samples
+from mars.train import compare, loop, memory, report, samples
 from mars.train.deadline import Deadline
 from mars.train.folder import RunFolder
 from mars.train.log import read_log
@@ -41,6 +37,7 @@ from mars.train.tokens import tokenize
 from mars.train.var import VARStage
 from mars.train.watch import Watch
 from mars.train.world import ALONE, World
+from tests.pages import Page
 
 CPU = torch.device("cpu")
 SETTINGS = (
@@ -213,7 +210,7 @@ def test_a_var_is_asked_for_the_conditions_of_the_notes(smoke, notes):
 def test_a_var_without_conditions_has_no_originals(tmp_path, smoke, notes):
     run = train(make("var", smoke, notes, "var.condition=[]"), tmp_path / "run", notes)
     assert not (run / "samples/originals").exists()
-    page = Page(run)
+    page = parsed(run)
     assert [alt for alt in page.alts if "original" in alt] == []
     assert len([alt for alt in page.alts if "generated: note" in alt]) == 9
 
@@ -303,7 +300,7 @@ def test_a_report_that_fails_does_not_stop_the_training(tmp_path, smoke, notes, 
     assert read_log(run).state() == "finished"
 
 
-@pytest.mark.parametrize("what", ["mars.train.samples.write_png", "mars.train.report.write_atomically"])
+@pytest.mark.parametrize("what", ["mars.train.samples.write_png", "mars.html.write_atomically"])
 def test_a_full_disk_stops_the_training_after_its_save(what, tmp_path, smoke, notes, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -323,7 +320,7 @@ def test_a_diverged_run_says_so(tmp_path, smoke, notes):
     with pytest.raises(Diverged):
         train(stage, tmp_path / "run", notes)
     assert compare.summary(tmp_path / "run")["state"] == "diverged"
-    page = Page(tmp_path / "run")
+    page = parsed(tmp_path / "run")
     assert any(text.startswith("Training diverged: 10 steps in a row") for text in page.texts)
     assert any("loss: not finite" in text or "training: not finite" in text for text in page.texts)
     train(make("tokenizer", smoke, notes, "train.steps=30"), tmp_path / "run", notes)
@@ -331,72 +328,12 @@ def test_a_diverged_run_says_so(tmp_path, smoke, notes):
     assert "Training diverged" not in (tmp_path / "run/report.html").read_text()
 
 
-class Page(HTMLParser):
-    """A report, parsed and checked: well formed, nothing from outside, every source what it says it is."""
-
-    EMPTY = ("meta", "img", "link", "br", "circle", "path", "rect")
-
-    def __init__(self, run: Path) -> None:
-        super().__init__()
-        self.run, self.open, self.tags, self.texts, self.alts, self.sources = run, [], [], [], [], []
-        self.text = (run / "report.html").read_text(encoding="utf-8")
-        self.feed(self.text)
-        self.close()
-        assert self.open == []
-        assert self.text.startswith("<!DOCTYPE html>")
-        assert {"script", "iframe", "object", "link", "base", "form"}.isdisjoint(self.tags)
-        assert "http:" not in self.text
-        assert "https:" not in self.text
-        assert "url(" not in self.text
-        assert "@import" not in self.text
-
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
-        self.tags.append(tag)
-        assert not any(name.startswith("on") or name in ("href", "srcset", "style") for name in given)
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "img":
-            assert given["alt"]
-            self.alts.append(given["alt"])
-        if tag in ("svg", "audio"):
-            assert given["aria-label"]
-        if "src" in given:
-            self.sources.append(given["src"])
-            self.check_source(given["src"])
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    def check_source(self, source: str) -> None:
-        if not source.startswith("data:"):
-            path = self.run / urllib.parse.unquote(source)
-            assert path.is_file()
-            assert path.resolve().is_relative_to(self.run.resolve())
-            return
-        kind, _, data = source.partition(";base64,")
-        data = base64.b64decode(data, validate=True)
-        if kind == "data:image/png":
-            assert data.startswith(b"\x89PNG\r\n\x1a\n")
-            width, height = struct.unpack(">II", data[16:24])
-            length = struct.unpack(">I", data[33:37])[0]
-            assert len(zlib.decompress(data[41 : 41 + length])) == height * (1 + 3 * width)
-        else:
-            assert kind == "data:audio/flac"
-            waveform, rate = soundfile.read(io.BytesIO(data), dtype="int16")
-            assert len(waveform) == 1900
-            assert rate == 16_000
+def parsed(run: Path) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"), 1900, run)
 
 
 def test_the_report_shows_the_run(run):
-    page = Page(run)
+    page = parsed(run)
     shown = " ".join(page.texts)
     for text in ("a run", "finished", "8 of 8", "Learning rate", "Gradient norm", "Speed", "Memory", "Settings"):
         assert text in shown
@@ -413,7 +350,7 @@ def test_the_report_shows_the_run(run):
 
 
 def test_sounds_survive_the_report(run):
-    first = next(s for s in Page(run).sources if s.startswith("data:audio"))
+    first = next(s for s in parsed(run).sources if s.startswith("data:audio"))
     waveform, _ = soundfile.read(io.BytesIO(base64.b64decode(first.partition(",")[2])), dtype="int16")
     original, _ = soundfile.read(run / "samples/originals/0.wav", dtype="int16")
     assert np.array_equal(waveform, original)
@@ -424,7 +361,7 @@ def test_what_does_not_fit_is_linked(tmp_path, smoke, notes, monkeypatch):
     size = len((run / "report.html").read_bytes())
     monkeypatch.setattr("mars.train.report.EMBEDDED", 30_000)
     report.write(run)
-    page = Page(run)
+    page = parsed(run)
     linked = [s for s in page.sources if not s.startswith("data:")]
     assert 0 < len(linked) < len(page.sources)
     assert page.sources[0].startswith("data:")  # the newest stays
@@ -439,7 +376,7 @@ def test_the_command_makes_it_again(run):
     done = CliRunner().invoke(main, ["report", str(run)])
     assert (done.exit_code, done.output) == (0, f"{run / 'report.html'}\n")
     assert contents(run, "").keys() == before.keys()
-    Page(run)
+    parsed(run)
 
 
 @pytest.mark.parametrize("lines", [0, 1, 2, 4])
@@ -448,7 +385,7 @@ def test_a_report_of_little_or_nothing(lines, run, tmp_path):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     (tmp_path / "log.jsonl").write_bytes(b"\n".join((run / "log.jsonl").read_bytes().splitlines()[:lines]))
     report.write(tmp_path)
-    Page(tmp_path)
+    parsed(tmp_path)
 
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
@@ -470,7 +407,7 @@ def test_names_cannot_smuggle_anything_in(run, tmp_path):
     hostile = [samples.Sample(HOSTILE + "\ud800", torch.zeros(1900), torch.zeros(8, 8))]
     samples.write(samples.folder(path, 8), hostile, 16_000)
     report.write(path)
-    page = Page(path)
+    page = parsed(path)
     assert sum(HOSTILE in text for text in page.texts) >= 7
 
 
@@ -480,7 +417,7 @@ def test_a_collapsed_scale_raises_an_alarm(run, tmp_path):
     lines = [(2, [0]), (4, [0, 2]), (6, [2, 99]), (8, [2])]
     write_log(tmp_path, *({"step": s, "loss": 1.0, "collapsed": c, "skipped": 3} for s, c in lines))
     report.write(tmp_path)
-    alarms = [text for text in Page(tmp_path).texts if text.startswith(("Scale ", "Steps that"))]
+    alarms = [text for text in parsed(tmp_path).texts if text.startswith(("Scale ", "Steps that"))]
     assert alarms == [
         "Scale 4x4 has collapsed: few of its codes in use since step 4.",
         "Steps that were not finite and changed nothing: 3.",
@@ -518,50 +455,6 @@ def test_tensorboard_gets_all_of_it(tmp_path, smoke, notes):
     assert [(e.step, e.value) for e in found.Scalars("training/loss")] == logged
     assert [e.step for e in found.Images("sample/2")] == [3, 5, 6, 8]
     assert [e.step for e in found.Audio("original/0")] == [3]
-
-
-def test_buckets_keep_mean_and_range():
-    points = [(s, None if s == 5 else float(s % 10)) for s in range(1000)]
-    found = charts.buckets(points, 100)
-    assert len(found) == 100
-    assert (found[1].step, found[1].mean, found[1].low, found[1].high) == (14.5, 4.5, 0, 9)
-    assert found[0].mean == pytest.approx((45 - 5) / 9)
-    assert charts.buckets([(1, None), (2, None)], 1) == [charts.Bucket(1.5, None, None, None)]
-
-
-finite = st.floats(-1e12, 1e12, allow_nan=False)
-
-
-@given(st.lists(st.none() | finite, min_size=1, max_size=30), st.booleans())
-def test_any_curve_can_be_drawn(values, log):
-    drawn = charts.line_chart("t", "u", [charts.Curve("c", list(enumerate(values)))], log=log)
-    assert (drawn == "") == all(v is None for v in values)
-    assert "nan" not in drawn.replace("finan", "")
-    assert "inf" not in drawn
-
-
-@given(st.floats(1e-9, 1e9), st.floats(1.001, 1e9), st.booleans())
-def test_ticks_are_round_and_within(low, ratio, log):
-    axis = charts.Axis(low, low * ratio, 0, 100, log and ratio >= 20)
-    ticks = axis.ticks()
-    assert 1 <= len(ticks) <= 12
-    assert ticks == sorted(ticks)
-    assert all(-0.01 <= axis(t) <= 100.01 for t in ticks)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (1234567.0, "1,234,567"), (0.00012345, "1.23e-4"), (-3.14159, "-3.142"), (6e-5, "6e-5"), (3e12, "3e12")],
-)
-def test_numbers_are_short(value, text):
-    assert charts.number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (90, "2 min"), (12_000, "3 h 20 min"), (5e5, "5 d 19 h")]
-)
-def test_durations_are_short(seconds, text):
-    assert report.duration(seconds) == text
 
 
 def test_listing_runs_does_not_wait_for_pytorch(run):

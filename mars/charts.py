@@ -1,4 +1,4 @@
-"""Charts as inline SVG: curves over steps, and heat maps of scales over steps.
+"""Charts as inline SVG: curves over steps, heat maps of scales over steps, and bars.
 
 Colours come from the page's style sheet, values on hover from `<title>` elements: no script is needed. A curve of many
 points is drawn as the mean of as many buckets as there are pixels to tell apart, with the range of each behind it.
@@ -14,6 +14,8 @@ from html import escape
 from itertools import pairwise
 from typing import Literal
 
+from mars.html import number
+
 BUCKETS = 250  # of a curve
 HOVERS = 120  # of a chart: places that say their values
 MARKED = 40  # points of a curve with at most so many are marked
@@ -21,6 +23,8 @@ CELLS = 80  # columns of a heat map
 
 WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 66, 12, 8, 42  # margins
+BAR = 26  # height of a bar with the gap below
+NAMES, VALUES = 116, 62  # margins of bars
 
 Points = Sequence[tuple[int, float | None]]
 
@@ -33,6 +37,18 @@ class Curve:
     points: Points
     colour: int = 1  # 1 to 3
     best: Literal["lowest", "highest"] | None = None  # which value is worth a mention
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with an interval, which is of `point` where that is not the value."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    point: float | None = None
+    colour: int = 0  # 1 to 3, or 0, which is pale
 
 
 @dataclass(frozen=True)
@@ -157,14 +173,49 @@ def heat_map(
     return _figure(title, f"{title} per scale at step {columns[-1][0]:,}. {spoken}.", height, parts, f"<p>{scale}</p>")
 
 
-def number(value: float) -> str:
-    """A number for people: four digits at most, or all those before the point."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e7 or abs(value) < 1e-3:
-        digits, _, exponent = f"{value:.2e}".partition("e")
-        return f"{float(digits):g}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def bar_chart(title: str, below: str, bars: Sequence[Bar]) -> str:
+    """A figure of bars from 0, with their intervals as whiskers and their values beside them; empty without bars."""
+    if not bars:
+        return ""
+    extremes = [0.0, *(v for bar in bars for v in (bar.value, bar.low, bar.high, bar.point) if v is not None)]
+    low, high = min(extremes), max(extremes)
+    margin = 0.03 * (high - low) or 1.0
+    x = Axis(low - margin if low < 0 else 0.0, high + margin, NAMES, WIDTH - VALUES)
+    bottom = TOP + BAR * len(bars)
+    parts = []
+    for tick in x.ticks(4):
+        parts.append(f'<path class="grid" d="M{x(tick):.1f} {TOP}V{bottom}"/>')
+        parts.append(f'<text class="tick middle" x="{x(tick):.1f}" y="{bottom + 16}">{number(tick)}</text>')
+    for place, bar in enumerate(bars):
+        parts.append(_bar(bar, x, TOP + BAR * place))
+    parts.append(f'<path class="axis" d="M{x(0):.1f} {TOP}V{bottom}"/>')
+    spoken = f"{title}. " + " ".join(f"{bar.label}: {_stated(bar)}." for bar in bars)
+    return _figure(title, spoken, bottom + 24, parts, f"<p>{escape(below)}</p>")
+
+
+def _bar(bar: Bar, x: Axis, top: float) -> str:
+    left, right = sorted((x(0), x(bar.value)))
+    middle, height = top + BAR / 2, BAR - 10
+    parts = [
+        f'<text class="tick end" x="{NAMES - 8}" y="{middle + 4}">{escape(bar.label)}</text>',
+        f'<rect class="bar" x="{left:.1f}" y="{top + 5}" width="{max(right - left, 1):.1f}" height="{height}"/>',
+    ]
+    if bar.low is not None and bar.high is not None:
+        ends = "".join(f"M{x(end):.1f} {middle - 5}v10" for end in (bar.low, bar.high))
+        parts.append(f'<path class="whisker" d="M{x(bar.low):.1f} {middle}H{x(bar.high):.1f}{ends}"/>')
+        if bar.point is not None:
+            parts.append(f'<circle class="point" cx="{x(bar.point):.1f}" cy="{middle}" r="3"/>')
+    parts.append(f'<text class="value" x="{WIDTH - VALUES + 6}" y="{middle + 4}">{number(bar.value)}</text>')
+    said = escape(f"{bar.label}: {_stated(bar)}")
+    return f'<g class="c{bar.colour}">{"".join(parts)}<title>{said}</title></g>'
+
+
+def _stated(bar: Bar) -> str:
+    """The bar in words."""
+    if bar.low is None or bar.high is None:
+        return number(bar.value)
+    of = "" if bar.point is None else f" of {number(bar.point)}"
+    return f"{number(bar.value)}, interval{of} {number(bar.low)} to {number(bar.high)}"
 
 
 def _figure(title: str, spoken: str, height: int, parts: Sequence[str], below: str) -> str:

@@ -1,0 +1,230 @@
+"""A report as a page in one file, without network or script: figures, charts, and notes to see and hear.
+
+Sounds and pictures are part of the file; pairs of notes beyond `EMBEDDED` bytes are left out, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mars import audio, html
+from mars.charts import Bar, bar_chart
+from mars.config import AudioConfig
+from mars.evaluate.report import METRICS, Metric, Report, Sounds
+from mars.evaluate.table import DIGITS, EVALUATED, absent, arrow, label, measured, rows
+from mars.html import number, section
+from mars.picture import png, spectrogram_picture
+
+EMBEDDED = 8 << 20  # bytes of sounds and pictures, before base64 makes them a third longer
+FRONT_END = AudioConfig()  # of the pictures: 16 kHz, 4 s
+SIZE = 256, 256  # pixels of a picture, height and width, at most
+LISTED = 100  # refused files that are listed
+LONG = 300  # characters of a value that are shown
+
+BETTER = {-1: "lower is better", 0: "", +1: "higher is better"}
+PROFILES = {
+    "standard": "For a number beside Table 1 of the paper evaluate with <code>--profile vinay2022</code>.",
+    "vinay2022": "This profile repeats the statistics behind the published baselines, their flaws included: "
+    "it is for a number beside Table 1 of the paper.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A real note and what was made of it, or other notes that belong together."""
+
+    title: str
+    sounds: Mapping[str, Tensor]  # by what each is, such as "real" and "evaluated": (samples,) at 16 kHz, full scale 1
+
+
+def write(path: Path, report: Report, pairs: Sequence[Pair]) -> None:
+    """Write the page; the file appears whole or not at all.
+
+    Raises:
+        ValueError: a sound is no waveform (samples,), or holds NaN or infinity.
+        OSError: the file cannot be written.
+    """
+    page = render(report, pairs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    html.write(path, page)
+
+
+def render(report: Report, pairs: Sequence[Pair]) -> str:
+    """The page as HTML; raises as `write` does."""
+    title = f"Evaluation, {report.profile} profile, {report.mode}"
+    names = measured(rows(report).values())
+    parts = [
+        f"<header><h1>{escape(title)}</h1>{_facts(report)}</header>",
+        _caution(report),
+        section("Figures", "results", _figures(report, names)),
+        section("Charts", "charts", "".join(_chart(report, name) for name in names)),
+        _notes(pairs),
+        section("How they were computed", "computed", "".join(_computed(report, name) for name in names)),
+        section("What was evaluated", "provenance", _provenance(report)),
+    ]
+    footer = f"Made by mars {escape(report.versions.get('mars', ''))}; the same figures, in full: the file of --json."
+    return html.document(title, parts, footer)
+
+
+def _facts(report: Report) -> str:
+    return html.facts(
+        {
+            "Evaluated": report.sets["fake"].source,
+            "Real": report.sets["real"].source,
+            "Notes": f"{report.sets['fake'].notes:,} evaluated, {report.sets['real'].notes:,} real",
+            "Fingerprint": report.fingerprint[:DIGITS],
+            "Seed": report.seed,
+            "Evaluated at": report.created.replace("T", " "),
+            "Time": html.duration(report.seconds),
+            "Device": f"{report.device}, {report.threads} threads",
+            "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        }
+    )
+
+
+def _caution(report: Report) -> str:
+    of = f"profile {report.profile} and fingerprint {report.fingerprint[:DIGITS]}"
+    return (
+        f'<p class="caution">These figures are of {escape(of)}: those of another profile or fingerprint must not be '
+        f"put beside them. {PROFILES.get(report.profile, '')}</p>"
+    )
+
+
+def _figures(report: Report, names: Sequence[str]) -> str:
+    """All values, a row for each set, and why some are missing."""
+    head = ["", *(f"{escape(label(name))} {arrow(name)}".rstrip() for name in names)]
+    table = html.table(
+        head,
+        [[escape(row), *(_cell(metrics.get(name)) for name in names)] for row, metrics in rows(report).items()],
+        "figures",
+    )
+    key = "<p>↓ lower is better, ↑ higher is better; in brackets: 95 % bootstrap intervals over notes.</p>"
+    missing = "".join(
+        f"<li>{escape(', '.join(metrics))}: {escape(reason)}</li>" for reason, metrics in absent(rows(report)).items()
+    )
+    return (table + key if names else "") + (f"<h3>Not measured</h3><ul>{missing}</ul>" if missing else "")
+
+
+def _cell(metric: Metric | None) -> str:
+    if metric is None or metric.value is None:
+        return "-"
+    return number(metric.value) + (f"<small>{found}</small>" if (found := _interval(metric)) else "")
+
+
+def _interval(metric: Metric) -> str:
+    if metric.low is None or metric.high is None:
+        return ""
+    return f"[{number(metric.low)}, {number(metric.high)}]"
+
+
+def _chart(report: Report, name: str) -> str:
+    bars = [
+        Bar(row, m.value, m.low, m.high, m.point, colour=1 if row == EVALUATED else 0)
+        for row, metrics in rows(report).items()
+        if (m := metrics.get(name)) is not None and m.value is not None
+    ]
+    found = report.metrics.get(name)
+    notes = f"{found.n_fake:,} notes against {found.n_real:,}" if found and found.value is not None else ""
+    embedder = found.embedder if found else ""
+    mean = "dot and whisker: of all notes at once" if any(bar.point is not None for bar in bars) else ""
+    below = "; ".join(filter(None, [BETTER[METRICS.get(name, 0)], notes, embedder, mean]))
+    return bar_chart(label(name), below, bars)
+
+
+def _notes(pairs: Sequence[Pair]) -> str:
+    """What there is to see and hear, as many of the pairs as fit."""
+    room, shown = EMBEDDED, []
+    for pair in pairs:
+        media = {what: _media(waveform) for what, waveform in pair.sounds.items()}
+        room -= sum(len(data) for both in media.values() for data in both)
+        if room < 0:
+            break
+        figures = "".join(
+            html.note(
+                html.data_uri("image/png", picture),
+                html.data_uri("audio/flac", sound),
+                f"Spectrogram, {what}: {pair.title}; {FRONT_END.samples / FRONT_END.sample_rate:.3g} s across, "
+                f"up to {FRONT_END.sample_rate / 2:g} Hz, low below",
+                f"Listen, {what}: {pair.title}",
+                what,
+            )
+            for what, (picture, sound) in media.items()
+        )
+        shown.append(f'<div class="note"><h3>{escape(pair.title)}</h3><div class="pair">{figures}</div></div>')
+    left = len(pairs) - len(shown)
+    hint = f"<p>Left out, so that this file stays small: {left:,} of {len(pairs):,}.</p>" if left else ""
+    return section("Notes", "notes", "".join(shown) + hint)
+
+
+def _media(waveform: Tensor) -> tuple[bytes, bytes]:
+    """Picture (PNG) and sound (FLAC) of a waveform (samples,)."""
+    samples = audio.pcm(waveform)
+    height, width = SIZE
+    spectrogram = audio.spectrogram(waveform.detach().cpu(), FRONT_END)
+    picture = spectrogram_picture(spectrogram, frequency="log", height=height, width=width)
+    return png(picture), html.flac(samples, FRONT_END.sample_rate)
+
+
+def _computed(report: Report, name: str) -> str:
+    """All that is known of a metric, for every set that has it; folded away."""
+    found = {row: m for row, metrics in rows(report).items() if (m := metrics.get(name)) and m.value is not None}
+    known = {
+        row: html.flat({key: value for key, value in asdict(metric).items() if value not in (None, "", {})})
+        for row, metric in found.items()
+    }
+    keys = dict.fromkeys(key for values in known.values() for key in values)
+    table = html.table(
+        ["", *map(escape, known)],
+        [[escape(key), *(_text(values[key]) if key in values else "-" for values in known.values())] for key in keys],
+    )
+    return f"<details><summary>{escape(label(name))}</summary>{table}</details>"
+
+
+def _provenance(report: Report) -> str:
+    """The sets, the networks and the making of the evaluated notes."""
+    columns = ("source", "notes", "padded", "cut", "clipped")
+    sets = html.table(
+        ["", *columns, "refused", "fingerprint"],
+        [
+            [
+                escape(name),
+                *(_text(getattr(sounds, column)) for column in columns),
+                f"{len(sounds.refused):,}",
+                f"<code>{escape(sounds.fingerprint[:DIGITS])}</code>",
+            ]
+            for name, sounds in report.sets.items()
+        ],
+    )
+    networks = html.table(
+        ["network", *dict.fromkeys(key for embedder in report.embedders.values() for key in embedder)],
+        [[escape(name), *map(_text, embedder.values())] for name, embedder in report.embedders.items()],
+    )
+    made = html.table([], [[escape(name), _text(value)] for name, value in html.flat(report.produced).items()])
+    return "".join(
+        [
+            f"<h3>Sets</h3>{sets}",
+            *(_refused(name, sounds) for name, sounds in report.sets.items() if sounds.refused),
+            f"<h3>Networks</h3>{networks}" if report.embedders else "",
+            f"<h3>How the evaluated notes were made</h3>{made}" if report.produced else "",
+        ]
+    )
+
+
+def _refused(name: str, sounds: Sounds) -> str:
+    """The files of a set that were left out; folded away."""
+    files = "".join(f"<li>{escape(file)}: {escape(reason)}</li>" for file, reason in sounds.refused[:LISTED])
+    more = f"<p>And {len(sounds.refused) - LISTED:,} more.</p>" if len(sounds.refused) > LISTED else ""
+    return f"<details><summary>Files left out of {escape(name)}</summary><ul>{files}</ul>{more}</details>"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value)
+    text = f"{value:,}" if type(value) is int else html.text(value)
+    return escape(text if len(text) <= LONG else f"{text[:LONG]}…")

@@ -1,0 +1,227 @@
+"""Reports as tables in a terminal: one with its baselines, or several side by side. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from mars.errors import ConfigError
+from mars.evaluate.report import METRICS, Metric, Report, Sounds
+from mars.html import duration, number, text
+
+EVALUATED = "evaluated"  # the row that is not a baseline
+DIGITS = 12  # shown of a hex sum
+DIFFERENCES = 8  # lines that `compare` gives at most, but for their count
+SHOWN = 40  # characters of a value that differs
+WIDE = 10  # characters of a name that are worth a second line
+
+_ARROWS = {-1: "↓", 0: "", +1: "↑"}
+_ASCII = str.maketrans({"↓": "v", "↑": "^", "∞": "-infinity"})
+_LABELS = {"ndb_k": "NDB/k", "mse": "mel MSE", "mae": "mel MAE", "fad_infinity": "FAD∞"}
+_INITIALS = {"pkid", "ikid", "pis", "iis", "fad", "kad"}
+_EMBEDDERS = {"crepe": "CREPE", "classifier": "classifier"}
+
+Row = Mapping[str, Metric]
+
+
+def label(name: str) -> str:
+    """A metric's name for people, and in parentheses a network in place of the usual one."""
+    stem, _, embedder = name.rpartition("_")
+    if stem and embedder in _EMBEDDERS:
+        return f"{label(stem)} ({_EMBEDDERS[embedder]})"
+    return _LABELS.get(name) or (name.upper() if name in _INITIALS else name.replace("_", " "))
+
+
+def arrow(name: str) -> str:
+    """Where a metric's better values are: down, up, or nowhere that is known."""
+    return _ARROWS[METRICS.get(name, 0)]
+
+
+def rows(report: Report) -> dict[str, Row]:
+    """The evaluated set and the baselines, by name."""
+    return {EVALUATED: report.metrics, **report.baselines}
+
+
+def measured(rows: Iterable[Row]) -> list[str]:
+    """The metrics that have a value in any row, in the order of `METRICS`."""
+    known = {name for row in rows for name, metric in row.items() if metric.value is not None}
+    return [name for name in METRICS if name in known] + sorted(known - METRICS.keys())
+
+
+def absent(rows: Mapping[str, Row]) -> dict[str, list[str]]:
+    """Why metrics have no value: each reason with the metrics, and with the rows if it does not hold for all."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row, metrics in rows.items():
+        for name, metric in metrics.items():
+            if metric.value is None:
+                found.setdefault(metric.reason or "no reason is given", {}).setdefault(name, []).append(row)
+    everywhere = {name: sum(name in row for row in rows.values()) for names in found.values() for name in names}
+    return {
+        reason: [
+            label(name) + (f" ({', '.join(where)})" if len(where) < everywhere[name] else "")
+            for name, where in names.items()
+        ]
+        for reason, names in found.items()
+    }
+
+
+def counts(sounds: Sounds) -> str:
+    """How many notes a set has, and what was done to them."""
+    changed = {name: getattr(sounds, name) for name in ("padded", "cut", "clipped")} | {"refused": len(sounds.refused)}
+    return ", ".join([f"{sounds.notes:,} notes", *(f"{count:,} {what}" for what, count in changed.items() if count)])
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The figures of a report with their 95 % intervals, the reasons for those that are missing, and what it is of.
+
+    A table that is wider than the console goes on below, some columns at a time: no figure is wrapped or cut.
+    """
+    shown = rows(report)
+    _say(console, f"{report.profile} profile, {report.mode}, seed {report.seed}, {duration(report.seconds)}", "bold")
+    for name, sounds in report.sets.items():
+        _say(console, f"{name}: {sounds.source}, {counts(sounds)}")
+    names = measured(shown.values())
+    if names:
+        columns = [[name.replace(" ", "\n"), *(_cell(row.get(n)) for n in names)] for name, row in shown.items()]
+        _print([["", *map(_heading, names)], *columns], console)
+        _say(console, "↓ lower is better, ↑ higher is better; in brackets: 95 % intervals")
+    for reason, metrics in absent(shown).items():
+        _say(console, f"not measured: {', '.join(metrics)}: {reason}")
+    _say(console, f"fingerprint {report.fingerprint[:DIGITS]}")
+
+
+def compare(reports: Mapping[str, Report]) -> list[str]:
+    """What of their protocols differs between reports, by file name, a line each; none: they may share a table.
+
+    Raises:
+        ConfigError: they are of two profiles.
+    """
+    profiles: dict[str, str] = {}
+    for name, report in reports.items():
+        profiles.setdefault(report.profile, name)
+    if len(profiles) > 1:
+        found = ", ".join(f"{profile} of {name}" for profile, name in profiles.items())
+        raise ConfigError(f"want reports of one profile, got {found}; figures of two must not share a table")
+    protocols = {name: json.loads(json.dumps(report.protocol)) for name, report in reports.items()}
+    merged: dict[tuple[str, str], list[str]] = {}  # the same difference in several metrics is one line
+    for path, words in _differences(protocols, ()):
+        of_metric = len(path) > 1 and path[0] == "metrics"
+        merged.setdefault((".".join(path[2:] if of_metric else path), words), []).append(".".join(path))
+    lines = [
+        f"{names[0]}{f' and {len(names) - 1} metrics more' if len(names) > 1 else ''}: {words}"
+        for (_, words), names in merged.items()
+    ]
+    more = len(lines) - DIFFERENCES
+    return lines[:DIFFERENCES] + (
+        [f"and {more} more {'difference' if more == 1 else 'differences'}"] if more > 0 else []
+    )
+
+
+def print_comparison(reports: Mapping[str, Report], console: Console, stderr: Console) -> None:
+    """The figures of reports side by side, by file name, and before them, on stderr, what `compare` says.
+
+    Raises:
+        ConfigError: they are of two profiles.
+    """
+    for line in compare(reports):
+        _say(stderr, f"warning: {line}", "yellow")
+    names = measured(report.metrics for report in reports.values())
+    columns = [
+        [
+            name,
+            *(report.mode, report.fingerprint[:DIGITS], f"{report.sets['fake'].notes:,}"),
+            *(_cell(report.metrics.get(metric)) for metric in names),
+        ]
+        for name, report in reports.items()
+    ]
+    profile = next(iter(reports.values())).profile
+    _print([[f"{profile} profile", "mode", "fingerprint", "notes", *map(_heading, names)], *columns], console)
+
+
+def _differences(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Where the values of the reports differ and how."""
+    if all(isinstance(value, dict) for value in values.values()):
+        for key in dict.fromkeys(key for value in values.values() for key in value):
+            have = {report: value[key] for report, value in values.items() if key in value}
+            if len(have) < len(values):
+                lacking = [report for report in values if report not in have]
+                yield (*path, key), f"in {_listed(have)}, not in {_listed(lacking)}"
+            else:
+                yield from _differences(have, (*path, key))
+        return
+    by_value: dict[str, list[str]] = {}
+    for report, value in values.items():
+        by_value.setdefault(text(value), []).append(report)
+    if len(by_value) > 1:
+        yield path, ", ".join(f"{_short(value)} in {_listed(where)}" for value, where in by_value.items())
+
+
+def _short(value: str) -> str:
+    if re.fullmatch("[0-9a-f]{64}", value):
+        return value[:DIGITS]
+    return value if len(value) <= SHOWN else f"{value[:SHOWN]}…"
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _heading(name: str) -> str:
+    """A metric's name and arrow, in lines as short as they can be."""
+    words, _, embedder = label(name).removesuffix(")").partition(" (")
+    first, _, last = f"{words} {arrow(name)}".rstrip().partition(" ")
+    lines = [f"{first} {last}"] if len(words) < WIDE else [first, last]
+    return "\n".join([*lines, embedder]).rstrip()
+
+
+def _cell(metric: Metric | None) -> str:
+    """Value and, below, interval."""
+    if metric is None or metric.value is None:
+        return "-"
+    if metric.low is None or metric.high is None:
+        return number(metric.value)
+    return f"{number(metric.value)}\n[{number(metric.low, 3)}, {number(metric.high, 3)}]"
+
+
+def _print(columns: Sequence[Sequence[str]], console: Console) -> None:
+    """Columns of cells, some of several lines: the first, of names, with as many of the others at a time as fit."""
+    names, *others = ([[_plain(x, console) for x in cell.split("\n")] for cell in column] for column in columns)
+    while others:
+        shown = [names]
+        while others and (len(shown) == 1 or sum(map(_width, [*shown, others[0]])) + len(shown) <= console.width):
+            shown.append(others.pop(0))
+        widths = [_width(column) for column in shown]
+        _say(console, "")
+        for place, row in enumerate(zip(*shown, strict=True)):
+            for name, *cells in zip_longest(*row, fillvalue=""):
+                figures = (
+                    " " * (width - cell_len(cell) + 1) + cell for cell, width in zip(cells, widths[1:], strict=True)
+                )
+                padding = " " * (widths[0] - cell_len(name))
+                _say(console, (name + padding + "".join(figures)).rstrip(), "" if place else "bold")
+    _say(console, "")
+
+
+def _width(column: Sequence[Sequence[str]]) -> int:
+    return max(cell_len(line) for lines in column for line in lines)
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    """A line, neither wrapped nor cut, and nothing in it taken for markup."""
+    console.print(Text(_plain(line, console), style), soft_wrap=True, highlight=False)
+
+
+def _plain(line: str, console: Console) -> str:
+    """The line without what would control a terminal, in characters that the console has."""
+    if console.options.ascii_only:
+        line = line.translate(_ASCII)
+    printable = "".join(c if c.isprintable() else "?" for c in line)
+    return printable.encode(console.encoding, "replace").decode(console.encoding)

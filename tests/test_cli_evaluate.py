@@ -1,0 +1,157 @@
+"""mars-eval as its users meet it: what it writes and prints, and what it says to their mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner
+
+from mars.cli.evaluate import main
+from mars.data import open_dataset
+from mars.evaluate import report
+
+TABLE_1 = {"ndb_k", "pkid", "ikid", "pis", "iis", "mse", "mae", "fad"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in, without anybody's weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MARS_WEIGHTS_DIR", raising=False)
+    return tmp_path
+
+
+def mars_eval(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def succeed(*arguments):
+    result = mars_eval(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def write(folder, rows, split="test"):
+    """Built-in notes as a folder of files with NSynth names."""
+    dataset = open_dataset(None)
+    folder.mkdir()
+    for i in dataset.split(split)[rows]:
+        soundfile.write(folder / f"{dataset.names[i]}.wav", dataset.waveforms([i])[0].numpy(), dataset.sample_rate)
+    return folder
+
+
+def test_a_run_is_printed_and_written(folder):
+    real, fake = write(folder / "real", range(25)), write(folder / "fake", range(24), split="valid")
+    files = folder / "out" / "report.json", folder / "out" / "report.html"
+    result = succeed(
+        "run", "--real", real, "--fake", fake, "--preset", "tiny", "--bins", 5, "--json", files[0], "--html", files[1]
+    )
+    document = json.loads(files[0].read_text())
+    assert document["metrics"].keys() >= TABLE_1
+    found = {name for name, metric in document["metrics"].items() if metric["value"] is not None}
+    assert found >= TABLE_1 - {"fad"}
+    assert "no VGGish weights" in document["metrics"]["fad"]["reason"]
+    assert document["embedders"]["pitch-tiny"]["accuracy"] >= 0.7
+    assert document["baselines"]["griffin-lim oracle"]["mse"]["value"] < document["metrics"]["mse"]["value"]
+    for text in ("NDB/k", "real-vs-real", "anchor", document["fingerprint"][:12], "no VGGish weights"):
+        assert text in " ".join(result.output.split()), text
+    page = files[1].read_text()
+    assert page.count("<audio") > 4
+    assert "<script" not in page
+    # The features are kept, and found again.
+    assert len(list((folder / "features").glob("pitch-tiny-*/part-*"))) >= 2
+    again = folder / "again.json"
+    succeed("run", "--real", real, "--fake", fake, "--preset", "tiny", "--bins", 5, "--json", again)
+    one, other = report.read(files[0]), report.read(again)
+    assert one.fingerprint == other.fingerprint
+    assert {n: m.value for n, m in one.metrics.items()} == {n: m.value for n, m in other.metrics.items()}
+
+
+def test_reconstructions_are_made_and_scored(folder):
+    out = folder / "out"
+    options = ("reconstruct", "-n", 5, "--metrics", "mse,mae", "--iterations", 4, "--out", out)
+    succeed(*options)
+    found = report.read(out / "report.json")
+    assert len(list((out / "notes").glob("*.wav"))) == 5
+    assert (found.mode, found.sets["real"].notes, found.produced["settings"]["iterations"]) == ("reconstruction", 5, 4)
+    oracle = found.baselines["griffin-lim oracle"]["mse"].value
+    assert oracle < found.metrics["mse"].value < 0.03
+    assert (out / "report.html").is_file()
+    assert succeed(*options).exit_code == 0  # once more, on the notes that are there
+    assert report.read(out / "report.json").metrics["mse"].value == found.metrics["mse"].value
+    refused = mars_eval("reconstruct", "-n", 5, "--metrics", "mse", "--iterations", 5, "--out", out)
+    assert refused.exit_code == 2
+    assert "was begun with" in refused.output
+
+
+def test_notes_are_generated_like_the_real_ones_and_scored(folder):
+    out = folder / "out"
+    options = ("--metrics", "mse,mae,pitch_accuracy", "--preset", "tiny", "--iterations", 4, "--no-baselines")
+    succeed("generate", "-n", 6, *options, "--out", out)
+    found = report.read(out / "report.json")
+    assert len(list((out / "notes").glob("*.wav"))) == 6
+    assert (found.mode, found.sets["fake"].notes, found.baselines) == ("generation", 6, {})
+    assert found.metrics["mse"].params["against"] == "nearest real note"
+    assert found.metrics["pitch_accuracy"].details["notes"] == 6  # each was asked for a pitch
+
+
+def test_the_same_notes_score_the_same_in_one_folder_or_another(folder):
+    real = write(folder / "real", range(12))
+    values = []
+    for name in ("a", "b"):
+        write(folder / name, range(12), split="valid")
+        succeed("run", "--real", real, "--fake", folder / name, "--metrics", "mse", "--no-baselines", "--no-cache",
+                "--json", folder / f"{name}.json")  # fmt: skip
+        values.append(report.read(folder / f"{name}.json"))
+    assert values[0].metrics["mse"].value == values[1].metrics["mse"].value
+    assert not (folder / "features").exists()
+    compared = succeed("compare", folder / "a.json", folder / "b.json")
+    assert "mel MSE" in compared.output
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--metrics", "fid"), 2, "unknown metric 'fid'; known: ndb_k"),
+        (("--metrics", "fad"), 2, "fad: no VGGish weights, which mars cannot ship: put vggish-10086976.pth"),
+        (("--metrics", "pkid"), 2, "pkid: classifiers/pitch-full is not a classifier"),
+        (("--metrics", "ndb_k"), 2, "ndb_k: fit_bins: want at least 100 notes, got 12"),
+        (("--label-order", "as-published"), 2, "in the profile vinay2022 only"),
+        (("--pairs", "--metrics", "mse"), 2, "has 12 notes, fake 11, and they must pair up by name"),
+        (("--fake", "absent"), 2, "absent does not exist; give a folder of audio files or a packed dataset"),
+        (("--pitch-classifier", "real"), 2, "real is not a classifier (no classifier.json)"),
+    ],
+)
+def test_mistakes_are_explained(folder, monkeypatch, options, code, message):
+    write(folder / "real", range(12))
+    write(folder / "fake", range(11))
+    result = mars_eval("run", "--real", "real", "--fake", "fake", "--no-baselines", *options)
+    text = " ".join(result.output.split())
+    assert message in text
+    assert "Traceback" not in text
+    assert result.exit_code == code
+
+
+@pytest.mark.parametrize("bad", ["silent", "rate", "garbage"])
+def test_files_that_cannot_be_used_are_named(folder, bad):
+    write(folder / "real", range(12))
+    fake = write(folder / "fake", range(12), split="valid")
+    match bad:
+        case "silent":
+            soundfile.write(fake / "zero.wav", np.zeros(64_000), 16_000)
+        case "rate":
+            soundfile.write(fake / "zero.wav", np.random.default_rng(0).uniform(-1, 1, 64_000), 44_100)
+        case "garbage":
+            (fake / "zero.wav").write_bytes(b"RIFF and no more")
+    options = ("run", "--real", "real", "--fake", "fake", "--metrics", "mae", "--no-baselines", "--json", "x.json")
+    result = mars_eval(*options)
+    assert result.exit_code == 3
+    assert "zero.wav" in result.output
+    assert not (folder / "x.json").exists()
+    shown = succeed(*options, "--allow-bad", "0.1")
+    found = report.read(folder / "x.json").sets["fake"]
+    assert (found.notes, [name for name, _ in found.refused]) == (12, ["zero.wav"])
+    assert "zero.wav" in shown.output or "1 refused" in shown.output
