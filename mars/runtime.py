@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,23 @@ def native_bfloat16(device: torch.device) -> bool:
         found = torch.cpu.get_capabilities()
         return any(bool(found.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device, or the CPU in place of MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Computes with float32 in float32, whatever was set: no TF32, no bfloat16, and cuDNN the same way every time."""
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def free_space(path: Path, needed: int) -> None:

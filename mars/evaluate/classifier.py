@@ -7,11 +7,12 @@ shares no instrument with it; the test split, which is what one evaluates with, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -30,9 +31,11 @@ from mars import checkpoint, runtime
 from mars.config import FAMILIES, SOURCES, from_dict
 from mars.data import SPLITS, Dataset
 from mars.errors import CheckpointError, ConfigError, DataError, Diverged
+from mars.evaluate.bootstrap import SEED
 from mars.evaluate.features import Embedding
 from mars.evaluate.frontend import PUBLISHED, SAMPLE_RATE, WHOLE_NOTE, FrontEnd
 from mars.evaluate.networks import Network, build, initialise
+from mars.evaluate.notes import NoteSet
 from mars.evaluate.weights import git_blob, read_weights
 from mars.runtime import stream
 from mars.train.loop import batch_indices
@@ -48,6 +51,7 @@ PUBLISHED_BLOBS: dict[str, Task] = {
     "6d78ccef109fd8298eef380df9b396a2c482f602": "instrument",
 }
 PUBLISHED_PITCHES = 27
+BATCH_VINAY2022 = 50  # notes that the published scripts look at together
 _LINE_EVERY = 30.0  # s between lines where there is no terminal
 
 
@@ -124,9 +128,49 @@ class Classifier:
     @torch.inference_mode()
     def embed(self, waveforms: Tensor) -> Embedding:
         """Features (n, 1, dim) before the last layer and logits (n, classes) of waveforms (n, samples)."""
-        pictures = self.pipeline(waveforms.to(self.network.fc.weight.device))
-        features = self.network.features(pictures.contiguous(memory_format=torch.channels_last))
+        features = self.network.features(_pictures(self, waveforms))
         return Embedding(features.unsqueeze(1).cpu(), self.network.fc(features).cpu())
+
+
+@torch.inference_mode()
+def logits_vinay2022(
+    made: Classifier,
+    notes: NoteSet,
+    *,
+    seed: int = SEED,
+    key: int = 0,
+    progress: Callable[[int, int], None] | None = None,  # called with notes done and all of them
+) -> Tensor:
+    """Logits (n, classes) as the published scripts for the kernel distances compute them: in training mode.
+
+    Nothing in those scripts (pkid.py and ikid.py of Nistal et al. 2020) takes the network out of it. So batch norm has
+    its statistics from 50 notes at a time, in the order of the files, and half of the features are dropped at random,
+    by us with a seed. A note's logits depend on the others, so no cache holds them. Their Inception Score is of a
+    network in evaluation mode, `Classifier.embed`.
+
+    key: tells two sets with one seed apart.
+
+    Raises:
+        DataError: a note's file has changed or gone since the set was opened.
+    """
+    network = copy.deepcopy(made.network).train()  # it adapts its running statistics
+    device = network.fc.weight.device
+    parts = []
+    for start in range(0, len(notes), BATCH_VINAY2022):
+        rows = range(start, min(start + BATCH_VINAY2022, len(notes)))
+        with runtime.exact_float32():
+            features = network.features(_pictures(made, notes.waveforms(rows)))
+            keep = torch.rand(features.shape, generator=stream(seed, key, start)) < 0.5
+            parts.append(network.fc(features * keep.to(device) * 2).cpu())
+        if progress is not None:
+            progress(rows.stop, len(notes))
+    return torch.cat(parts)
+
+
+def _pictures(made: Classifier, waveforms: Tensor) -> Tensor:
+    """What the network sees, on its device."""
+    pictures = made.pipeline(waveforms.to(made.network.fc.weight.device))
+    return pictures.contiguous(memory_format=torch.channels_last)
 
 
 def _placed(network: Network, device: str | torch.device) -> Network:

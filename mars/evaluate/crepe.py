@@ -30,7 +30,7 @@ WIDTHS: dict[Size, tuple[int, ...]] = {
 }
 SAMPLE_RATE, FRAME, HOP = 16_000, 1024, 1600  # Hz; samples
 PITCHES = 360
-LOWEST = 23.4604  # MIDI number of the first: 1997.3794 cents above 10 Hz
+LOWEST = 23.4606  # MIDI number of the first: 1997.3794 cents above 10 Hz
 QUIET = 1e-3  # of the loudest frame's level
 SEMITONES = tuple(range(23, 96))  # MIDI
 FRONT_END = f"crepe 1: frames of {FRAME} every {HOP}, quieter than {QUIET} left out, semitones {SEMITONES[0]} on"
@@ -72,16 +72,17 @@ class Crepe:
 
     @torch.inference_mode()
     def embed(self, waveforms: Tensor) -> Embedding:
-        """Distributions (n, 1, 73) and their logarithms (n, 73) of waveforms (n, samples)."""
+        """Distributions (n, 1, 73) and their logarithms (n, 73) of waveforms (n, samples); silence has every pitch."""
         device = self.network.classifier.weight.device
         frames = F.pad(waveforms.to(device).float(), (FRAME // 2, FRAME // 2)).unfold(1, FRAME, HOP)  # (n, t, 1024)
         level = frames.square().mean(2).sqrt()
         heard = level > QUIET * level.amax(1, keepdim=True)
         centred = frames[heard] - frames[heard].mean(1, keepdim=True)
-        deviation = centred.std(1, keepdim=True).clamp(min=1e-10)
+        deviation = (centred.square().sum(1, keepdim=True) / (FRAME - 1)).sqrt().clamp(min=1e-10)
         posteriors = torch.cat([self.network(part).sigmoid() for part in (centred / deviation).split(64)]).cpu()
         total = torch.zeros(len(frames), self.dim, dtype=torch.float64)
         total.index_add_(0, heard.nonzero()[:, 0].cpu(), posteriors.double() @ _pooling())
+        total[total.sum(1) == 0] = 1
         distribution = (total / total.sum(1, keepdim=True)).float()
         return Embedding(distribution.unsqueeze(1), distribution.clamp(min=1e-10).log())
 

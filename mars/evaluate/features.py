@@ -20,6 +20,7 @@ from torch import Tensor
 from mars import checkpoint
 from mars.errors import CheckpointError, DataError
 from mars.evaluate.notes import NoteSet
+from mars.runtime import exact_float32
 
 PART = 512  # notes; what an interrupted run loses at most
 
@@ -73,6 +74,8 @@ def embed(
 ) -> Embedding:
     """Features of all notes of a set, in its order; those that are not in `cache` are computed and put there.
 
+    They are computed in float32 proper, and not in TF32, so that those of a CPU and a GPU may share a cache.
+
     Raises:
         DataError: a note's file has changed or gone since the set was opened, or its features are not finite.
         CheckpointError: a part of the cache is damaged.
@@ -95,7 +98,8 @@ def embed(
         part = missing[start : start + PART]
         computed = []
         for waveforms in _ahead(notes, part, batch_size):
-            computed.append(embedder.embed(waveforms))
+            with exact_float32():
+                computed.append(embedder.embed(waveforms))
             done += len(waveforms)
             if progress is not None:
                 progress(done, len(notes))
@@ -119,12 +123,16 @@ def embed(
 def _ahead(notes: NoteSet, rows: Sequence[int], size: int) -> Iterator[Tensor]:
     """Waveforms of the rows in batches; a second thread reads the next one."""
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
-        upcoming = reader.submit(notes.waveforms, batches[0])
-        for batch in batches[1:]:
-            ready, upcoming = upcoming.result(), reader.submit(notes.waveforms, batch)
-            yield ready
-        yield upcoming.result()
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
+            upcoming = reader.submit(notes.waveforms, batches[0])
+            for batch in batches[1:]:
+                ready, upcoming = upcoming.result(), reader.submit(notes.waveforms, batch)
+                yield ready
+            yield upcoming.result()
+    finally:
+        torch.set_num_threads(threads)  # for threads yet to start, which take the number set last
 
 
 def _rows(keys: Sequence[str], tensors: checkpoint.Tensors) -> dict[str, Embedding]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mars.evaluate import mel
+from mars.runtime import float64_device
 
 SAMPLE_RATE = 16_000  # Hz
 
@@ -43,21 +44,21 @@ class FrontEnd:
     def __call__(self, waveforms: Tensor) -> Tensor:
         """Float32 (B, 1, height, width) of waveforms (B, any number of samples), on their device."""
         x = waveforms.float()[:, : self.samples]
+        if self.scale == "ln":  # whose floor is far below float32's rounding: a tone's quiet bins would be noise
+            x = x.to(float64_device(x.device)).double()
         x = F.pad(x, (0, self.samples - x.shape[1]))
         if self.fade:
-            x = x * _fade_out(self.samples, self.fade).to(x.device)
-        window = torch.hann_window(self.window, device=x.device)
+            x = x * _fade_out(self.samples, self.fade).to(x)
+        window = torch.hann_window(self.window, dtype=x.dtype, device=x.device)
         spectrum = torch.stft(
             x, self.n_fft, self.hop, self.window, window, center=True, pad_mode=self.padding, return_complex=True
         )
         bins = spectrum.abs().unsqueeze(1)
-        bands = (
-            mel.filterbank(SAMPLE_RATE, self.n_fft, self.mels).float().to(x.device) @ bins
-            if self.mels
-            else bins[:, :, 1:]
-        )
+        bands = mel.filterbank(SAMPLE_RATE, self.n_fft, self.mels).to(x) @ bins if self.mels else bins[:, :, 1:]
         picture = torch.log(bands + 1e-10) if self.scale == "ln" else _decibels(bands)
-        return F.interpolate(picture, (self.square, self.square), mode="nearest") if self.square else picture
+        if self.square:
+            picture = F.interpolate(picture, (self.square, self.square), mode="nearest")
+        return picture.to(waveforms.device, torch.float32)
 
 
 def _decibels(magnitudes: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def _fade_out(samples: int, share: float) -> Tensor:
     """(samples,): ones, then a power of ten that falls from 1 to 0 over the last `share`."""
     curve = torch.logspace(1, 0, int(samples * share), dtype=torch.float64)
     curve = (curve - curve.min()) / (curve.max() - curve.min())
-    return torch.cat((torch.ones(samples - len(curve), dtype=torch.float64), curve)).float()
+    return torch.cat((torch.ones(samples - len(curve), dtype=torch.float64), curve))
 
 
 PUBLISHED = FrontEnd(

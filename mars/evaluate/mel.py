@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mars.errors import DataError
+from mars.evaluate.samples import finite
+from mars.runtime import exact_float32, float64_device
 
 SAMPLE_RATE = 16_000  # Hz
 N_FFT, HOP, BANDS = 1024, 256, 80
@@ -50,22 +52,24 @@ def log_mel(waveform: Tensor) -> Tensor:
     """Log-mel spectrograms float32 (B, 80, 1 + samples // 256) in [0, 1] of waveforms (B, samples) at 16 kHz.
 
     64,000 samples make 251 frames, centred, with zeros around the note; silence is 0 everywhere. The waveform is
-    clipped to [-1, 1] first. Computed in float64 where the waveform is.
+    clipped to [-1, 1] first. Computed in float64 where the waveform is, or on the CPU if that is on MPS.
 
     Raises:
         ValueError: another shape or integers.
+        DataError: a waveform holds NaN or infinity.
     """
     if waveform.ndim != 2 or not waveform.is_floating_point():
         raise ValueError(f"log_mel: want floating-point (B, samples), got {waveform.dtype} {tuple(waveform.shape)}")
+    waveform = waveform.to(float64_device(waveform.device))
+    finite("log_mel", waveform, "notes")
     filters = filterbank().to(waveform.device)
     window = torch.hann_window(N_FFT, dtype=torch.float64, device=waveform.device)
     spectrograms = waveform.new_empty(len(waveform), BANDS, 1 + waveform.shape[1] // HOP, dtype=torch.float32)
-    for notes, into in zip(waveform.split(_NOTES), spectrograms.split(_NOTES), strict=True):
-        spectrum = torch.stft(
-            notes.double().clamp(-1, 1), N_FFT, HOP, window=window, pad_mode="constant", return_complex=True
-        )
+    for start in range(0, len(waveform), _NOTES):
+        notes = waveform[start : start + _NOTES].double().clamp(-1, 1)
+        spectrum = torch.stft(notes, N_FFT, HOP, window=window, pad_mode="constant", return_complex=True)
         decibels = 20 * (filters @ spectrum.abs()).clamp_(min=1e-5).log10_() - 20
-        into.copy_(((decibels + 100) / 100).clamp_(0, 1))
+        spectrograms[start : start + _NOTES] = ((decibels + 100) / 100).clamp_(0, 1)
     return spectrograms
 
 
@@ -110,10 +114,12 @@ def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
 
     Raises:
         ValueError: other shapes.
-        DataError: no references.
+        DataError: no references, or a spectrogram that holds NaN or infinity.
     """
     if queries.ndim != 3:
         raise ValueError(f"nearest: want queries (n, bands, frames), got {tuple(queries.shape)}")
+    queries = queries.to(float64_device(queries.device), torch.promote_types(queries.dtype, torch.float32))
+    finite("nearest (queries)", queries, "notes")
     n, device = len(queries), queries.device
     index = torch.full((n,), -1, device=device)
     mse, mae = torch.full((2, n), torch.inf, dtype=torch.float64, device=device)
@@ -121,11 +127,13 @@ def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
     for block in references.split(4096) if isinstance(references, Tensor) else references:
         if block.shape[1:] != queries.shape[1:]:
             raise ValueError(f"nearest: want references {('m', *queries.shape[1:])}, got {tuple(block.shape)}")
-        flat = block.to(device).flatten(1)
+        flat = block.to(device, queries.dtype).flatten(1)
+        finite("nearest (references)", flat, "notes")
         squares = flat.square().sum(1)
         for rows in torch.arange(n, device=device).split(64):
             part = queries[rows].flatten(1)
-            scores = torch.addmm(squares, part, flat.T, alpha=-2)
+            with exact_float32():
+                scores = torch.addmm(squares, part, flat.T, alpha=-2)
             found = scores.topk(min(_CANDIDATES, len(flat)), largest=False).indices.sort().values
             squared, absolute = _errors(part[:, None], flat[found])
             best = squared.argmin(1, keepdim=True)
@@ -157,7 +165,8 @@ def copy_ratio(train: Nearest, test: Nearest) -> Tensor:
 
 def _errors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared and mean absolute difference over the last dimension, in float64."""
-    difference = a.double() - b.double()
+    device = float64_device(a.device)
+    difference = a.to(device).double() - b.to(device).double()
     return difference.square().mean(-1), difference.abs().mean(-1)
 
 

@@ -181,7 +181,9 @@ def _principal(samples: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor] | Tens
         from sklearn.decomposition import PCA
     except ModuleNotFoundError:
         raise _missing() from None
-    pca = PCA(min(COMPONENTS, n - 1), svd_solver="randomized", random_state=_integer(seed, 0)).fit(samples.numpy())
+    pca = PCA(min(COMPONENTS, n - 1), svd_solver="randomized", random_state=_integer(seed, 0))
+    with np.errstate(invalid="ignore"):  # notes that are all alike, which are refused when there are no bins of them
+        pca.fit(samples.numpy())
     return (torch.from_numpy(pca.mean_), torch.from_numpy(pca.components_)), float(pca.explained_variance_ratio_.sum())
 
 
@@ -190,7 +192,7 @@ def _project(samples: Tensor, projection: tuple[Tensor, Tensor] | Tensor) -> Ten
     if isinstance(projection, Tensor):
         return samples[:, projection].double()
     mean, basis = projection
-    return torch.cat([((x - mean) @ basis.T).double() for x in samples.split(_CHUNK)])
+    return torch.cat([((x.to(mean.dtype) - mean) @ basis.T).double() for x in samples.split(_CHUNK)])
 
 
 def _choice(n: int, size: int, seed: int) -> Tensor:

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from mars.errors import DataError
+
 Numbers = npt.NDArray[np.int64]
 
 
@@ -40,7 +42,8 @@ def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[s
     """Compare requested pitches (n,), MIDI or -1 for unknown, with the likeliest of logits (n, C).
 
     Raises:
-        ValueError: as `detected`, or no note can be judged.
+        ValueError: as `detected`, or there is not one pitch for each note.
+        DataError: no note can be judged.
     """
     wanted, found = np.asarray(requested, np.int64), detected(logits, classes)
     if wanted.shape != found.shape:
@@ -48,7 +51,7 @@ def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[s
     known = wanted >= 0
     judged = known & np.isin(wanted, _midi(classes))
     if not judged.any():
-        raise ValueError(
+        raise DataError(
             f"pitch_accuracy: want notes with a known pitch, got none among {len(wanted)}; "
             "use NSynth names or the notes.json of mars-generate"
         )

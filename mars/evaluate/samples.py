@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mars.errors import DataError
 
+_BLOCK = 256  # samples summed at a time
+
 
 def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor:
-    """The samples, detached, on the CPU and contiguous.
+    """The samples, detached, on the CPU and contiguous; float32 if they were in less.
 
     name, shape: of the measure and of what it wants, for the message, such as "kid", "notes", "features".
 
@@ -25,13 +27,17 @@ def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor
         raise ValueError(f"{name}: want {wanted}, got {samples.dtype} {tuple(samples.shape)}")
     if len(samples) < minimum:
         raise DataError(f"{name}: want at least {minimum} {shape[0]}, got {len(samples)}; evaluate more of them")
-    samples = samples.detach().cpu().contiguous()
+    samples = samples.detach().cpu()
+    samples = samples.to(torch.promote_types(samples.dtype, torch.float32)).contiguous()
+    finite(name, samples, shape[0])
+    return samples
+
+
+def finite(name: str, samples: Tensor, kind: str) -> None:
+    """Raises `DataError` if any of samples (n, ...) holds NaN or infinity."""
     bad = int((~_sums(samples).isfinite()).sum())
     if bad:
-        raise DataError(
-            f"{name}: {bad} of {len(samples)} {shape[0]} hold NaN or infinity; leave them out or repair them"
-        )
-    return samples
+        raise DataError(f"{name}: {bad} of {len(samples)} {kind} hold NaN or infinity; leave them out or repair them")
 
 
 def canonical_order(samples: Tensor) -> Tensor:
@@ -57,4 +63,8 @@ def canonical(samples: Tensor) -> Tensor:
 
 
 def _sums(samples: Tensor) -> Tensor:
-    return samples.flatten(1).sum(1, dtype=torch.float64) if samples.ndim > 1 else samples.double()
+    """float64 (n,) of samples (n, ...)."""
+    if samples.ndim == 1:
+        return samples.double()
+    # PyTorch converts all that it sums first, which for many log-mels would be gigabytes.
+    return torch.cat([x.flatten(1).sum(1, dtype=torch.float64) for x in samples.split(_BLOCK)])

@@ -21,6 +21,7 @@ from mars.errors import CheckpointError
 from mars.evaluate.features import Embedding
 from mars.evaluate.weights import read_weights
 from mars.files import sha256
+from mars.runtime import float64_device
 
 PUBLISHED = "vggish-10086976.pth"  # 276 MiB
 SAMPLE_RATE = 16_000  # Hz
@@ -28,7 +29,8 @@ WINDOW, HOP, N_FFT = 400, 160, 512  # samples
 BANDS, LOW, HIGH = 64, 125.0, 7500.0  # Hz
 FRAMES = 96  # of an example
 
-Framing = Literal["google", "torchvggish"]
+Framing = Literal["google", "google-16-bit", "torchvggish"]
+QUIETEST: dict[Framing, float] = {"google": 0.1, "google-16-bit": 0.1 / 2**15}  # level that notes are raised from
 
 _NOTES = 32  # transformed at a time
 
@@ -37,13 +39,18 @@ def log_mel(waveform: Tensor) -> Tensor:
     """log(mel + 0.01), float64 (B, frames, 64), of waveforms (B, samples) at 16 kHz.
 
     Windows of 25 ms every 10 ms without padding: 1 + (samples - 400) // 160 frames. Periodic Hann window, magnitudes
-    of a 512-point transform, triangles that are straight on the mel scale 1127 ln(1 + f / 700).
+    of a 512-point transform, triangles that are straight on the mel scale 1127 ln(1 + f / 700). On the CPU for
+    waveforms on MPS, which has no float64.
     """
-    frames = waveform.double().unfold(-1, WINDOW, HOP)
+    waveform = waveform.to(float64_device(waveform.device)).double()
+    frames = waveform.unfold(-1, WINDOW, HOP)
     window = torch.hann_window(WINDOW, dtype=torch.float64, device=waveform.device)
     filters = _filterbank().to(waveform.device)
-    parts = [(torch.fft.rfft(notes * window, N_FFT).abs() @ filters + 0.01).log() for notes in frames.split(_NOTES)]
-    return torch.cat(parts)
+    spectrograms = waveform.new_empty(*frames.shape[:2], BANDS)
+    for start in range(0, len(frames), _NOTES):
+        spectrum = torch.fft.rfft(frames[start : start + _NOTES] * window, N_FFT)
+        spectrograms[start : start + _NOTES] = (spectrum.abs() @ filters + 0.01).log()
+    return spectrograms
 
 
 def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
@@ -51,7 +58,9 @@ def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
 
     - "google": each note over its highest sample, or over 0.1 if that is higher; windows of 16,000 samples every
       8,000, of whose 98 frames the first 96 are used. 7 examples of 64,000 samples. That of google-research's
-      Fréchet Audio Distance.
+      Fréchet Audio Distance, as it is meant.
+    - "google-16-bit": as that program treats 16-bit files, whose samples it does not scale to [-1, 1]: the limit of
+      0.1 is below one step, so that every note is raised to full scale, however quiet.
     - "torchvggish": no change of level; 96 frames after 96 frames. 4 examples of 64,000 samples.
 
     A rest at the end that does not fill an example is left out.
@@ -59,7 +68,7 @@ def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
     Raises:
         ValueError: another shape, integers, or notes too short for one example.
     """
-    least = SAMPLE_RATE if framing == "google" else WINDOW + (FRAMES - 1) * HOP
+    least = WINDOW + (FRAMES - 1) * HOP if framing == "torchvggish" else SAMPLE_RATE
     if waveform.ndim != 2 or waveform.shape[1] < least or not waveform.is_floating_point():
         wanted = f"floating-point (B, samples >= {least})"
         raise ValueError(f"vggish.examples: want {wanted}, got {waveform.dtype} {tuple(waveform.shape)}")
@@ -68,7 +77,8 @@ def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
     peak = waveform.amax(1, keepdim=True)  # of the signed signal, as published
     count = 1 + (waveform.shape[1] - SAMPLE_RATE) // (SAMPLE_RATE // 2)
     # Windows start on the hop's grid, so that their frames are those of the whole note.
-    return log_mel(waveform / peak.clamp(min=0.1)).unfold(1, FRAMES, SAMPLE_RATE // 2 // HOP)[:, :count].mT.float()
+    frames = log_mel(waveform / peak.clamp(min=QUIETEST[framing]))
+    return frames.unfold(1, FRAMES, SAMPLE_RATE // 2 // HOP)[:, :count].mT.float()
 
 
 class VGGish(nn.Module):
@@ -78,10 +88,10 @@ class VGGish(nn.Module):
     sample_rate = SAMPLE_RATE
     dim = 128
     classes: tuple[str, ...] | None = None
-    front_end = hashlib.sha256(b"google framing").hexdigest()  # all but the weights that decides `frames`
 
-    def __init__(self) -> None:
+    def __init__(self, framing: Framing = "google") -> None:
         super().__init__()
+        self.framing = framing
         self.sha256 = ""  # of the file that the weights are from
         layers: list[nn.Module] = []
         channels = 1
@@ -101,15 +111,25 @@ class VGGish(nn.Module):
         maps = self.features(examples.unsqueeze(1))  # (N, 512, 6, 4)
         return self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))  # the weights expect channels last
 
+    @property
+    def front_end(self) -> str:
+        """Hex sum of what decides the frames besides the weights."""
+        return hashlib.sha256(f"{self.framing} framing".encode()).hexdigest()
+
     @torch.inference_mode()
-    def embed(self, waveforms: Tensor, framing: Framing = "google") -> Embedding:
+    def embed(self, waveforms: Tensor) -> Embedding:
         """Frames (B, examples, 128) of waveforms (B, samples) at 16 kHz."""
-        device = self.embeddings[0].weight.device
-        parts = [self(examples(notes.to(device), framing).flatten(0, 1)).cpu() for notes in waveforms.split(_NOTES)]
-        return Embedding(torch.cat(parts).unflatten(0, (len(waveforms), -1)))
+        weight = self.embeddings[-1].weight
+        assert isinstance(weight, Tensor)
+        device = weight.device
+        parts = []
+        for notes in waveforms.split(_NOTES):
+            seen = examples(notes.to(device), self.framing).to(device)
+            parts.append(self(seen.flatten(0, 1)).view(*seen.shape[:2], self.dim).cpu())
+        return Embedding(torch.cat(parts))
 
 
-def load(path: Path) -> VGGish:
+def load(path: Path, framing: Framing = "google") -> VGGish:
     """VGGish with the weights of a .safetensors file or of torchvggish's .pth, in evaluation mode.
 
     Raises:
@@ -117,7 +137,7 @@ def load(path: Path) -> VGGish:
     """
     try:
         tensors = checkpoint.read_tensors(path) if path.suffix == ".safetensors" else read_weights(path)
-        network = VGGish()
+        network = VGGish(framing)
         checkpoint.load_weights(network, tensors, path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; want VGGish's weights, {PUBLISHED} of torchvggish") from None

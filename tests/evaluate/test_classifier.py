@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -20,6 +21,8 @@ from mars.evaluate import classifier
 from mars.evaluate.classifier import PRESETS
 from mars.evaluate.frontend import PUBLISHED
 from mars.evaluate.networks import build, initialise
+from mars.evaluate.notes import NoteSet, Record
+from mars.runtime import stream
 
 SAMPLES = 8192
 QUICK = dataclasses.replace(
@@ -109,6 +112,29 @@ def test_the_logits_are_the_last_layer_of_the_features(dataset, pitch):
     torch.testing.assert_close(made.network.fc(found.frames[:, 0]), found.logits)
     alone = made.embed(dataset.waveforms([60]))
     torch.testing.assert_close(alone.frames[0], found.frames[1], atol=1e-5, rtol=1e-4)
+
+
+def test_published_logits_are_of_a_network_that_still_trains(dataset, pitch, monkeypatch):
+    monkeypatch.setattr(classifier, "BATCH_VINAY2022", 20)
+    made = classifier.load(pitch)
+    before = {name: t.clone() for name, t in made.network.state_dict().items()}
+    audio = dataset.waveforms(range(50))
+    names = tuple(map(str, range(50)))
+    unknown = np.full(50, -1, np.int32)
+    notes = NoteSet("test", names, names, unknown, unknown, unknown, unknown, Record(), lambda rows: audio[list(rows)])
+    found = classifier.logits_vinay2022(made, notes)
+    network = copy.deepcopy(made.network).train()
+    with torch.no_grad():
+        features = network.features(made.pipeline(audio[20:40]))
+    keep = (torch.rand(20, made.dim, generator=stream(2020, 0, 20)) < 0.5).float()
+    torch.testing.assert_close(found[20:40], made.network.fc(features * keep / 0.5), atol=1e-4, rtol=1e-4)
+    assert 0.4 < keep.mean() < 0.6
+    assert not torch.allclose(found, made.embed(audio).logits, atol=0.1)
+    assert torch.equal(classifier.logits_vinay2022(made, notes), found)
+    assert not torch.equal(classifier.logits_vinay2022(made, notes, key=1), found)
+    after = made.network.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not made.network.training
 
 
 def test_it_learns_families_and_keeps_the_confusions(dataset, tmp_path):

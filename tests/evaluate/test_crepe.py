@@ -60,6 +60,14 @@ def test_frames_are_standardised_and_quiet_ones_left_out():
     torch.testing.assert_close(seen.std(1), torch.ones(len(seen)))
 
 
+@pytest.mark.parametrize("notes", [torch.zeros(2, 64_000), torch.cat([tones(60), torch.zeros(1, 64_000)])])
+def test_silence_has_every_pitch(notes):
+    network = crepe.Network("tiny").eval()
+    made = crepe.Crepe("crepe-tiny", network, "").embed(notes)
+    torch.testing.assert_close(made.frames[1, 0], torch.full((73,), 1 / 73))
+    assert bool(made.logits.isfinite().all())
+
+
 def test_a_note_does_not_depend_on_the_others():
     ear = crepe.Crepe("ear", Ear(), "")
     notes = tones(50, 62, 74)

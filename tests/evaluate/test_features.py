@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +59,40 @@ def test_features_come_in_the_order_of_the_notes():
     assert made.frames.shape == (3, 4, 2)
     assert made.frames[:, 0, 0].tolist() == pytest.approx([0.3, 0.1, 0.2])
     torch.testing.assert_close(made.logits[:, 2], torch.tensor([0.9, 0.3, 0.6]))
+
+
+def test_float32_is_float32_whatever_was_set():
+    seen = []
+
+    class Listener(Counter):
+        def embed(self, waveforms):
+            cudnn = torch.backends.cudnn
+            seen.append((torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic))
+            return super().embed(waveforms)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+        embed(notes(0.1), Listener())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("highest", False, True)]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == before
+
+
+def test_threads_that_start_later_have_all_their_threads():
+    def of_a_new_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        embed(notes(0.1, 0.2), Counter(), batch_size=1)
+        assert torch.get_num_threads() == of_a_new_thread() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_logits_may_be_absent(tmp_path):

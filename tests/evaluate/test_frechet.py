@@ -82,6 +82,20 @@ def test_resampled_moments_are_those_of_repeated_clips():
         torch.testing.assert_close(found.scatter, expected.scatter, rtol=1e-9, atol=1e-9)
 
 
+def test_fad_is_float64():
+    real, fake = torch.randn(40, 2, 4), torch.randn(40, 2, 4) + 1
+    moments = (Moments.of(x.double().flatten(0, 1)) for x in (real, fake))
+    exact = frechet_distance(*(x for m in moments for x in (m.mean, m.covariance)))
+    assert fad(real, fake, resamples=2).estimate.value == pytest.approx(exact, rel=1e-12)
+
+
+def test_wide_features_need_no_more_memory_than_a_few_copies_of_them():
+    clips = torch.randn(300, 1, 1000)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        list(_resampled(clips.double(), resample_counts(300, 2, seed=1)))
+    assert max(event.self_cpu_memory_usage for event in profile.events()) <= 8 * 1000**2
+
+
 def test_interval_of_fad_is_about_its_spread():
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
         level = torch.randn(2, 150, 1, 6)  # frames of a clip resemble each other

@@ -45,6 +45,25 @@ def test_log_mel_is_librosas():
         np.testing.assert_allclose(spectrogram.numpy(), expected, atol=1e-5)
 
 
+def test_no_notes_make_no_spectrograms():
+    assert log_mel(torch.zeros(0, 64_000)).shape == (0, 80, 251)
+
+
+def test_waveforms_are_left_as_they_are():
+    given = 2 * torch.randn(2, 3000, dtype=torch.float64)
+    before = given.clone()
+    log_mel(given)
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_waveforms_that_are_not_finite_are_an_error(value):
+    given = torch.zeros(3, 3000)
+    given[1, 7] = value
+    with pytest.raises(DataError, match=r"^log_mel: 1 of 3 notes hold NaN or infinity"):
+        log_mel(given)
+
+
 def test_range():
     assert not bool(log_mel(torch.zeros(2, 64_000)).any())
     loudest = log_mel(torch.ones(1, 64_000).where(torch.arange(64_000) % 40 < 20, -1.0))
@@ -99,6 +118,31 @@ def test_nearest_is_brute_force(blocks):
     assert found.distinct == len(set(index.tolist()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_nearest_in_any_precision(dtype):
+    references, queries = torch.rand(300, 80, 100).to(dtype), torch.rand(40, 80, 100).to(dtype)
+    index, mse, _ = brute_force(queries, references)
+    for block in (references, references.float()):
+        found = nearest(queries, block)
+        assert torch.equal(found.index, index)
+        torch.testing.assert_close(found.errors.mse, mse, rtol=1e-6, atol=0)
+
+
+def test_nearest_is_as_exact_where_products_are_set_to_be_rough():
+    queries = torch.rand(10, 80, 100)
+    away = (
+        torch.nn.functional.normalize(torch.randn(10, 60, 8000), dim=2) * torch.linspace(0.1, 0.7, 60)[:, None].sqrt()
+    )
+    references = (queries[:, None] + away.unflatten(2, (80, 100))).flatten(0, 1)
+    torch.set_float32_matmul_precision("medium")  # training sets it: bfloat16 products on some CPUs
+    try:
+        found = nearest(queries, references)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found.index.tolist() == list(range(0, 600, 60))
+
+
 def test_planted_neighbours_that_a_product_cannot_tell_apart():
     references = torch.rand(50, 80, 251)
     near = references[:10].clone()
@@ -145,3 +189,9 @@ def test_nearest_refuses():
         nearest(torch.rand(2, 3, 4), iter([]))
     with pytest.raises(ValueError, match=r"want references \('m', 3, 4\), got \(5, 3, 5\)"):
         nearest(torch.rand(2, 3, 4), torch.rand(5, 3, 5))
+    bad = torch.rand(5, 3, 4)
+    bad[2, 0, 0] = torch.nan
+    with pytest.raises(DataError, match=r"^nearest \(queries\): 1 of 5 notes hold NaN"):
+        nearest(bad, torch.rand(2, 3, 4))
+    with pytest.raises(DataError, match=r"^nearest \(references\): 1 of 5 notes hold NaN"):
+        nearest(torch.rand(2, 3, 4), bad)

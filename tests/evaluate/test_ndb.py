@@ -101,6 +101,38 @@ def test_bins_of_many_dimensions_are_made_in_principal_components():
     assert different_bins(fit_bins(reference.flip(0), 20, runs=2), off) == different_bins(bins, off)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_notes_of_any_precision(dtype):
+    reference, notes = modes(300, 400).bfloat16().float(), modes(200, 400).bfloat16().float()
+    bins = fit_bins(reference, 10, runs=1)
+    assert different_bins(bins, notes.to(dtype)).ratios == different_bins(bins, notes).ratios
+    assert fit_bins(reference.to(dtype), 10, runs=1).counts.sum() == 300
+
+
+def test_notes_that_are_all_alike_make_no_bins():
+    for d in (5, 300):
+        with pytest.raises(DataError, match="want at least 10 different reference notes, got 1"):
+            fit_bins(torch.ones(50, d), 10, runs=1)
+
+
+def test_vinay2022_is_the_published_computation():
+    """Against k-means with as many starts, centres and distances in numpy, and scipy's normal distribution."""
+    reference, notes = modes(400, 20), modes(300, 20) + 0.3
+    bins = fit_bins_vinay2022(reference, 15)
+    x, y = reference.double().numpy()[:, bins.projection], notes.double().numpy()[:, bins.projection]
+    label = scipy.spatial.distance.cdist(x, bins.centres[0].numpy()).argmin(1)
+    centres = np.stack([x[label == i].mean(0) for i in range(15)])
+    p = np.bincount(label, minlength=15) / 400
+    q = np.bincount(scipy.spatial.distance.cdist(y, centres).argmin(1), minlength=15) / 300
+    pooled = (400 * p + 300 * q) / 700
+    z = (p - q) / np.sqrt(pooled * (1 - pooled) * (1 / 400 + 1 / 300))
+    different = 2 * scipy.stats.norm.cdf(-np.abs(z)) < 0.05
+    found = different_bins(bins, notes)
+    assert found.ratio == pytest.approx(different.mean())
+    assert 0 < found.ratio < 1
+    assert different_bins(fit_bins_vinay2022(reference, 15), notes) == found
+
+
 def test_vinay2022_takes_a_sixth_of_many_dimensions():
     reference = modes(300, 1201)
     bins = fit_bins_vinay2022(reference, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mars.errors import DataError
 from mars.evaluate.pitch import PitchAccuracy, detected, pitch_accuracy
 
 CLASSES = tuple(str(midi) for midi in range(40, 80))
@@ -28,7 +29,7 @@ def test_every_kind_of_error_is_counted():
 
 
 def test_what_cannot_be_judged_is_an_error():
-    with pytest.raises(ValueError, match="want notes with a known pitch, got none among 2"):
+    with pytest.raises(DataError, match="want notes with a known pitch, got none among 2"):
         pitch_accuracy([-1, 120], logits(60, 60), CLASSES)
     with pytest.raises(ValueError, match="want a pitch a note, 2"):
         pitch_accuracy([60], logits(60, 60), CLASSES)

@@ -32,6 +32,22 @@ def test_rounding_moves_few_samples():
     assert int(moved.sum()) < 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_half_precision_becomes_float32(dtype):
+    samples = torch.eye(6, dtype=dtype).repeat(2, 1)
+    found = checked("kid", samples, "notes", "features")
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(found, samples.to(found.dtype))
+    assert canonical(found).dtype == torch.float64
+
+
+def test_no_second_copy_is_made_of_many_samples():
+    samples = torch.ones(2000, 1000)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        canonical_order(checked("ndb", samples, "notes", "features"))
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < samples.nbytes / 2
+
+
 def test_checked_says_what_was_wanted():
     with pytest.raises(ValueError, match=r"^kid: want floating-point \(notes, features\), got torch.float32 \(3,\)$"):
         checked("kid", torch.zeros(3), "notes", "features")

@@ -62,8 +62,17 @@ def test_google_framing():
             window = waveform[note : note + 1, 8000 * i : 8000 * i + 16_000] * gain
             expected = vggish.log_mel(window)[0, :96].float()
             torch.testing.assert_close(found[note, i], expected, rtol=1e-5, atol=1e-5)
+    loud = vggish.examples(waveform / waveform.amax(1, keepdim=True), "google")
+    torch.testing.assert_close(vggish.examples(waveform, "google-16-bit"), loud)  # however quiet
+    assert bool(vggish.examples(torch.zeros(1, 64_000), "google-16-bit").isfinite().all())
     assert vggish.examples(torch.zeros(1, 23_999)).shape[1] == 1
     assert vggish.examples(torch.zeros(1, 24_000)).shape[1] == 2
+
+
+@pytest.mark.parametrize(("framing", "count"), [("google", 7), ("google-16-bit", 7), ("torchvggish", 4)])
+def test_no_notes_make_no_examples(framing, count):
+    assert vggish.log_mel(torch.zeros(0, 64_000)).shape == (0, 398, 64)
+    assert vggish.examples(torch.zeros(0, 64_000), framing).shape == (0, count, 96, 64)
 
 
 def test_torchvggish_framing():
@@ -112,6 +121,7 @@ def test_embeddings_are_what_the_published_layout_gives(weights):
     found = network.embed(waveform).frames
     assert found.shape == (3, 7, 128)
     assert float(found.min()) < 0  # before any activation
+    assert network.embed(waveform[:0]).frames.shape == (0, 7, 128)
     state = network.state_dict()
     x = vggish.examples(waveform)[1, 2][None, None]
     for name in NAMES[:6]:
@@ -126,6 +136,14 @@ def test_embeddings_are_what_the_published_layout_gives(weights):
     torch.testing.assert_close(
         vggish.load(weights[".safetensors"]).embed(waveform[1:2]).frames[0, 2], x, rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_framing_decides_the_examples_and_is_in_the_hash(weights):
+    networks = [vggish.load(weights[".pth"], framing) for framing in ("google", "google-16-bit", "torchvggish")]
+    assert len({network.front_end for network in networks}) == 3
+    found = [network.embed(0.01 * torch.randn(1, 64_000)).frames for network in networks]
+    assert [x.shape[1] for x in found] == [7, 7, 4]
+    assert not torch.equal(found[0], found[1])
 
 
 def small(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
