@@ -314,6 +314,7 @@ def _score(
         pitch=options["pitch_classifier"],
         instrument=options["instrument_classifier"],
         vggish_weights=options["vggish"],
+        framing="google" if settings.profile == "standard" else "google-16-bit",
         crepe_size=options["crepe"],
         device=options["device"],
         force=options["force"],

@@ -20,6 +20,7 @@ def load(
     pitch: Path | None = None,
     instrument: Path | None = None,
     vggish_weights: Path | None = None,
+    framing: vggish.Framing = "google",
     crepe_size: crepe.Size = "tiny",
     device: str | torch.device = "cpu",
     force: bool = False,
@@ -30,6 +31,7 @@ def load(
         preset: of the classifiers, which are sought in $MARS_WEIGHTS_DIR, else in classifiers/.
         pitch, instrument: directories of classifiers, instead.
         vggish_weights: None: `vggish-10086976.pth` or `vggish.safetensors` in $MARS_WEIGHTS_DIR, if it is there.
+        framing: of VGGish.
         force: take classifiers that their gates refuse.
 
     Raises:
@@ -50,7 +52,7 @@ def load(
         if network.task != task:
             raise ConfigError(f"{place} is a classifier of {network.task}s; want one of {task}s (--{task}-classifier)")
         found[task] = network
-    found["vggish"] = _vggish(vggish_weights, device)
+    found["vggish"] = _vggish(vggish_weights, framing, device)
     try:
         weights = crepe.installed(crepe_size)
     except CheckpointError as error:
@@ -60,7 +62,7 @@ def load(
     return found
 
 
-def _vggish(path: Path | None, device: str | torch.device) -> Embedder | str:
+def _vggish(path: Path | None, framing: vggish.Framing, device: str | torch.device) -> Embedder | str:
     if path is None:
         folder = os.environ.get(WEIGHTS_DIR)
         places = [Path(folder, name) for name in (vggish.PUBLISHED, "vggish.safetensors")] if folder else []
@@ -70,4 +72,4 @@ def _vggish(path: Path | None, device: str | torch.device) -> Embedder | str:
             f"no VGGish weights, which mars cannot ship: put {vggish.PUBLISHED} of torchvggish (276 MiB) into the "
             f"folder that {WEIGHTS_DIR} names, or give it with --vggish"
         )
-    return vggish.load(path).to(device)
+    return vggish.load(path, framing).to(device)

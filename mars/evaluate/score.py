@@ -22,7 +22,7 @@ from mars.errors import ConfigError, DataError
 from mars.evaluate import features, frechet, inception_score, kad, kid, mel, ndb, prdc
 from mars.evaluate.baselines import anchor, griffin_lim_oracle, halves
 from mars.evaluate.bootstrap import SEED, Estimate, bootstrap_mean
-from mars.evaluate.classifier import Classifier
+from mars.evaluate.classifier import Classifier, logits_vinay2022
 from mars.evaluate.features import Embedder, Embedding
 from mars.evaluate.notes import NoteSet, pair
 from mars.evaluate.pitch import detected, pitch_accuracy
@@ -285,6 +285,13 @@ class _Scorer:
             self.used[embedder.id]["accuracy"] = None if validation is None else validation["accuracy"]
         return features.embed(notes, embedder, self._cache, progress=self._told(f"{embedder.id}, {notes.source}"))
 
+    def training_logits(self, notes: _Notes, role: Role, key: int) -> Tensor:
+        """Logits of the role's classifier in training mode, as the published scripts leave it."""
+        made = self._embedders[role]
+        assert isinstance(made, Classifier)
+        told = self._told(f"{made.id} in training mode, {notes.notes.source}")
+        return logits_vinay2022(made, notes.notes, seed=self.settings.seed, key=key, progress=told)
+
     def classes(self, role: Role) -> tuple[str, ...]:
         """What the logits of the role's network, which there is, stand for. Raises `Unavailable`."""
         embedder = self._embedders[role]
@@ -384,8 +391,13 @@ def _kid(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]
 
 
 def _kid_vinay2022(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]:
-    found = kid.kid_vinay2022(_logits(row.real, role), _logits(row.fake, role))
-    params = {"kernel": "16 / (16 + |x - y|^2), with diagonal", "label_order": _label_order(scorer)}
+    if len(row.real) != len(row.fake):  # before minutes of listening
+        raise DataError(f"want as many notes to evaluate as real ones, got {len(row.fake)} and {len(row.real)}")
+    found = kid.kid_vinay2022(*(scorer.training_logits(notes, role, i) for i, notes in enumerate((row.real, row.fake))))
+    params = {
+        "kernel": "16 / (16 + |x - y|^2), with diagonal", "network": "in training mode",
+        "label_order": _label_order(scorer),
+    }  # fmt: skip
     return {name: Metric(value=found.mean, params=params, details={"std": found.std, "blocks": found.blocks})}
 
 
@@ -413,13 +425,13 @@ def _inception_score_vinay2022(name: str, role: Role, scorer: _Scorer, row: _Row
 def _fad(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     found = frechet.fad(*_frames(row, "vggish"), seed=scorer.settings.seed)
     details = {"frames_real": found.frames_real, "frames_fake": found.frames_fake}
-    return {"fad": _metric(found.estimate, {"framing": "google"}, details)}
+    return {"fad": _metric(found.estimate, {}, details)}
 
 
 def _fad_infinity(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     found = frechet.fad_infinity(*_frames(row, "vggish"), seed=scorer.settings.seed)
     details = {"slope": found.slope, "notes": list(found.notes), "distances": list(found.distances)}
-    return {"fad_infinity": Metric(value=found.value, params={"framing": "google"}, details=details)}
+    return {"fad_infinity": Metric(value=found.value, details=details)}
 
 
 def _fad_classifier(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
