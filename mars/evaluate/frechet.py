@@ -11,6 +11,7 @@ below 0 (at most about 1e-7 of the traces) and is not clamped.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -139,9 +140,8 @@ def fad_infinity(real: Tensor, fake: Tensor, *, points: int = 15, draws: int = 4
             chosen = torch.randperm(clips, generator=stream(seed, size, draw))[:size]
             total += _distance(target, Moments.of(fake[chosen].flatten(0, 1)))
         distances.append(total / draws)
-    lines = torch.stack([torch.ones(points), 1 / torch.tensor(sizes, dtype=torch.float64)], 1)
-    intercept, slope = torch.linalg.lstsq(lines, torch.tensor(distances, dtype=torch.float64)[:, None]).solution[:, 0]
-    return FADInfinity(float(intercept), float(slope), tuple(sizes), tuple(distances))
+    slope, intercept = statistics.linear_regression([1 / size for size in sizes], distances)
+    return FADInfinity(intercept, slope, tuple(sizes), tuple(distances))
 
 
 def _distance(a: Moments, b: Moments) -> float:
