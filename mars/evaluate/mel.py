@@ -22,6 +22,7 @@ from mars.runtime import exact_float32, float64_device
 SAMPLE_RATE = 16_000  # Hz
 N_FFT, HOP, BANDS = 1024, 256, 80
 LOW, HIGH = 20.0, 8000.0  # Hz
+SHAPE = BANDS, 251  # of a note of 64,000 samples
 
 _NOTES = 32  # transformed at a time
 _CANDIDATES = 4  # neighbours by product whose distance is computed exactly

@@ -189,7 +189,7 @@ class _Notes:
         """(n, 80, 251)."""
         if self._whole is not None:
             return self._whole.log_mel[self._places]
-        return torch.cat(list(self._scorer.log_mels(self.notes, len(self))))
+        return self._scorer.log_mel(self.notes)
 
     def embedding(self, role: Role) -> Embedding:
         """What the role's network says, which there is."""
@@ -300,19 +300,28 @@ class _Scorer:
             raise Unavailable(f"nobody knows which class of {embedder.id} is which")
         return embedder.classes
 
-    def log_mels(self, notes: NoteSet, block: int) -> Iterator[Tensor]:
-        """Log-mel spectrograms (up to `block`, 80, 251), block after block, on all cores."""
-        told, done = self._told(f"log-mel, {notes.source}"), 0
-        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for start in range(0, len(notes), block):
-                rows = range(start, min(start + block, len(notes)))
-                batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-                parts = []
-                for part in pool.map(lambda batch: mel.log_mel(notes.waveforms(batch)), batches):
-                    parts.append(part)
-                    done += len(part)
-                    told(done, len(notes))
-                yield torch.cat(parts)
+    def log_mel(self, notes: NoteSet) -> Tensor:
+        """Log-mel spectrograms (n, 80, 251) of all notes."""
+        return next(self.log_mel_blocks(notes, len(notes)))
+
+    def log_mel_blocks(self, notes: NoteSet, size: int = _BLOCK) -> Iterator[Tensor]:
+        """Log-mel spectrograms (up to `size`, 80, 251), block after block, on all cores."""
+        told, threads = self._told(f"log-mel, {notes.source}"), torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for start in range(0, len(notes), size):
+                    rows = range(start, min(start + size, len(notes)))
+                    batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+                    block = torch.empty(len(rows), *mel.SHAPE)
+                    into = block.split(_BATCH)
+                    for batch, place, part in zip(
+                        batches, into, pool.map(lambda batch: mel.log_mel(notes.waveforms(batch)), batches), strict=True
+                    ):
+                        place.copy_(part)
+                        told(batch[-1] + 1, len(notes))
+                    yield block
+        finally:
+            torch.set_num_threads(threads)  # for threads yet to start, which take the number set last
 
     def fit_bins(self, log_mel: Tensor) -> ndb.Bins:
         """Bins of NDB of reference notes (n, 80, 251)."""
@@ -325,13 +334,12 @@ class _Scorer:
         assert self.train is not None
         order = np.argsort(np.array(self.train.keys))
         chosen = torch.randperm(len(order), generator=stream(self.settings.seed))[:NDB_REFERENCE].numpy()
-        reference = self.train.subset(order[np.sort(chosen)])
-        return self.fit_bins(torch.cat(list(self.log_mels(reference, len(reference)))))
+        return self.fit_bins(self.log_mel(self.train.subset(order[np.sort(chosen)])))
 
     def find_copies(self, rows: Sequence[_Row]) -> None:
         """Look for the training note nearest to each note of the rows, in one pass through the training notes."""
         assert self.train is not None
-        found = mel.nearest(torch.cat([row.fake.log_mel for row in rows]), self.log_mels(self.train, _BLOCK))
+        found = mel.nearest(torch.cat([row.fake.log_mel for row in rows]), self.log_mel_blocks(self.train))
         sizes = [len(row.fake) for row in rows]
         columns = (x.split(sizes) for x in (found.index, found.errors.mse, found.errors.mae))
         for row, index, mse, mae in zip(rows, *columns, strict=True):
