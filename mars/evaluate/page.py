@@ -17,7 +17,7 @@ from mars import audio, html
 from mars.charts import Bar, bar_chart
 from mars.config import AudioConfig
 from mars.evaluate.report import METRICS, Metric, Report, Sounds
-from mars.evaluate.table import DIGITS, EVALUATED, absent, arrow, label, measured, rows
+from mars.evaluate.table import DIGITS, EVALUATED, absent, arrow, label, measured, parts, rows
 from mars.html import number, section
 from mars.picture import png, spectrogram_picture
 
@@ -104,7 +104,10 @@ def _figures(report: Report, names: Sequence[str]) -> str:
         [[escape(row), *(_cell(metrics.get(name)) for name in names)] for row, metrics in rows(report).items()],
         "figures",
     )
-    key = "<p>↓ lower is better, ↑ higher is better; in brackets: 95 % bootstrap intervals over notes.</p>"
+    key = (
+        "<p>↓ lower is better, ↑ higher is better; in brackets: 95 % bootstrap intervals over notes"
+        f"{parts(rows(report).values())}.</p>"
+    )
     missing = "".join(
         f"<li>{escape(', '.join(metrics))}: {escape(reason)}</li>" for reason, metrics in absent(rows(report)).items()
     )
@@ -120,7 +123,8 @@ def _cell(metric: Metric | None) -> str:
 def _interval(metric: Metric) -> str:
     if metric.low is None or metric.high is None:
         return ""
-    return f"[{number(metric.low)}, {number(metric.high)}]"
+    point = "" if metric.point is None else f"all {number(metric.point)} "
+    return f"{point}[{number(metric.low)}, {number(metric.high)}]"
 
 
 def _chart(report: Report, name: str) -> str:

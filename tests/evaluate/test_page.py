@@ -63,7 +63,8 @@ def test_every_figure_is_there_with_its_interval():
             if metric.value is not None:
                 assert table.number(metric.value) in cells
             if metric.low is not None:
-                assert f"[{table.number(metric.low)}, {table.number(metric.high)}]" in cells
+                point = "" if metric.point is None else f"all {table.number(metric.point)} "
+                assert f"{point}[{table.number(metric.low)}, {table.number(metric.high)}]" in cells
     assert [text for text in cells if text.endswith(("↓", "↑"))] == [
         f"{table.label(name)} {table.arrow(name)}" for name in METRICS
     ]
