@@ -560,9 +560,9 @@ def _sounds(notes: NoteSet) -> Sounds:
         source=notes.source,
         notes=len(notes),
         fingerprint=notes.fingerprint,
-        padded=record.padded,
-        cut=record.cut,
-        clipped=record.clipped,
+        padded=len(record.padded),
+        cut=len(record.cut),
+        clipped=len(record.clipped),
         refused=record.refused,
     )
 
