@@ -40,6 +40,7 @@ TABLE_1 = ("ndb_k", "pkid", "ikid", "pis", "iis", "mse", "mae", "fad")  # of the
 REAL_VS_REAL, ORACLE, ANCHOR = "real-vs-real", "griffin-lim oracle", "anchor"
 NDB_REFERENCE = 50_000  # training notes at most that bins are made of
 KID_SUBSET = 1000  # notes at most
+NO_TRAINING_NOTES = "want the training notes (--train)"
 SHOWN = 6  # notes that a report lets one hear
 
 _BATCH = 64  # notes whose log-mels a thread computes at a time
@@ -90,6 +91,23 @@ class Settings:
         return tuple(name for name in self.possible if not self.metrics or name in self.metrics)
 
 
+def check(settings: Settings, embedders: Embedders, train: NoteSet | None) -> None:
+    """See that there is what the metrics that the settings name need beside the notes.
+
+    Raises:
+        Unavailable: a network, or the training notes, are not there.
+    """
+    networks = _roles(settings, embedders)
+    for measure in MEASURES[settings.profile]:
+        reason = measure.role and networks[measure.role]
+        if isinstance(reason, str):
+            for name in settings.metrics:
+                if name in measure.names:
+                    raise Unavailable(f"{name}: {reason}")
+    if "copy_ratio" in settings.metrics and train is None:
+        raise Unavailable(f"copy_ratio: {NO_TRAINING_NOTES}")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A report, and some of the notes to hear: a title and the waveforms (samples,) by what they are."""
@@ -126,6 +144,7 @@ def evaluate(
         DataError: notes do not pair up, cannot be read any more, or are too few for a metric that the settings name.
     """
     began = time.perf_counter()
+    check(settings, embedders, train)
     if settings.mode == "reconstruction":
         real, fake = pair(real, fake)
         unlabelled = fake.pitch < 0
@@ -242,8 +261,7 @@ class _Scorer:
         self, settings: Settings, embedders: Embedders, train: NoteSet | None, cache: Path, progress: Progress | None
     ) -> None:
         self.settings, self.train, self._cache, self._progress = settings, train, cache, progress
-        swapped: dict[Role, Role] = {"pitch": "instrument", "instrument": "pitch"} if settings.as_published else {}
-        self._embedders = {role: embedders[swapped.get(role, role)] for role in ROLES}
+        self._embedders = _roles(settings, embedders)
         self.used: dict[str, dict[str, Any]] = {}
 
     def score(self, row: _Row, *, strict: bool) -> dict[str, Metric]:
@@ -471,8 +489,7 @@ def _pitch_accuracy(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[s
 
 def _copy_ratio(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     if row.copies is None:
-        wanted = "the training notes (--train)" if scorer.train is None else "notes that may be copies"
-        raise Unavailable(f"want {wanted}")
+        raise Unavailable(NO_TRAINING_NOTES if scorer.train is None else "want notes that may be copies")
     ratio = mel.copy_ratio(row.copies, row.errors)
     details = {"below_half": float((ratio < 0.5).double().mean()), "lowest": float(ratio.min())}
     params = {"distance": "of log-mels", "value": "median", "n_train": len(scorer.train or ())}
@@ -510,6 +527,12 @@ MEASURES: dict[Profile, tuple[_Measure, ...]] = {
         _Measure(("fad",), "vggish", _fad),
     ),
 }  # fmt: skip
+
+
+def _roles(settings: Settings, embedders: Embedders) -> dict[Role, Embedder | str]:
+    """The network of each role with these settings."""
+    swapped: dict[Role, Role] = {"pitch": "instrument", "instrument": "pitch"} if settings.as_published else {}
+    return {role: embedders[swapped.get(role, role)] for role in ROLES}
 
 
 def _metric(found: Estimate, params: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> Metric:

@@ -274,7 +274,7 @@ def test_partners_of_refused_files_are_left_out_and_listed(tmp_path):
     assert [name for name, _ in fake.record.refused] == ["3.wav", "1.wav"]
     for i in (0, 2, 4):
         write(tmp_path / "real" / f"{i}.wav", level=0)
-    with pytest.raises(DataError, match="no note of .*real can be used in .*fake as well"):
+    with pytest.raises(DataError, match=r"no note of .*real can be used in .*fake as well"):
         pair(open_notes(tmp_path / "real", allow_bad=0.8), fake)
 
 
