@@ -192,6 +192,7 @@ class _Notes:
     def __init__(self, notes: NoteSet, scorer: _Scorer, whole: _Notes | None = None) -> None:
         self.notes, self._scorer, self._whole = notes, scorer, whole
         self._known: dict[Role, Embedding] = {}
+        self._published: dict[tuple[Role, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.notes)
@@ -220,6 +221,12 @@ class _Notes:
                 logits = None if whole.logits is None else whole.logits[self._places]
                 self._known[role] = Embedding(whole.frames[self._places], logits)
         return self._known[role]
+
+    def published_logits(self, role: Role, key: int) -> Tensor:
+        """Logits of the role's classifier in training mode."""
+        if (role, key) not in self._published:
+            self._published[role, key] = self._scorer.training_logits(self.notes, role, key)
+        return self._published[role, key]
 
     @cached_property
     def bins(self) -> ndb.Bins:
@@ -303,12 +310,12 @@ class _Scorer:
             self.used[embedder.id]["accuracy"] = None if validation is None else validation["accuracy"]
         return features.embed(notes, embedder, self._cache, progress=self._told(f"{embedder.id}, {notes.source}"))
 
-    def training_logits(self, notes: _Notes, role: Role, key: int) -> Tensor:
+    def training_logits(self, notes: NoteSet, role: Role, key: int) -> Tensor:
         """Logits of the role's classifier in training mode, as the published scripts leave it."""
         made = self._embedders[role]
         assert isinstance(made, Classifier)
-        told = self._told(f"{made.id} in training mode, {notes.notes.source}")
-        return logits_vinay2022(made, notes.notes, seed=self.settings.seed, key=key, progress=told)
+        told = self._told(f"{made.id} in training mode, {notes.source}")
+        return logits_vinay2022(made, notes, seed=self.settings.seed, key=key, progress=told)
 
     def classes(self, role: Role) -> tuple[str, ...]:
         """What the logits of the role's network, which there is, stand for. Raises `Unavailable`."""
@@ -419,7 +426,7 @@ def _kid(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]
 def _kid_vinay2022(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     if len(row.real) != len(row.fake):  # before minutes of listening
         raise DataError(f"want as many notes to evaluate as real ones, got {len(row.fake)} and {len(row.real)}")
-    found = kid.kid_vinay2022(*(scorer.training_logits(notes, role, i) for i, notes in enumerate((row.real, row.fake))))
+    found = kid.kid_vinay2022(*(side.published_logits(role, i) for i, side in enumerate((row.real, row.fake))))
     params = {
         "kernel": "16 / (16 + |x - y|^2), with diagonal", "network": "in training mode",
         "label_order": _label_order(scorer),

@@ -214,6 +214,23 @@ def test_the_published_profile_is_that_of_the_published_programs(folders):
     assert swapped.fingerprint != equal.fingerprint
 
 
+def test_the_real_notes_are_heard_once_in_training_mode(folders, monkeypatch):
+    heard = []
+
+    def logits(made, notes, *, seed, key, progress):
+        heard.append((notes.source, key))
+        return logits_vinay2022(made, notes, seed=seed, key=key)
+
+    monkeypatch.setattr(score, "logits_vinay2022", logits)
+    real = open_notes(folders["real"]).subset(range(6))
+    settings = Settings(profile="vinay2022", metrics=("pkid",))
+    found = evaluate(real, anchor(real), classifiers(), settings, cache=folders["cache"]).report
+    assert found.metrics["pkid"].value == found.baselines[ANCHOR]["pkid"].value
+    source = str(folders["real"])
+    assert sorted(heard)[:3] == [(source, 0), (source, 0), (source, 1)]  # all of them, and both halves
+    assert len(heard) == 6
+
+
 def test_copies_of_training_notes_are_found(folders, tmp_path):
     train = open_notes(write(tmp_path / "train", 40, seed=7, start=300))
     copies = assess(folders, train.subset(range(0, 40, 2)), train=train)
