@@ -286,6 +286,7 @@ def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[st
     )
     networks = embedders.load(
         options["preset"] or ("sony" if settings.profile == "vinay2022" else "full"),
+        roles=settings.roles,
         pitch=options["pitch_classifier"],
         instrument=options["instrument_classifier"],
         vggish_weights=options["vggish"],

@@ -138,6 +138,18 @@ def test_notes_are_generated_like_the_real_ones_and_scored(folder):
     assert found.metrics["pitch_accuracy"].details["notes"] == 6  # each was asked for a pitch
 
 
+def test_a_network_that_nobody_asked_for_stops_nothing(folder, monkeypatch):
+    real = write(folder / "real", range(2))
+    (folder / "weights" / "pitch-full").mkdir(parents=True)
+    (folder / "weights" / "pitch-full" / "classifier.json").write_text("{")
+    (folder / "weights" / "vggish.safetensors").write_text("{")
+    monkeypatch.setenv("MARS_WEIGHTS_DIR", str(folder / "weights"))
+    options = ("run", "--real", real, "--fake", real, "--no-baselines")
+    succeed(*options, "--metrics", "mse,mae")
+    assert mars_eval(*options).exit_code == 2
+    assert "vggish.safetensors" in mars_eval(*options, "--metrics", "fad").output
+
+
 def test_the_same_notes_score_the_same_in_one_folder_or_another(folder):
     real = write(folder / "real", range(12))
     values = []

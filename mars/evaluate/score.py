@@ -90,6 +90,12 @@ class Settings:
         """The metrics to compute, in their order."""
         return tuple(name for name in self.possible if not self.metrics or name in self.metrics)
 
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Of the networks that the metrics to compute listen with."""
+        found = (measure.role for measure in MEASURES[self.profile] if not set(self.wanted).isdisjoint(measure.names))
+        return frozenset(_swapped(role) if self.as_published else role for role in found if role is not None)
+
 
 def check(settings: Settings, embedders: Embedders, train: NoteSet | None) -> None:
     """See that there is what the metrics that the settings name need beside the notes.
@@ -402,14 +408,13 @@ def _ndb(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     found = ndb.different_bins(bins, row.fake.log_mel.flatten(1))
     details = {
         "std": found.ratio_std, "clusterings": list(found.ratios),
-        "jensen_shannon": found.divergence, "jensen_shannon_std": found.divergence_std,
+        "jensen_shannon": found.divergence, "jensen_shannon_std": found.divergence_std, "explained": bins.explained,
     }  # fmt: skip
     if scorer.train is not None:
         details["floor"] = ndb.different_bins(bins, row.real.log_mel.flatten(1)).ratio  # of the real notes
     params = {
         "k": found.bins, "alpha": 0.05, "runs": len(found.ratios), "features": bins.centres.shape[2],
-        "explained": round(bins.explained, 4), "reference": "real" if scorer.train is None else "train",
-        "n_reference": found.reference,
+        "reference": "real" if scorer.train is None else "train", "n_reference": found.reference,
     }  # fmt: skip
     return {"ndb_k": Metric(value=found.ratio, params=params, details=details)}
 
@@ -538,8 +543,13 @@ MEASURES: dict[Profile, tuple[_Measure, ...]] = {
 
 def _roles(settings: Settings, embedders: Embedders) -> dict[Role, Embedder | str]:
     """The network of each role with these settings."""
-    swapped: dict[Role, Role] = {"pitch": "instrument", "instrument": "pitch"} if settings.as_published else {}
-    return {role: embedders[swapped.get(role, role)] for role in ROLES}
+    return {role: embedders[_swapped(role) if settings.as_published else role] for role in ROLES}
+
+
+def _swapped(role: Role) -> Role:
+    """The role whose network stands in for this one's in the published constants."""
+    swapped: dict[Role, Role] = {"pitch": "instrument", "instrument": "pitch"}
+    return swapped.get(role, role)
 
 
 def _metric(found: Estimate, params: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> Metric:

@@ -297,6 +297,8 @@ def test_the_fingerprint_is_that_of_the_protocol(folders, generated, tmp_path):
         ),
     }
     assert len({plain, *(other.fingerprint for other in others.values())}) == 5
+    assert generated.metrics["ndb_k"].details["explained"] > 0.5
+    assert "explained" not in generated.protocol["metrics"]["ndb_k"]  # a result, which threads may round differently
     path = tmp_path / "report.json"
     report.write(path, generated)
     again = report.read(path)
@@ -332,3 +334,11 @@ def test_reports_that_are_none_are_refused(generated, tmp_path):
 
 def test_roles_are_all_there():
     assert set(listeners()) == set(ROLES)
+    for settings, wanted in (
+        (Settings(), set(ROLES)),
+        (Settings(profile="vinay2022"), {"pitch", "instrument", "vggish"}),
+        (Settings(metrics=("mse", "ndb_k")), set()),
+        (Settings(metrics=("mse", "pis")), {"pitch"}),
+        (Settings(profile="vinay2022", metrics=("pis",), as_published=True), {"instrument"}),
+    ):
+        assert settings.roles == wanted
