@@ -105,9 +105,10 @@ def run(real: Path, fake: Path, split: str, pairs: bool, json_file: Path | None,
     Without --pairs they are taken for newly generated ones: mel errors are those against the nearest real note.
     """
     with user_errors(), _progress() as progress:
-        _prepare(options)
+        prepared = _prepare("reconstruction" if pairs else "generation", options, progress)
         notes = _open(real, split, options["allow_bad"], progress), _open(fake, split, options["allow_bad"], progress)
-        _score(*notes, "reconstruction" if pairs else "generation", options, progress, json_file, html)
+        _writable(json_file, html)
+        _score(*notes, prepared, options, progress, json_file, html)
 
 
 @main.command()
@@ -118,22 +119,21 @@ def reconstruct(model: str | None, data: Path | None, split: str, n: int | None,
                 **options: Any) -> None:  # fmt: skip
     """Encode and decode notes with a model's tokenizer, and score what comes out."""
     with user_errors(), _progress() as progress:
-        _prepare(options)
+        prepared = _prepare("reconstruction", options, progress)
         from mars.evaluate import produce
         from mars.model import load
 
         real = _open(data, split, options["allow_bad"], progress)
         if n is not None:
             real = real.shuffled(options["seed"]).subset(range(min(n, len(real))))
-        out = out or _new_folder()
         network = load(model, options["device"])
+        out = _begin(out)
         produced = produce.reconstruct(
             network, real, out / "notes", iterations=iterations, seed=options["seed"],
             progress=lambda done, of: progress("reconstruct", done, of),
         )  # fmt: skip
         fake = _open(out / "notes", split, options["allow_bad"], progress)
-        files = out / "report.json", out / "report.html"
-        _score(real, fake, "reconstruction", options, progress, *files, produced=produced, audio=network.config.audio)
+        _score(real, fake, prepared, options, progress, *_reports(out), produced=produced, audio=network.config.audio)
 
 
 @main.command()
@@ -147,20 +147,19 @@ def generate(model: str | None, data: Path | None, split: str, n: int, cfg: floa
              iterations: int, out: Path | None, **options: Any) -> None:  # fmt: skip
     """Generate notes with the labels of real ones, and score them against these."""
     with user_errors(), _progress() as progress:
-        _prepare(options)
+        prepared = _prepare("generation", options, progress)
         from mars.evaluate import produce
         from mars.model import load
 
         real = _open(data, split, options["allow_bad"], progress)
-        out = out or _new_folder()
         network = load(model, options["device"])
+        out = _begin(out)
         produced = produce.generate_like(
             network, real, n, out / "notes", seed=options["seed"], cfg=cfg, top_k=top_k, top_p=top_p,
             iterations=iterations, progress=lambda done, of: progress("generate", done, of),
         )  # fmt: skip
         fake = _open(out / "notes", split, options["allow_bad"], progress)
-        files = out / "report.json", out / "report.html"
-        _score(real, fake, "generation", options, progress, *files, produced=produced, audio=network.config.audio)
+        _score(real, fake, prepared, options, progress, *_reports(out), produced=produced, audio=network.config.audio)
 
 
 @main.command()
@@ -263,44 +262,20 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
             click.echo(f"{directory} from {source}")
 
 
-def _prepare(options: dict[str, Any]) -> None:
-    """Set the threads, and the device in place of its name."""
+def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """What `evaluate` takes beside the two sets, checked before the hours that these may take.
+
+    Sets the threads, and the device in place of its name.
+    """
     import torch
 
+    from mars.evaluate import embedders
+    from mars.evaluate.score import Settings, check
     from mars.runtime import pick_device
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     options["device"] = pick_device(options["device"])
-
-
-def _open(path: Path | None, split: str, allow_bad: float, progress: Progress) -> NoteSet:
-    from mars.evaluate.notes import open_notes
-
-    told = f"read {'the built-in notes' if path is None else path}"
-    return open_notes(path, split=split, allow_bad=allow_bad, progress=lambda done, of: progress(told, done, of))
-
-
-def _new_folder() -> Path:
-    return Path("evaluations") / time.strftime("%Y%m%d-%H%M%S")
-
-
-def _score(
-    real: NoteSet,
-    fake: NoteSet,
-    mode: Mode,
-    options: Mapping[str, Any],
-    progress: Progress,
-    json_file: Path | None,
-    html: Path | None,
-    **context: Any,
-) -> None:
-    """Evaluate, print, write."""
-    from rich.console import Console
-
-    from mars.evaluate import embedders, page, report, table
-    from mars.evaluate.score import Settings, evaluate
-
     settings = Settings(
         profile=options["profile"],
         mode=mode,
@@ -311,6 +286,7 @@ def _score(
     )
     networks = embedders.load(
         options["preset"] or ("sony" if settings.profile == "vinay2022" else "full"),
+        roles=settings.roles,
         pitch=options["pitch_classifier"],
         instrument=options["instrument_classifier"],
         vggish_weights=options["vggish"],
@@ -320,13 +296,65 @@ def _score(
         force=options["force"],
     )
     train = options["train"] and _open(options["train"], "train", options["allow_bad"], progress)
+    check(settings, networks, train)
+    return {"settings": settings, "embedders": networks, "train": train}
+
+
+def _open(path: Path | None, split: str, allow_bad: float, progress: Progress) -> NoteSet:
+    from mars.evaluate.notes import open_notes
+
+    told = f"read {'the built-in notes' if path is None else path}"
+    return open_notes(path, split=split, allow_bad=allow_bad, progress=lambda done, of: progress(told, done, of))
+
+
+def _begin(out: Path | None) -> Path:
+    """The folder of notes to be made and of their reports, which can be written and is told."""
+    out = out or Path("evaluations") / time.strftime("%Y%m%d-%H%M%S")
+    _writable(*_reports(out))
+    click.echo(f"notes: {out / 'notes'}; if interrupted, go on with --out {out}", err=True)
+    return out
+
+
+def _reports(out: Path) -> tuple[Path, Path]:
+    return out / "report.json", out / "report.html"
+
+
+def _writable(*files: Path | None) -> None:
+    """See that files can be written, before hours are spent on what goes into them."""
+    from mars.errors import ConfigError, DiskError
+    from mars.files import probe
+
+    for file in filter(None, files):
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder; name a file")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            probe(file.parent)
+        except OSError as error:
+            raise DiskError(f"{file.parent} cannot be written ({error.strerror}); name another place") from None
+
+
+def _score(
+    real: NoteSet,
+    fake: NoteSet,
+    prepared: Mapping[str, Any],
+    options: Mapping[str, Any],
+    progress: Progress,
+    json_file: Path | None,
+    html: Path | None,
+    **context: Any,
+) -> None:
+    """Evaluate, print, write."""
+    from rich.console import Console
+
+    from mars.evaluate import page, report, table
+    from mars.evaluate.score import evaluate
+
     with tempfile.TemporaryDirectory() as temporary:
         found = evaluate(
             real,
             fake,
-            networks,
-            settings,
-            train=train,
+            **prepared,
             cache=Path(temporary) if options["no_cache"] else options["cache"],
             baselines=options["baselines"],
             progress=progress,

@@ -87,6 +87,46 @@ def test_reconstructions_are_made_and_scored(folder):
     assert "was begun with" in refused.output
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--metrics", "fid"), 2, "unknown metric 'fid'"),
+        (("--metrics", "mse,fad"), 2, "fad: no VGGish weights"),
+        (("--train", "absent"), 2, "absent does not exist"),
+        (("--pitch-classifier", "absent"), 2, "absent is not a classifier"),
+        (("--out", "file/new"), 6, "file/new cannot be written (Not a directory); name another place"),
+        (("--out", "taken"), 2, "taken/report.html is a folder; name a file"),
+    ],
+)
+def test_mistakes_are_found_before_notes_are_made(folder, monkeypatch, options, code, message):
+    (folder / "file").touch()
+    (folder / "taken" / "report.html").mkdir(parents=True)
+    for name in ("reconstruct", "generate_like"):
+        monkeypatch.setattr(f"mars.evaluate.produce.{name}", None)
+    for command in ("reconstruct", "generate"):
+        result = mars_eval(command, "-n", 2, *options)
+        assert message in " ".join(result.output.split())
+        assert result.exit_code == code
+    assert mars_eval("generate", "-n", 2, "--metrics", "copy_ratio").exit_code == 2
+    assert sorted(file.name for file in folder.iterdir()) == ["file", "taken"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--json", "real"), 2, "real is a folder; name a file"),
+        (("--html", "file/page.html"), 6, "file cannot be written (File exists); name another place"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_found_before_scoring(folder, monkeypatch, options, code, message):
+    write(folder / "real", range(2))
+    (folder / "file").touch()
+    monkeypatch.setattr("mars.evaluate.score.evaluate", None)
+    result = mars_eval("run", "--real", "real", "--fake", "real", *options)
+    assert message in result.output
+    assert result.exit_code == code
+
+
 def test_notes_are_generated_like_the_real_ones_and_scored(folder):
     out = folder / "out"
     options = ("--metrics", "mse,mae,pitch_accuracy", "--preset", "tiny", "--iterations", 4, "--no-baselines")
@@ -96,6 +136,18 @@ def test_notes_are_generated_like_the_real_ones_and_scored(folder):
     assert (found.mode, found.sets["fake"].notes, found.baselines) == ("generation", 6, {})
     assert found.metrics["mse"].params["against"] == "nearest real note"
     assert found.metrics["pitch_accuracy"].details["notes"] == 6  # each was asked for a pitch
+
+
+def test_a_network_that_nobody_asked_for_stops_nothing(folder, monkeypatch):
+    real = write(folder / "real", range(2))
+    (folder / "weights" / "pitch-full").mkdir(parents=True)
+    (folder / "weights" / "pitch-full" / "classifier.json").write_text("{")
+    (folder / "weights" / "vggish.safetensors").write_text("{")
+    monkeypatch.setenv("MARS_WEIGHTS_DIR", str(folder / "weights"))
+    options = ("run", "--real", real, "--fake", real, "--no-baselines")
+    succeed(*options, "--metrics", "mse,mae")
+    assert mars_eval(*options).exit_code == 2
+    assert "vggish.safetensors" in mars_eval(*options, "--metrics", "fad").output
 
 
 def test_the_same_notes_score_the_same_in_one_folder_or_another(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from mars.errors import CheckpointError, ConfigError
 from mars.evaluate import classifier, crepe, vggish
 from mars.evaluate.classifier import WEIGHTS_DIR, Task
 from mars.evaluate.features import Embedder
-from mars.evaluate.score import Embedders, Role
+from mars.evaluate.score import ROLES, Embedders, Role
 
 
 def load(
     preset: str,
     *,
+    roles: Collection[Role] = ROLES,
     pitch: Path | None = None,
     instrument: Path | None = None,
     vggish_weights: Path | None = None,
@@ -29,6 +31,7 @@ def load(
 
     Args:
         preset: of the classifiers, which are sought in $MARS_WEIGHTS_DIR, else in classifiers/.
+        roles: those to look for, so that nothing is read, or found to be damaged, that nobody asked for.
         pitch, instrument: directories of classifiers, instead.
         vggish_weights: None: `vggish-10086976.pth` or `vggish.safetensors` in $MARS_WEIGHTS_DIR, if it is there.
         framing: of VGGish.
@@ -38,9 +41,11 @@ def load(
         CheckpointError: what was named is not there, or what is there is damaged or refused by its gate.
         ConfigError: a classifier of the other task was named.
     """
-    found: dict[Role, Embedder | str] = {}
+    found: dict[Role, Embedder | str] = dict.fromkeys(ROLES, "nobody asked for it")
     named: dict[Task, Path | None] = {"pitch": pitch, "instrument": instrument}
     for task, path in named.items():
+        if task not in roles:
+            continue
         try:
             place = classifier.locate(task, preset, path)
         except CheckpointError as error:
@@ -52,13 +57,15 @@ def load(
         if network.task != task:
             raise ConfigError(f"{place} is a classifier of {network.task}s; want one of {task}s (--{task}-classifier)")
         found[task] = network
-    found["vggish"] = _vggish(vggish_weights, framing, device)
-    try:
-        weights = crepe.installed(crepe_size)
-    except CheckpointError as error:
-        found["crepe"] = str(error)
-    else:
-        found["crepe"] = crepe.load(crepe_size, weights, device)
+    if "vggish" in roles:
+        found["vggish"] = _vggish(vggish_weights, framing, device)
+    if "crepe" in roles:
+        try:
+            weights = crepe.installed(crepe_size)
+        except CheckpointError as error:
+            found["crepe"] = str(error)
+        else:
+            found["crepe"] = crepe.load(crepe_size, weights, device)
     return found
 
 

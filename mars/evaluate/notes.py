@@ -35,12 +35,11 @@ STREAM = 5  # tells the random order from other streams with the same seed
 
 @dataclass(frozen=True)
 class Record:
-    """What opening a set found."""
+    """What opening a set found: the names of notes that it changed, and what it left out."""
 
-    read: int = 0  # notes in the set
-    padded: int = 0  # of them, shorter than 64,000 samples
-    cut: int = 0  # longer
-    clipped: int = 0  # beyond full scale
+    padded: frozenset[str] = frozenset()  # shorter than 64,000 samples
+    cut: frozenset[str] = frozenset()  # longer
+    clipped: frozenset[str] = frozenset()  # beyond full scale
     refused: tuple[tuple[str, str], ...] = ()  # files that are not in the set, with the reason
 
 
@@ -84,14 +83,17 @@ class NoteSet:
     def subset(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> NoteSet:
         """The notes at these places, in this order."""
         places = [int(row) for row in rows]
+        names = tuple(self.names[i] for i in places)
+        record, kept = self.record, frozenset(names)
         return replace(
             self,
-            names=tuple(self.names[i] for i in places),
+            names=names,
             keys=tuple(self.keys[i] for i in places),
             pitch=self.pitch[places],
             family=self.family[places],
             instrument_source=self.instrument_source[places],
             velocity=self.velocity[places],
+            record=replace(record, padded=record.padded & kept, cut=record.cut & kept, clipped=record.clipped & kept),
             _read=lambda chosen: self._read([places[i] for i in chosen]),
         )
 
@@ -179,9 +181,12 @@ def open_notes(
 def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
     """Both sets in the order of their ids, note for note.
 
+    The partner of a file that was refused is left out too, and listed with the reason.
+
     Raises:
-        DataError: an id occurs twice in a set, or in one set alone.
+        DataError: an id occurs twice in a set, or in one set alone, or no pair is left.
     """
+    real, fake = _without_partners(real, fake), _without_partners(fake, real)
     places = real.by_id(), fake.by_id()
     for ours, theirs, where in ((places[0], places[1], fake), (places[1], places[0], real)):
         lacking = sorted(ours.keys() - theirs.keys())
@@ -192,7 +197,18 @@ def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
                 f"{where.source} has no note {lacking[0]}{more}"
             )
     order = sorted(places[0])
+    if not order:
+        raise DataError(f"no note of {real.source} can be used in {fake.source} as well")
     return real.subset([places[0][i] for i in order]), fake.subset([places[1][i] for i in order])
+
+
+def _without_partners(notes: NoteSet, others: NoteSet) -> NoteSet:
+    """The notes but for those whose partner among the others was refused."""
+    refused = {note_id(name) for name, _ in others.record.refused} - set(others.ids)
+    alone = [i for i, key in enumerate(notes.ids) if key in refused]
+    kept = notes.subset([i for i, key in enumerate(notes.ids) if key not in refused])
+    reasons = tuple((notes.names[i], f"its partner in {others.source} cannot be used") for i in alone)
+    return replace(kept, record=replace(kept.record, refused=kept.record.refused + reasons))
 
 
 def _packed(path: str | Path | None, split: str) -> NoteSet:
@@ -220,9 +236,8 @@ def _packed(path: str | Path | None, split: str) -> NoteSet:
         instrument_source=dataset.column("source")[rows],
         velocity=dataset.column("velocity")[rows],
         record=Record(
-            read=len(rows),
-            padded=len(rows) if dataset.samples < SAMPLES else 0,
-            cut=len(rows) if dataset.samples > SAMPLES else 0,
+            padded=frozenset(names if dataset.samples < SAMPLES else ()),
+            cut=frozenset(names if dataset.samples > SAMPLES else ()),
         ),
         _read=read,
     )
@@ -278,10 +293,9 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
         instrument_source=np.array([label.source for label in labels], np.int32),
         velocity=np.array([label.velocity for label in labels], np.int32),
         record=Record(
-            read=len(kept),
-            padded=sum(file.frames < SAMPLES for file in kept.values()),
-            cut=sum(file.frames > SAMPLES for file in kept.values()),
-            clipped=sum(file.clipped for file in kept.values()),
+            padded=frozenset(name for name, file in kept.items() if file.frames < SAMPLES),
+            cut=frozenset(name for name, file in kept.items() if file.frames > SAMPLES),
+            clipped=frozenset(name for name, file in kept.items() if file.clipped),
             refused=refused,
         ),
         _read=read,

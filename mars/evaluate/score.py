@@ -40,6 +40,7 @@ TABLE_1 = ("ndb_k", "pkid", "ikid", "pis", "iis", "mse", "mae", "fad")  # of the
 REAL_VS_REAL, ORACLE, ANCHOR = "real-vs-real", "griffin-lim oracle", "anchor"
 NDB_REFERENCE = 50_000  # training notes at most that bins are made of
 KID_SUBSET = 1000  # notes at most
+NO_TRAINING_NOTES = "want the training notes (--train)"
 SHOWN = 6  # notes that a report lets one hear
 
 _BATCH = 64  # notes whose log-mels a thread computes at a time
@@ -89,6 +90,29 @@ class Settings:
         """The metrics to compute, in their order."""
         return tuple(name for name in self.possible if not self.metrics or name in self.metrics)
 
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Of the networks that the metrics to compute listen with."""
+        found = (measure.role for measure in MEASURES[self.profile] if not set(self.wanted).isdisjoint(measure.names))
+        return frozenset(_swapped(role) if self.as_published else role for role in found if role is not None)
+
+
+def check(settings: Settings, embedders: Embedders, train: NoteSet | None) -> None:
+    """See that there is what the metrics that the settings name need beside the notes.
+
+    Raises:
+        Unavailable: a network, or the training notes, are not there.
+    """
+    networks = _roles(settings, embedders)
+    for measure in MEASURES[settings.profile]:
+        reason = measure.role and networks[measure.role]
+        if isinstance(reason, str):
+            for name in settings.metrics:
+                if name in measure.names:
+                    raise Unavailable(f"{name}: {reason}")
+    if "copy_ratio" in settings.metrics and train is None:
+        raise Unavailable(f"copy_ratio: {NO_TRAINING_NOTES}")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -126,6 +150,7 @@ def evaluate(
         DataError: notes do not pair up, cannot be read any more, or are too few for a metric that the settings name.
     """
     began = time.perf_counter()
+    check(settings, embedders, train)
     if settings.mode == "reconstruction":
         real, fake = pair(real, fake)
         unlabelled = fake.pitch < 0
@@ -173,6 +198,7 @@ class _Notes:
     def __init__(self, notes: NoteSet, scorer: _Scorer, whole: _Notes | None = None) -> None:
         self.notes, self._scorer, self._whole = notes, scorer, whole
         self._known: dict[Role, Embedding] = {}
+        self._published: dict[tuple[Role, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.notes)
@@ -201,6 +227,12 @@ class _Notes:
                 logits = None if whole.logits is None else whole.logits[self._places]
                 self._known[role] = Embedding(whole.frames[self._places], logits)
         return self._known[role]
+
+    def published_logits(self, role: Role, key: int) -> Tensor:
+        """Logits of the role's classifier in training mode."""
+        if (role, key) not in self._published:
+            self._published[role, key] = self._scorer.training_logits(self.notes, role, key)
+        return self._published[role, key]
 
     @cached_property
     def bins(self) -> ndb.Bins:
@@ -242,8 +274,7 @@ class _Scorer:
         self, settings: Settings, embedders: Embedders, train: NoteSet | None, cache: Path, progress: Progress | None
     ) -> None:
         self.settings, self.train, self._cache, self._progress = settings, train, cache, progress
-        swapped: dict[Role, Role] = {"pitch": "instrument", "instrument": "pitch"} if settings.as_published else {}
-        self._embedders = {role: embedders[swapped.get(role, role)] for role in ROLES}
+        self._embedders = _roles(settings, embedders)
         self.used: dict[str, dict[str, Any]] = {}
 
     def score(self, row: _Row, *, strict: bool) -> dict[str, Metric]:
@@ -285,12 +316,12 @@ class _Scorer:
             self.used[embedder.id]["accuracy"] = None if validation is None else validation["accuracy"]
         return features.embed(notes, embedder, self._cache, progress=self._told(f"{embedder.id}, {notes.source}"))
 
-    def training_logits(self, notes: _Notes, role: Role, key: int) -> Tensor:
+    def training_logits(self, notes: NoteSet, role: Role, key: int) -> Tensor:
         """Logits of the role's classifier in training mode, as the published scripts leave it."""
         made = self._embedders[role]
         assert isinstance(made, Classifier)
-        told = self._told(f"{made.id} in training mode, {notes.notes.source}")
-        return logits_vinay2022(made, notes.notes, seed=self.settings.seed, key=key, progress=told)
+        told = self._told(f"{made.id} in training mode, {notes.source}")
+        return logits_vinay2022(made, notes, seed=self.settings.seed, key=key, progress=told)
 
     def classes(self, role: Role) -> tuple[str, ...]:
         """What the logits of the role's network, which there is, stand for. Raises `Unavailable`."""
@@ -377,14 +408,13 @@ def _ndb(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     found = ndb.different_bins(bins, row.fake.log_mel.flatten(1))
     details = {
         "std": found.ratio_std, "clusterings": list(found.ratios),
-        "jensen_shannon": found.divergence, "jensen_shannon_std": found.divergence_std,
+        "jensen_shannon": found.divergence, "jensen_shannon_std": found.divergence_std, "explained": bins.explained,
     }  # fmt: skip
     if scorer.train is not None:
         details["floor"] = ndb.different_bins(bins, row.real.log_mel.flatten(1)).ratio  # of the real notes
     params = {
         "k": found.bins, "alpha": 0.05, "runs": len(found.ratios), "features": bins.centres.shape[2],
-        "explained": round(bins.explained, 4), "reference": "real" if scorer.train is None else "train",
-        "n_reference": found.reference,
+        "reference": "real" if scorer.train is None else "train", "n_reference": found.reference,
     }  # fmt: skip
     return {"ndb_k": Metric(value=found.ratio, params=params, details=details)}
 
@@ -401,7 +431,7 @@ def _kid(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]
 def _kid_vinay2022(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     if len(row.real) != len(row.fake):  # before minutes of listening
         raise DataError(f"want as many notes to evaluate as real ones, got {len(row.fake)} and {len(row.real)}")
-    found = kid.kid_vinay2022(*(scorer.training_logits(notes, role, i) for i, notes in enumerate((row.real, row.fake))))
+    found = kid.kid_vinay2022(*(side.published_logits(role, i) for i, side in enumerate((row.real, row.fake))))
     params = {
         "kernel": "16 / (16 + |x - y|^2), with diagonal", "network": "in training mode",
         "label_order": _label_order(scorer),
@@ -471,8 +501,7 @@ def _pitch_accuracy(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[s
 
 def _copy_ratio(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     if row.copies is None:
-        wanted = "the training notes (--train)" if scorer.train is None else "notes that may be copies"
-        raise Unavailable(f"want {wanted}")
+        raise Unavailable(NO_TRAINING_NOTES if scorer.train is None else "want notes that may be copies")
     ratio = mel.copy_ratio(row.copies, row.errors)
     details = {"below_half": float((ratio < 0.5).double().mean()), "lowest": float(ratio.min())}
     params = {"distance": "of log-mels", "value": "median", "n_train": len(scorer.train or ())}
@@ -510,6 +539,17 @@ MEASURES: dict[Profile, tuple[_Measure, ...]] = {
         _Measure(("fad",), "vggish", _fad),
     ),
 }  # fmt: skip
+
+
+def _roles(settings: Settings, embedders: Embedders) -> dict[Role, Embedder | str]:
+    """The network of each role with these settings."""
+    return {role: embedders[_swapped(role) if settings.as_published else role] for role in ROLES}
+
+
+def _swapped(role: Role) -> Role:
+    """The role whose network stands in for this one's in the published constants."""
+    swapped: dict[Role, Role] = {"pitch": "instrument", "instrument": "pitch"}
+    return swapped.get(role, role)
 
 
 def _metric(found: Estimate, params: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> Metric:
@@ -560,9 +600,9 @@ def _sounds(notes: NoteSet) -> Sounds:
         source=notes.source,
         notes=len(notes),
         fingerprint=notes.fingerprint,
-        padded=record.padded,
-        cut=record.cut,
-        clipped=record.clipped,
+        padded=len(record.padded),
+        cut=len(record.cut),
+        clipped=len(record.clipped),
         refused=record.refused,
     )
 

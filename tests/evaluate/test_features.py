@@ -28,7 +28,7 @@ def notes(*values: float) -> NoteSet:
         family=unknown,
         instrument_source=unknown,
         velocity=unknown,
-        record=Record(read=len(values)),
+        record=Record(),
         _read=lambda rows: audio[list(rows)],
     )
 

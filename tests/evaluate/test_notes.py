@@ -52,7 +52,9 @@ def test_a_folder_is_read_cut_padded_and_clipped(tmp_path):
     assert notes.names == ("1.wav", "3.wav", "4.wav", "sub/2.flac")
     assert notes.ids == ("1", "3", "4", "2")
     record = notes.record
-    assert (record.read, record.padded, record.cut, record.clipped, record.refused) == (4, 1, 1, 1, ())
+    assert (record.padded, record.cut, record.clipped, record.refused) == ({"sub/2.flac"}, {"3.wav"}, {"4.wav"}, ())
+    part = notes.subset([0, 3]).record
+    assert (part.padded, part.cut, part.clipped) == ({"sub/2.flac"}, set(), set())
     audio = notes.waveforms()
     assert audio.shape == (4, 64_000)
     assert audio.dtype == torch.float32
@@ -218,8 +220,8 @@ def test_packed_notes_of_another_length_are_fitted_and_counted(tmp_path):
     pack_folder(tmp_path / "in", tmp_path / "short", seconds=2.0)
     pack_folder(tmp_path / "in", tmp_path / "long", seconds=5.0)
     short, long = (open_notes(tmp_path / name, split="train") for name in ("short", "long"))
-    assert (short.record.padded, short.record.cut) == (len(short), 0)
-    assert (long.record.padded, long.record.cut) == (0, len(long))
+    assert (short.record.padded, short.record.cut) == (set(short.names), set())
+    assert (long.record.padded, long.record.cut) == (set(), set(long.names))
     assert torch.count_nonzero(short.waveforms()[:, 32_000:]) == 0
     assert long.waveforms().shape == (len(long), 64_000)
     pack_folder(tmp_path / "in", tmp_path / "slow", sample_rate=8_000)
@@ -258,6 +260,22 @@ def test_notes_without_a_partner_are_errors(tmp_path):
     write(tmp_path / "fake" / "03.wav")
     with pytest.raises(DataError, match=r"03\.wav and 3\.wav both have the id 3"):
         pair(real, open_notes(tmp_path / "fake"))
+
+
+def test_partners_of_refused_files_are_left_out_and_listed(tmp_path):
+    for i in range(5):
+        write(tmp_path / "real" / f"{i}.wav", level=0.5 if i != 1 else 0)
+        write(tmp_path / "fake" / f"{i}.wav", level=0.5 if i != 3 else 0)
+    real, fake = pair(*(open_notes(tmp_path / name, allow_bad=0.2) for name in ("real", "fake")))
+    assert real.names == fake.names == ("0.wav", "2.wav", "4.wav")
+    assert dict(real.record.refused) == {
+        "1.wav": "silent (peak 0.0e+00)", "3.wav": f"its partner in {tmp_path / 'fake'} cannot be used",
+    }  # fmt: skip
+    assert [name for name, _ in fake.record.refused] == ["3.wav", "1.wav"]
+    for i in (0, 2, 4):
+        write(tmp_path / "real" / f"{i}.wav", level=0)
+    with pytest.raises(DataError, match=r"no note of .*real can be used in .*fake as well"):
+        pair(open_notes(tmp_path / "real", allow_bad=0.8), fake)
 
 
 def test_a_subset_is_a_set(tmp_path):
