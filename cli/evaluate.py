@@ -63,8 +63,8 @@ PRODUCING = (
                  help="Of a packed dataset."),
     click.option("--iterations", type=click.IntRange(min=0), default=32, show_default=True, help="Of Griffin-Lim."),
     click.option("--out", type=FOLDER,
-                 help="For notes/, report.json and report.html; default: a new folder in evaluations/. An interrupted "
-                 "one goes on where it was."),
+                 help="For notes/, report.json and report.html (report-vinay2022 of that profile); default: a new "
+                 "folder in evaluations/. An interrupted one goes on where it was."),
 )  # fmt: skip
 
 
@@ -127,13 +127,22 @@ def reconstruct(model: str | None, data: Path | None, split: str, n: int | None,
         if n is not None:
             real = real.shuffled(options["seed"]).subset(range(min(n, len(real))))
         network = load(model, options["device"])
-        out = _begin(out)
+        out = _begin(out, data)
         produced = produce.reconstruct(
             network, real, out / "notes", iterations=iterations, seed=options["seed"],
             progress=lambda done, of: progress("reconstruct", done, of),
         )  # fmt: skip
         fake = _open(out / "notes", split, options["allow_bad"], progress)
-        _score(real, fake, prepared, options, progress, *_reports(out), produced=produced, audio=network.config.audio)
+        _score(
+            real,
+            fake,
+            prepared,
+            options,
+            progress,
+            *_reports(out, options["profile"]),
+            produced=produced,
+            audio=network.config.audio,
+        )
 
 
 @main.command()
@@ -153,13 +162,22 @@ def generate(model: str | None, data: Path | None, split: str, n: int, cfg: floa
 
         real = _open(data, split, options["allow_bad"], progress)
         network = load(model, options["device"])
-        out = _begin(out)
+        out = _begin(out, data)
         produced = produce.generate_like(
             network, real, n, out / "notes", seed=options["seed"], cfg=cfg, top_k=top_k, top_p=top_p,
             iterations=iterations, progress=lambda done, of: progress("generate", done, of),
         )  # fmt: skip
         fake = _open(out / "notes", split, options["allow_bad"], progress)
-        _score(real, fake, prepared, options, progress, *_reports(out), produced=produced, audio=network.config.audio)
+        _score(
+            real,
+            fake,
+            prepared,
+            options,
+            progress,
+            *_reports(out, options["profile"]),
+            produced=produced,
+            audio=network.config.audio,
+        )
 
 
 @main.command()
@@ -269,7 +287,9 @@ def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[st
     """
     import torch
 
+    from mars.errors import ConfigError
     from mars.evaluate import embedders
+    from mars.evaluate.classifier import Classifier
     from mars.evaluate.score import Settings, check
     from mars.runtime import pick_device
 
@@ -295,6 +315,11 @@ def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[st
         device=options["device"],
         force=options["force"],
     )
+    for network in networks.values():
+        if isinstance(network, Classifier) and (below := network.below_gate):
+            click.echo(f"warning: {network.id}: {below}; taken because of --force", err=True)
+    if not options["no_cache"] and options["cache"].exists() and not options["cache"].is_dir():
+        raise ConfigError(f"--cache {options['cache']} is not a folder; name another place, or use --no-cache")
     train = options["train"] and _open(options["train"], "train", options["allow_bad"], progress)
     check(settings, networks, train)
     return {"settings": settings, "embedders": networks, "train": train}
@@ -307,16 +332,22 @@ def _open(path: Path | None, split: str, allow_bad: float, progress: Progress) -
     return open_notes(path, split=split, allow_bad=allow_bad, progress=lambda done, of: progress(told, done, of))
 
 
-def _begin(out: Path | None) -> Path:
+def _begin(out: Path | None, data: Path | None) -> Path:
     """The folder of notes to be made and of their reports, which can be written and is told."""
+    from mars.errors import ConfigError
+
     out = out or Path("evaluations") / time.strftime("%Y%m%d-%H%M%S")
-    _writable(*_reports(out))
+    if data is not None and out.resolve().is_relative_to(data.resolve()):
+        raise ConfigError(f"--out {out} is inside --data, whose notes the new ones would join; name another folder")
+    _writable(*_reports(out, "standard"))
     click.echo(f"notes: {out / 'notes'}; if interrupted, go on with --out {out}", err=True)
     return out
 
 
-def _reports(out: Path) -> tuple[Path, Path]:
-    return out / "report.json", out / "report.html"
+def _reports(out: Path, profile: str) -> tuple[Path, Path]:
+    """A profile has reports of its own, beside those of the other."""
+    stem = "report" if profile == "standard" else f"report-{profile}"
+    return out / f"{stem}.json", out / f"{stem}.html"
 
 
 def _writable(*files: Path | None) -> None:

@@ -74,3 +74,15 @@ def bootstrap_mean(values: Tensor, *, resamples: int = RESAMPLES, seed: int = SE
     """
     values = checked("bootstrap_mean", values, "clips").double().sort().values
     return estimate(resample_counts(len(values), resamples, seed) @ values / len(values))
+
+
+def bootstrap_median(values: Tensor, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
+    """Median over clips of values (clips,), the lower one of an even number, whatever their order.
+
+    Raises:
+        ValueError: not one number a clip.
+        DataError: no clips, or values that are not finite.
+    """
+    values = checked("bootstrap_median", values, "clips").double().sort().values
+    seen = resample_counts(len(values), resamples, seed).cumsum(1)
+    return estimate(values[(seen < len(values) / 2).sum(1)])

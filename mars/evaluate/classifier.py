@@ -125,6 +125,14 @@ class Classifier:
         """Hex sum of the front end's settings."""
         return self.pipeline.hash
 
+    @property
+    def below_gate(self) -> str:
+        """What its gate has against it; empty where there is nothing, or no gate."""
+        gate = self.document["gate"]
+        if gate is None or (accuracy := self.document["validation"]["accuracy"]) >= gate:
+            return ""
+        return f"accuracy {accuracy:.3f} on held-out notes, want {gate}"
+
     @torch.inference_mode()
     def embed(self, waveforms: Tensor) -> Embedding:
         """Features (n, 1, dim) before the last layer and logits (n, classes) of waveforms (n, samples)."""
@@ -218,7 +226,9 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
                 f"{path}: want {FORMAT} version {VERSION}, got {document['format']} version {document['version']}"
             )
         task, classes, outputs = document["task"], document["classes"], document["outputs"]
-        identity, gate, validation = document["id"], document["gate"], document["validation"]
+        identity, gate = document["id"], document["gate"]
+        if gate is not None:
+            float(document["validation"]["accuracy"])
         pipeline = from_dict(FrontEnd, document["front_end"], "front_end.")
         network = build(document["network"], outputs)
     except (KeyError, TypeError, ConfigError) as error:
@@ -227,15 +237,10 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
         ) from None
     if task not in TASKS or not (classes is None or len(classes) == outputs):
         raise CheckpointError(f"{path / 'classifier.json'}: its task or classes are wrong; make the classifier again")
-    if gate is not None and validation["accuracy"] < gate and not force:
-        raise CheckpointError(
-            f"{path}: accuracy {validation['accuracy']:.3f} on held-out notes, want {gate}; "
-            "train it longer or on more notes, or pass --force"
-        )
     weights = path / "network.safetensors"
     checkpoint.load_weights(network, checkpoint.read_tensors(weights), weights)
     network = _placed(network, device).eval().requires_grad_(False)
-    return Classifier(
+    made = Classifier(
         id=identity,
         task=task,
         classes=None if classes is None else tuple(classes),
@@ -244,6 +249,9 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
         sha256=document["sha256"],
         document=document,
     )
+    if made.below_gate and not force:
+        raise CheckpointError(f"{path}: {made.below_gate}; train it longer or on more notes, or pass --force")
+    return made
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mars.config import AudioConfig
 from mars.errors import ConfigError, DataError
 from mars.evaluate import features, frechet, inception_score, kad, kid, mel, ndb, prdc
 from mars.evaluate.baselines import anchor, griffin_lim_oracle, halves
-from mars.evaluate.bootstrap import SEED, Estimate, bootstrap_mean
+from mars.evaluate.bootstrap import SEED, Estimate, bootstrap_mean, bootstrap_median
 from mars.evaluate.classifier import Classifier, logits_vinay2022
 from mars.evaluate.features import Embedder, Embedding
 from mars.evaluate.notes import NoteSet, pair
@@ -173,7 +173,9 @@ def evaluate(
         if not name and "mse" in settings.wanted:
             shown = _shown(rows)
         row.fake.forget()
-    sets = {"real": real, "fake": fake} | ({} if train is None else {"train": train})
+    sets = {"real": real, "fake": fake}
+    if train is not None and not {"ndb_k", "copy_ratio"}.isdisjoint(settings.wanted):
+        sets["train"] = train
     report = Report(
         profile=settings.profile,
         mode=settings.mode,
@@ -404,6 +406,9 @@ def _mel_errors(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
 
 
 def _ndb(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
+    reference, k = scorer.train or row.real.notes, scorer.settings.bins
+    if len(reference) < k:
+        raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer bins: --bins")
     bins = row.real.bins if scorer.train is None else scorer.training_bins
     found = ndb.different_bins(bins, row.fake.log_mel.flatten(1))
     details = {
@@ -505,7 +510,7 @@ def _copy_ratio(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     ratio = mel.copy_ratio(row.copies, row.errors)
     details = {"below_half": float((ratio < 0.5).double().mean()), "lowest": float(ratio.min())}
     params = {"distance": "of log-mels", "value": "median", "n_train": len(scorer.train or ())}
-    return {"copy_ratio": Metric(value=float(ratio.median()), params=params, details=details)}
+    return {"copy_ratio": _metric(bootstrap_median(ratio, seed=scorer.settings.seed), params, details)}
 
 
 PRDC = ("precision", "recall", "density", "coverage")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mars.errors import DataError
-from mars.evaluate.bootstrap import bootstrap_mean, estimate, resample_counts
+from mars.evaluate.bootstrap import bootstrap_mean, bootstrap_median, estimate, resample_counts
 from mars.evaluate.mmd import mmd2, polynomial
 
 
@@ -80,3 +80,15 @@ def test_interval_of_mmd_covers():
     assert 0.85 <= sum(x.low < truth < x.high for x in found) / len(found) <= 1
     spread = float(torch.tensor([x.value for x in found]).std())
     assert float(torch.tensor([x.error for x in found]).mean()) == pytest.approx(spread, rel=0.35)
+
+
+def test_medians_are_those_of_the_resamples():
+    values = torch.randn(41, generator=torch.Generator().manual_seed(3)).double()
+    found = bootstrap_median(values, resamples=300)
+    counts = resample_counts(41, 300, 2020).long()
+    ordered = values.sort().values
+    medians = torch.stack([ordered.repeat_interleave(row).median() for row in counts])
+    assert found == estimate(medians)
+    assert found.value == float(values.median())
+    assert found == bootstrap_median(values.flip(0), resamples=300)
+    assert bootstrap_median(torch.tensor([1.0, 2.0, 3.0, 4.0])).value == 2

@@ -178,7 +178,7 @@ def classifiers() -> dict:
     return listeners() | {
         task: Classifier(
             id=f"{task}-tiny", task=task, classes=None, pipeline=WHOLE_NOTE, sha256=task,
-            network=initialise(build("tiny", outputs), outputs).eval(), document={"validation": None},
+            network=initialise(build("tiny", outputs), outputs).eval(), document={"gate": None, "validation": None},
         )
         for task, outputs in (("pitch", 27), ("instrument", 10))
     }  # fmt: skip
@@ -249,7 +249,7 @@ def test_metrics_that_are_named_must_be_there(folders):
     fresh = open_notes(folders["fresh"])
     with pytest.raises(ConfigError, match="pis_crepe: no crepe here"):
         assess(folders, fresh, Settings(metrics=("mse", "pis_crepe")))
-    with pytest.raises(DataError, match="ndb_k: fit_bins: want at least 100 notes, got 40"):
+    with pytest.raises(DataError, match="ndb_k: want a note or more for each of 100 bins, got 40; have fewer"):
         assess(folders, fresh, Settings(metrics=("ndb_k",)))
     found = assess(folders, fresh, Settings(metrics=("mae",)))
     assert tuple(found.metrics) == ("mae",)
