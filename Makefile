@@ -25,7 +25,7 @@ bench: $(VENV)/.mars-dev
 reliability: $(VENV)/.mars-dev  # kills, crashes, damage: some twenty minutes
 	$(BIN)/python -m scripts.reliability
 
-evaluation: $(VENV)/.mars-dev  # the packaged model and classifiers on rendered notes: some forty minutes
+evaluation: $(VENV)/.mars-dev  # the packaged model and classifiers on rendered notes: some thirty minutes
 	PATH="$(abspath $(BIN)):$$PATH" bash scripts/reference_evaluation.sh
 
 sanitize: $(VENV)/.mars-dev  # the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer

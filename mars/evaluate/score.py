@@ -510,6 +510,7 @@ def _copy_ratio(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     ratio = mel.copy_ratio(row.copies, row.errors)
     details = {"below_half": float((ratio < 0.5).double().mean()), "lowest": float(ratio.min())}
     params = {"distance": "of log-mels", "value": "median", "n_train": len(scorer.train or ())}
+    ratio = ratio.clamp(max=1000)  # infinite for a note that is a real one, bit for bit
     return {"copy_ratio": _metric(bootstrap_median(ratio, seed=scorer.settings.seed), params, details)}
 
 

@@ -240,6 +240,9 @@ def test_copies_of_training_notes_are_found(folders, tmp_path):
     assert 0.7 < honest.metrics["copy_ratio"].value < 1.4
     assert 0.7 < copies.baselines[REAL_VS_REAL]["copy_ratio"].value < 1.4
     assert copies.baselines[ANCHOR]["copy_ratio"].reason == "want notes that may be copies"
+    real = open_notes(folders["real"])
+    twins = assess(folders, real.subset(range(10)), Settings(metrics=("copy_ratio",)), train=train, baselines=False)
+    assert twins.metrics["copy_ratio"].value == 1000  # the real notes themselves: as far from copies as can be
     found = honest.metrics["ndb_k"]
     assert (found.params["reference"], found.params["n_reference"]) == ("train", 40)
     assert 0 <= found.details["floor"] <= 1
