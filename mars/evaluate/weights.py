@@ -23,9 +23,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception:  # PyTorch names no class of errors for what a file can do to its reader, and advises to run it
-        raise CheckpointError(
-            f"{path} cannot be read as PyTorch weights; it is damaged or holds other things"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read as PyTorch weights; it is damaged or something else") from None
     if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{path} holds something else than tensors by name; want a state dict")
     return dict(content)

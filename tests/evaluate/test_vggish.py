@@ -184,9 +184,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"absent.pth does not exist; want VGGish's weights, vggish-10086976.pth"):
         vggish.load(tmp_path / "absent.pth")
     torch.save({"features.0.weight": Payload()}, tmp_path / "payload.pth")
-    with pytest.raises(
-        CheckpointError, match=r"payload.pth cannot be read as PyTorch weights; it is damaged or holds other"
-    ):
+    with pytest.raises(CheckpointError, match=r"payload.pth cannot be read as PyTorch weights; it is damaged or"):
         vggish.load(tmp_path / "payload.pth")
     assert not (tmp_path / "touched").exists()
     for name, reason in {"half.pth": "cannot be read as PyTorch", "half.safetensors": "is not a readable"}.items():
