@@ -121,7 +121,7 @@ def compare(reports: Mapping[str, Report]) -> list[str]:
         of_metric = len(path) > 1 and path[0] == "metrics"
         merged.setdefault((".".join(path[2:] if of_metric else path), words), []).append(".".join(path))
     lines = [
-        f"{names[0]}{f' and {len(names) - 1} metrics more' if len(names) > 1 else ''}: {words}"
+        f"{names[0]}{f' and in {len(names) - 1} more' if len(names) > 1 else ''}: {words}"
         for (_, words), names in merged.items()
     ]
     more = len(lines) - DIFFERENCES

@@ -122,7 +122,7 @@ def test_differences_are_named_with_their_values():
     assert table.compare({"a.json": made, "b.json": other, "c.json": made}) == [
         "mode: reconstruction in a.json and c.json, generation in b.json",
         "seed: 2020 in a.json and c.json, 7 in b.json",
-        f"metrics.ndb_k.n_fake and {len(measured) - 1} metrics more: 4096 in a.json and c.json, 2000 in b.json",
+        f"metrics.ndb_k.n_fake and in {len(measured) - 1} more: 4096 in a.json and c.json, 2000 in b.json",
         "metrics.ndb_k.k: 100 in a.json and c.json, 50 in b.json",
         "metrics.fad: in a.json and c.json, not in b.json",
         f"sets.real: {'a' * 12} in a.json and c.json, {'1' * 12} in b.json",
