@@ -151,8 +151,8 @@ def logits_vinay2022(
 ) -> Tensor:
     """Logits (n, classes) as the published scripts for the kernel distances compute them: in training mode.
 
-    Nothing in those scripts (pkid.py and ikid.py of Nistal et al. 2020) takes the network out of it. So batch norm has
-    its statistics from 50 notes at a time, in the order of the files, and half of the features are dropped at random,
+    Nothing in pkid.py of Nistal et al. 2020 takes it out of that; ikid.py is taken to be alike. So batch norm has its
+    statistics from 50 notes at a time, in the order of the files, and half of the features are dropped at random,
     by us with a seed. A note's logits depend on the others, so no cache holds them. Their Inception Score is of a
     network in evaluation mode, `Classifier.embed`.
 
