@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mars.evaluate.notes import NoteSet
     from mars.evaluate.report import Mode
     from mars.evaluate.score import Progress
+    from mars.model import Model
 
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -27,6 +29,13 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     return tuple(name.strip() for name in value.split(",")) if value else ()
 
 
+SPLIT = click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test"]),
+    default="test",
+    show_default=True,
+    help="Of a packed dataset.",
+)
 SCORING = (
     click.option("--profile", type=click.Choice(["standard", "vinay2022"]), default="standard", show_default=True,
                  help="vinay2022: the statistics behind the published baselines, their flaws included."),
@@ -59,8 +68,7 @@ PRODUCING = (
     click.option("--model", metavar="PATH|NAME", help="Run folder or model; default: the packaged one."),
     click.option("--data", type=FOLDER, metavar="DIR",
                  help="Real notes (folder, or packed dataset); default: the built-in ones."),
-    click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True,
-                 help="Of a packed dataset."),
+    SPLIT,
     click.option("--iterations", type=click.IntRange(min=0), default=32, show_default=True, help="Of Griffin-Lim."),
     click.option("--out", type=FOLDER,
                  help="For notes/, report.json and report.html (report-vinay2022 of that profile); default: a new "
@@ -87,13 +95,7 @@ def main() -> None:
 @main.command()
 @click.option("--real", type=FOLDER, required=True, metavar="DIR", help="Real notes (folder, or packed dataset).")
 @click.option("--fake", type=FOLDER, required=True, metavar="DIR", help="Notes to evaluate.")
-@click.option(
-    "--split",
-    type=click.Choice(["train", "valid", "test"]),
-    default="test",
-    show_default=True,
-    help="Of a packed dataset.",
-)
+@SPLIT
 @click.option("--pairs", is_flag=True, help="The notes are reconstructions of the real ones, and pair up by name.")
 @_with(SCORING)
 @click.option("--json", "json_file", type=FOLDER, metavar="OUT", help="Write the report to this file.")
@@ -115,34 +117,16 @@ def run(real: Path, fake: Path, split: str, pairs: bool, json_file: Path | None,
 @_with(PRODUCING)
 @click.option("-n", "n", type=click.IntRange(min=1), help="So many of the notes, drawn with the seed; default: all.")
 @_with(SCORING)
-def reconstruct(model: str | None, data: Path | None, split: str, n: int | None, iterations: int, out: Path | None,
-                **options: Any) -> None:  # fmt: skip
+def reconstruct(n: int | None, **options: Any) -> None:
     """Encode and decode notes with a model's tokenizer, and score what comes out."""
-    with user_errors(), _progress() as progress:
-        prepared = _prepare("reconstruction", options, progress)
-        from mars.evaluate import produce
-        from mars.model import load
 
-        real = _open(data, split, options["allow_bad"], progress)
-        if n is not None:
-            real = real.shuffled(options["seed"]).subset(range(min(n, len(real))))
-        network = load(model, options["device"])
-        out = _begin(out, data)
-        produced = produce.reconstruct(
-            network, real, out / "notes", iterations=iterations, seed=options["seed"],
-            progress=lambda done, of: progress("reconstruct", done, of),
-        )  # fmt: skip
-        fake = _open(out / "notes", split, options["allow_bad"], progress)
-        _score(
-            real,
-            fake,
-            prepared,
-            options,
-            progress,
-            *_reports(out, options["profile"]),
-            produced=produced,
-            audio=network.config.audio,
-        )
+    def make(model: Model, real: NoteSet, folder: Path, progress: Progress) -> dict[str, Any]:
+        from mars.evaluate import produce
+
+        settings = {name: options[name] for name in ("iterations", "seed")}
+        return produce.reconstruct(model, real, folder, **settings, progress=partial(progress, "reconstruct"))
+
+    _produce("reconstruction", make, options, drawn=n)
 
 
 @main.command()
@@ -152,32 +136,16 @@ def reconstruct(model: str | None, data: Path | None, split: str, n: int | None,
 @click.option("--top-k", type=click.IntRange(min=1), default=900, show_default=True)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.96, show_default=True)
 @_with(SCORING)
-def generate(model: str | None, data: Path | None, split: str, n: int, cfg: float, top_k: int, top_p: float,
-             iterations: int, out: Path | None, **options: Any) -> None:  # fmt: skip
+def generate(n: int, **options: Any) -> None:
     """Generate notes with the labels of real ones, and score them against these."""
-    with user_errors(), _progress() as progress:
-        prepared = _prepare("generation", options, progress)
-        from mars.evaluate import produce
-        from mars.model import load
 
-        real = _open(data, split, options["allow_bad"], progress)
-        network = load(model, options["device"])
-        out = _begin(out, data)
-        produced = produce.generate_like(
-            network, real, n, out / "notes", seed=options["seed"], cfg=cfg, top_k=top_k, top_p=top_p,
-            iterations=iterations, progress=lambda done, of: progress("generate", done, of),
-        )  # fmt: skip
-        fake = _open(out / "notes", split, options["allow_bad"], progress)
-        _score(
-            real,
-            fake,
-            prepared,
-            options,
-            progress,
-            *_reports(out, options["profile"]),
-            produced=produced,
-            audio=network.config.audio,
-        )
+    def make(model: Model, real: NoteSet, folder: Path, progress: Progress) -> dict[str, Any]:
+        from mars.evaluate import produce
+
+        settings = {name: options[name] for name in ("iterations", "seed", "cfg", "top_k", "top_p")}
+        return produce.generate_like(model, real, n, folder, **settings, progress=partial(progress, "generate"))
+
+    _produce("generation", make, options)
 
 
 @main.command()
@@ -278,6 +246,30 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
             raise click.UsageError("give --pitch FILE, --instrument FILE or both")
         for source, directory in classifier.import_sony(files, out or classifier.folder(), force=force).items():
             click.echo(f"{directory} from {source}")
+
+
+def _produce(
+    mode: Mode,
+    make: Callable[[Model, NoteSet, Path, Progress], dict[str, Any]],
+    options: dict[str, Any],
+    *,
+    drawn: int | None = None,
+) -> None:
+    """Let `make` make notes in a folder with a model, from real notes (None: all, or so many of them); score them."""
+    with user_errors(), _progress() as progress:
+        prepared = _prepare(mode, options, progress)
+        from mars.model import load
+
+        data, split, allow_bad = options["data"], options["split"], options["allow_bad"]
+        real = _open(data, split, allow_bad, progress)
+        if drawn is not None:
+            real = real.shuffled(options["seed"]).subset(range(min(drawn, len(real))))
+        model = load(options["model"], options["device"])
+        out = _begin(options["out"], data)
+        produced = make(model, real, out / "notes", progress)
+        fake = _open(out / "notes", split, allow_bad, progress)
+        files = _reports(out, options["profile"])
+        _score(real, fake, prepared, options, progress, *files, produced=produced, audio=model.config.audio)
 
 
 def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[str, Any]:

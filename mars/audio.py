@@ -14,7 +14,6 @@ import io
 import math
 import wave
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from mars import kernels
 from mars.config import AudioConfig
 from mars.files import write_atomically
+from mars.runtime import thread_pool
 
 
 def stft(waveform: Tensor, config: AudioConfig) -> Tensor:
@@ -140,15 +140,19 @@ def griffin_lim(
     size = 1 if notes.device.type == "cpu" else 64
     batches = [[x[i : i + size] for i in range(0, len(x), size)] for x in (notes, turns)]
     if notes.device.type == "cpu":
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                signals = list(pool.map(restored, *batches))
-        finally:
-            torch.set_num_threads(threads)  # for threads yet to start, which take the number set last
+        with thread_pool(torch.get_num_threads()) as pool:
+            signals = list(pool.map(restored, *batches))
     else:
         signals = list(map(restored, *batches))
     return _note(torch.cat(signals), config).reshape(*magnitudes.shape[:-2], config.samples)
+
+
+def within_full_scale(waveforms: Tensor) -> Tensor:
+    """Waveforms (B, samples), those beyond full scale made quieter until they just reach it.
+
+    Griffin-Lim overshoots at times. A note is made quieter rather than clipped, and never louder.
+    """
+    return waveforms / waveforms.abs().amax(dim=1, keepdim=True).clamp_min(1)
 
 
 def write_wav(path: Path | str, waveform: Tensor, sample_rate: int) -> None:

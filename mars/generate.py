@@ -130,7 +130,7 @@ def generate(
             raise ConfigError(f"want a condition for each of {n} notes, got {len(conditions)}")
         given = {start + i: accepted(model, condition) for i, condition in enumerate(conditions)}
     timing = timing or Timing()
-    size = TILE if device.type == "cpu" else TILE_ACCELERATOR
+    size = tile_size(device)
     wanted = range(start, start + n)
 
     def drafts(first: int) -> list[_Draft]:
@@ -172,18 +172,20 @@ def generate(
         magnitudes = audio.magnitudes(spectrograms, model.config.audio)
         streams = [d.stream for d in drafts]
         waveforms = audio.griffin_lim(magnitudes, model.config.audio, iterations, generators=streams).cpu()
-        peaks = waveforms.abs().amax(dim=1)
-        for d, peak in zip(drafts, peaks.tolist(), strict=True):
-            if not math.isfinite(peak):
+        for d, finite in zip(drafts, waveforms.isfinite().all(dim=1).tolist(), strict=True):
+            if not finite:
                 raise CheckpointError(f"note {d.index} of seed {seed} is not finite; the model's weights are unusable")
-        # Griffin-Lim overshoots at times. A note is made quieter rather than clipped, and never louder.
-        waveforms = waveforms / peaks.clamp_min(1)[:, None]
         return [
             Note(d.index, w, s, d.ids, d.condition)
-            for d, w, s in zip(drafts, waveforms, spectrograms.cpu(), strict=True)
+            for d, w, s in zip(drafts, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
         ]
 
     return notes()
+
+
+def tile_size(device: torch.device) -> int:
+    """Notes that the network runs on at once."""
+    return TILE if device.type == "cpu" else TILE_ACCELERATOR
 
 
 def sample(

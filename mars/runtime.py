@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def native_bfloat16(device: torch.device) -> bool:
 def float64_device(device: torch.device) -> torch.device:
     """The device, or the CPU in place of MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+@contextmanager
+def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads, each of which computes on one thread: as many notes at once as workers."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # for threads yet to start, which take the number set last
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def griffin_lim_oracle(notes: NoteSet, config: AudioConfig, iterations: int = 32
     def restored(waveforms: Tensor, keys: Sequence[str]) -> Tensor:
         magnitudes = audio.demultiplexed_magnitudes(audio.multiplexed(waveforms, config), config)
         signals = audio.griffin_lim(magnitudes, config, iterations, generators=phases(keys, seed))[:, :SAMPLES]
-        return F.pad(within_full_scale(signals), (0, SAMPLES - signals.shape[1]))
+        return F.pad(audio.within_full_scale(signals), (0, SAMPLES - signals.shape[1]))
 
     return notes.mapped(f"griffin-lim-oracle-{digest}-{iterations}-seed{seed}", restored)
 
@@ -80,11 +80,6 @@ def griffin_lim_oracle(notes: NoteSet, config: AudioConfig, iterations: int = 32
 def phases(keys: Sequence[str], seed: int) -> list[torch.Generator]:
     """A generator of Griffin-Lim's first phases for each note, that depends on its key and the seed alone."""
     return [stream(seed, STREAM, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])) for key in keys]
-
-
-def within_full_scale(waveforms: Tensor) -> Tensor:
-    """Waveforms (B, samples), those beyond full scale made quieter until they just reach it."""
-    return waveforms / waveforms.abs().amax(dim=1, keepdim=True).clamp_min(1)
 
 
 def halves(notes: NoteSet, seed: int) -> tuple[NoteSet, NoteSet]:

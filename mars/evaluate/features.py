@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +19,7 @@ from torch import Tensor
 from mars import checkpoint
 from mars.errors import CheckpointError, DataError
 from mars.evaluate.notes import NoteSet
-from mars.runtime import exact_float32
+from mars.runtime import exact_float32, thread_pool
 
 PART = 512  # notes; what an interrupted run loses at most
 
@@ -123,16 +122,12 @@ def embed(
 def _ahead(notes: NoteSet, rows: Sequence[int], size: int) -> Iterator[Tensor]:
     """Waveforms of the rows in batches; a second thread reads the next one."""
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
-            upcoming = reader.submit(notes.waveforms, batches[0])
-            for batch in batches[1:]:
-                ready, upcoming = upcoming.result(), reader.submit(notes.waveforms, batch)
-                yield ready
-            yield upcoming.result()
-    finally:
-        torch.set_num_threads(threads)  # for threads yet to start, which take the number set last
+    with thread_pool(1) as reader:
+        upcoming = reader.submit(notes.waveforms, batches[0])
+        for batch in batches[1:]:
+            ready, upcoming = upcoming.result(), reader.submit(notes.waveforms, batch)
+            yield ready
+        yield upcoming.result()
 
 
 def _rows(keys: Sequence[str], tensors: checkpoint.Tensors) -> dict[str, Embedding]:

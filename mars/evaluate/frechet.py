@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mars.errors import DataError
 from mars.evaluate.bootstrap import SEED, Estimate, estimate, resample_counts
-from mars.evaluate.samples import canonical, checked
+from mars.evaluate.samples import canonical, checked, checked_pair
 from mars.runtime import stream
 
 
@@ -61,6 +61,10 @@ class Moments:
         if self.count < 2:
             raise DataError(f"covariance: want at least 2 frames, got {self.count}; evaluate more notes")
         return self.scatter / (self.count - 1)
+
+    def distance(self, other: Moments) -> float:
+        """`frechet_distance` to the Gaussian of other frames."""
+        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ def fad(real: Tensor, fake: Tensor, *, resamples: int = 200, seed: int = SEED) -
     real, fake = _clips("fad", real, fake, minimum=2)
     drawn_real = _resampled(real, resample_counts(len(real), resamples, seed, 0))
     drawn_fake = _resampled(fake, resample_counts(len(fake), resamples, seed, 1))
-    distances = [_distance(a, b) for a, b in zip(drawn_real, drawn_fake, strict=True)]
+    distances = [a.distance(b) for a, b in zip(drawn_real, drawn_fake, strict=True)]
     return FAD(estimate(torch.tensor(distances, dtype=torch.float64)), real[..., 0].numel(), fake[..., 0].numel())
 
 
@@ -138,14 +142,10 @@ def fad_infinity(real: Tensor, fake: Tensor, *, points: int = 15, draws: int = 4
         total = 0.0
         for draw in range(draws):
             chosen = torch.randperm(clips, generator=stream(seed, size, draw))[:size]
-            total += _distance(target, Moments.of(fake[chosen].flatten(0, 1)))
+            total += target.distance(Moments.of(fake[chosen].flatten(0, 1)))
         distances.append(total / draws)
     slope, intercept = statistics.linear_regression([1 / size for size in sizes], distances)
     return FADInfinity(intercept, slope, tuple(sizes), tuple(distances))
-
-
-def _distance(a: Moments, b: Moments) -> float:
-    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def _resampled(clips: Tensor, counts: Tensor) -> Iterator[Moments]:
@@ -161,8 +161,5 @@ def _resampled(clips: Tensor, counts: Tensor) -> Iterator[Moments]:
 
 
 def _clips(name: str, real: Tensor, fake: Tensor, minimum: int) -> tuple[Tensor, Tensor]:
-    real = checked(f"{name} (real)", real, "clips", "frames", "features", minimum=minimum)
-    fake = checked(f"{name} (fake)", fake, "clips", "frames", "features", minimum=minimum)
-    if real.shape[2] != fake.shape[2]:
-        raise ValueError(f"{name}: want as many features for both, got {real.shape[2]} (real), {fake.shape[2]} (fake)")
+    real, fake = checked_pair(name, real, fake, "clips", "frames", "features", minimum=minimum)
     return canonical(real), canonical(fake)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mars.errors import DataError
 from mars.evaluate.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.mmd import gaussian, mmd2
-from mars.evaluate.samples import canonical, checked
+from mars.evaluate.samples import canonical, checked_pair
 from mars.runtime import stream
 
 SCALE = 100
@@ -40,10 +40,7 @@ def kad(real: Tensor, fake: Tensor, *, resamples: int = RESAMPLES, seed: int = S
         DataError: fewer than 10 clips on a side, frames that are not finite, or at least half of the reference's
             frames alike.
     """
-    real = canonical(checked("kad (real)", real, "clips", "frames", "features", minimum=10))
-    fake = canonical(checked("kad (fake)", fake, "clips", "frames", "features", minimum=10))
-    if real.shape[2] != fake.shape[2]:
-        raise ValueError(f"kad: want as many features for both, got {real.shape[2]} (real) and {fake.shape[2]} (fake)")
+    real, fake = map(canonical, checked_pair("kad", real, fake, "clips", "frames", "features", minimum=10))
     bandwidth = median_distance(real, seed=seed)
     counts = resample_counts(len(real), resamples, seed, 0), resample_counts(len(fake), resamples, seed, 1)
     return KAD(estimate(SCALE * mmd2(real, fake, gaussian(bandwidth), *counts)), bandwidth)

@@ -25,6 +25,7 @@ from mars.evaluate.bootstrap import SEED
 from mars.evaluate.samples import canonical_order, checked
 from mars.runtime import stream
 
+ALPHA = 0.05  # level of the test
 COMPONENTS = 256  # principal components that the bins are made in
 _FITTED = 4096  # notes that the components are made from
 _CHUNK = 4096
@@ -105,7 +106,7 @@ def fit_bins_vinay2022(reference: Tensor, k: int = 100, *, seed: int = SEED) -> 
     return Bins(centres[None], counts.long()[None], dimensions, d, explained)
 
 
-def different_bins(bins: Bins, notes: Tensor, alpha: float = 0.05) -> NDB:
+def different_bins(bins: Bins, notes: Tensor, alpha: float = ALPHA) -> NDB:
     """NDB / k and Jensen-Shannon divergence of notes (m, d) against the bins, mean over the clusterings.
 
     Raises:

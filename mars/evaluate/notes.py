@@ -24,7 +24,7 @@ from torch import Tensor
 from mars.config import FAMILIES, SOURCES
 from mars.data import SPLITS, open_dataset
 from mars.data.folder import SUFFIXES
-from mars.data.notes import UNKNOWN, Audio, Labels, fault, fit, labels_of, parse_json, read_audio
+from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of, parse_json, read_audio
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.runtime import stream
 
@@ -338,7 +338,7 @@ def _again(path: Path, known: _File) -> Audio:
         raise DataError(f"{path} was there when the evaluation began ({error.strerror}); start again") from None
     if hashlib.sha256(content).hexdigest() != known.sha256:
         raise DataError(f"{path} has changed since the evaluation began; start again")
-    return fit(np.clip(_decode(content)[0], -1, 1), SAMPLES)
+    return np.clip(_decode(content)[0], -1, 1)
 
 
 def _conditions(path: Path) -> dict[str, dict[str, Any]]:

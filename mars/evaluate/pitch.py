@@ -38,6 +38,15 @@ def detected(logits: Tensor, classes: Sequence[str]) -> Numbers:
     return _midi(classes)[logits.argmax(1).cpu().numpy()]
 
 
+def judged(requested: npt.ArrayLike, classes: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which of the requested pitches (n,) are known and among the classes.
+
+    Raises:
+        ValueError: a class is no MIDI number.
+    """
+    return np.isin(requested, _midi(classes))
+
+
 def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[str]) -> PitchAccuracy:
     """Compare requested pitches (n,), MIDI or -1 for unknown, with the likeliest of logits (n, C).
 
@@ -48,22 +57,21 @@ def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[s
     wanted, found = np.asarray(requested, np.int64), detected(logits, classes)
     if wanted.shape != found.shape:
         raise ValueError(f"pitch_accuracy: want a pitch a note, {len(found)}; got shape {wanted.shape}")
-    known = wanted >= 0
-    judged = known & np.isin(wanted, _midi(classes))
-    if not judged.any():
+    known, heard = wanted >= 0, judged(wanted, classes)
+    if not heard.any():
         raise DataError(
             f"pitch_accuracy: want notes with a known pitch, got none among {len(wanted)}; "
             "use NSynth names or the notes.json of mars-generate"
         )
-    away = np.abs(found - wanted)[judged]
+    away = np.abs(found - wanted)[heard]
     return PitchAccuracy(
         accuracy=float((away == 0).mean()),
         chroma=float((away % 12 == 0).mean()),
         octave_errors=float(((away > 0) & (away % 12 == 0)).mean()),
         semitone_errors=float((away == 1).mean()),
-        notes=int(judged.sum()),
+        notes=int(heard.sum()),
         unknown=int((~known).sum()),
-        outside=int((known & ~judged).sum()),
+        outside=int((known & ~heard).sum()),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mars.evaluate.bootstrap import RESAMPLES, SEED, Estimate, bootstrap_mean
 from mars.evaluate.mmd import squared_distances
-from mars.evaluate.samples import checked
+from mars.evaluate.samples import checked_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,7 @@ def prdc(real: Tensor, fake: Tensor, *, k: int = 5, resamples: int = RESAMPLES, 
         ValueError: other shapes.
         DataError: k notes or fewer on a side, or features that are not finite.
     """
-    real = checked("prdc (real)", real, "notes", "features", minimum=k + 1).double()
-    fake = checked("prdc (fake)", fake, "notes", "features", minimum=k + 1).double()
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"prdc: want as many features for both, got {real.shape[1]} (real), {fake.shape[1]} (fake)")
+    real, fake = (x.double() for x in checked_pair("prdc", real, fake, "notes", "features", minimum=k + 1))
     between = squared_distances(real, fake)  # (n, m)
     in_real = between < _squared_radii(real, k)[:, None]
     in_fake = between < _squared_radii(fake, k)

@@ -21,11 +21,11 @@ from mars import audio
 from mars.config import CLASSES, FAMILIES, SOURCES
 from mars.data.notes import parse_json
 from mars.errors import CheckpointError, ConfigError, DataError
-from mars.evaluate.baselines import phases, within_full_scale
+from mars.evaluate.baselines import phases
 from mars.evaluate.notes import SAMPLE_RATE, NoteSet
 from mars.evaluate.notes import stem as stem_of
 from mars.files import sha256, write_atomically
-from mars.generate import TILE, TILE_ACCELERATOR, Condition, Note, accepted, generate, listing, stem, takes
+from mars.generate import Condition, Note, accepted, generate, listing, stem, takes, tile_size
 from mars.model import Model
 from mars.runtime import autocast, free_space
 
@@ -57,7 +57,7 @@ def reconstruct(
     files = [f"{stem_of(name)}.wav" for name in notes.names]
     folder = _Folder(model, out, settings, files, [_labels(notes, i) for i in range(len(notes))])
     missing = set(folder.begin())
-    size = TILE if model.device.type == "cpu" else TILE_ACCELERATOR
+    size = tile_size(model.device)
     for first in range(0, len(notes), size):  # in whole tiles, for the reason that `mars.generate` gives
         rows = range(first, min(first + size, len(notes)))
         if not missing.isdisjoint(rows):
@@ -65,7 +65,7 @@ def reconstruct(
             with autocast(model.device, "auto"):
                 ids = model.encode(notes.waveforms(tile))
             streams = phases([notes.keys[i] for i in tile], seed)
-            decoded = within_full_scale(model.decode(ids, iterations=iterations, seed=streams).cpu())
+            decoded = audio.within_full_scale(model.decode(ids, iterations=iterations, seed=streams).cpu())
             for i, waveform in zip(rows, decoded, strict=False):
                 if not bool(waveform.isfinite().all()):
                     raise CheckpointError(f"{notes.names[i]} is not finite; the model's weights are unusable")

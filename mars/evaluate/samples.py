@@ -33,6 +33,21 @@ def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor
     return samples
 
 
+def checked_pair(name: str, real: Tensor, fake: Tensor, *shape: str, minimum: int = 1) -> tuple[Tensor, Tensor]:
+    """Both sets as `checked`, of the same width.
+
+    Raises:
+        ValueError: as `checked`, or their last dimensions differ.
+        DataError: as `checked`.
+    """
+    real = checked(f"{name} (real)", real, *shape, minimum=minimum)
+    fake = checked(f"{name} (fake)", fake, *shape, minimum=minimum)
+    if real.shape[-1] != fake.shape[-1]:
+        sizes = f"{real.shape[-1]} (real), {fake.shape[-1]} (fake)"
+        raise ValueError(f"{name}: want as many {shape[-1]} for both, got {sizes}")
+    return real, fake
+
+
 def finite(name: str, samples: Tensor, kind: str) -> None:
     """Raises `DataError` if any of samples (n, ...) holds NaN or infinity."""
     bad = int((~_sums(samples).isfinite()).sum())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -25,10 +24,10 @@ from mars.evaluate.bootstrap import SEED, Estimate, bootstrap_mean, bootstrap_me
 from mars.evaluate.classifier import Classifier, logits_vinay2022
 from mars.evaluate.features import Embedder, Embedding
 from mars.evaluate.notes import NoteSet, pair
-from mars.evaluate.pitch import detected, pitch_accuracy
+from mars.evaluate.pitch import detected, judged, pitch_accuracy
 from mars.evaluate.report import METRICS, Metric, Mode, Profile, Report, Sounds
 from mars.evaluate.samples import canonical
-from mars.runtime import stream
+from mars.runtime import stream, thread_pool
 
 Role = Literal["pitch", "instrument", "vggish", "crepe"]
 ROLES: tuple[Role, ...] = ("pitch", "instrument", "vggish", "crepe")
@@ -339,22 +338,17 @@ class _Scorer:
 
     def log_mel_blocks(self, notes: NoteSet, size: int = _BLOCK) -> Iterator[Tensor]:
         """Log-mel spectrograms (up to `size`, 80, 251), block after block, on all cores."""
-        told, threads = self._told(f"log-mel, {notes.source}"), torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for start in range(0, len(notes), size):
-                    rows = range(start, min(start + size, len(notes)))
-                    batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-                    block = torch.empty(len(rows), *mel.SHAPE)
-                    into = block.split(_BATCH)
-                    for batch, place, part in zip(
-                        batches, into, pool.map(lambda batch: mel.log_mel(notes.waveforms(batch)), batches), strict=True
-                    ):
-                        place.copy_(part)
-                        told(batch[-1] + 1, len(notes))
-                    yield block
-        finally:
-            torch.set_num_threads(threads)  # for threads yet to start, which take the number set last
+        told = self._told(f"log-mel, {notes.source}")
+        with thread_pool(torch.get_num_threads()) as pool:
+            for start in range(0, len(notes), size):
+                rows = range(start, min(start + size, len(notes)))
+                batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
+                block = torch.empty(len(rows), *mel.SHAPE)
+                made = pool.map(lambda batch: mel.log_mel(notes.waveforms(batch)), batches)
+                for batch, place, part in zip(batches, block.split(_BATCH), made, strict=True):
+                    place.copy_(part)
+                    told(batch[-1] + 1, len(notes))
+                yield block
 
     def fit_bins(self, log_mel: Tensor) -> ndb.Bins:
         """Bins of NDB of reference notes (n, 80, 251)."""
@@ -418,7 +412,7 @@ def _ndb(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     if scorer.train is not None:
         details["floor"] = ndb.different_bins(bins, row.real.log_mel.flatten(1)).ratio  # of the real notes
     params = {
-        "k": found.bins, "alpha": 0.05, "runs": len(found.ratios), "features": bins.centres.shape[2],
+        "k": found.bins, "alpha": ndb.ALPHA, "runs": len(found.ratios), "features": bins.centres.shape[2],
         "reference": "real" if scorer.train is None else "train", "n_reference": found.reference,
     }  # fmt: skip
     return {"ndb_k": Metric(value=found.ratio, params=params, details=details)}
@@ -479,8 +473,7 @@ def _fad_infinity(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
 
 def _fad_classifier(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     real, fake = (frechet.Moments.of(canonical(frames[:, 0])) for frames in _frames(row, "instrument"))
-    distance = frechet.frechet_distance(real.mean, real.covariance, fake.mean, fake.covariance)
-    return {"fad_classifier": Metric(value=distance, params={"features": len(real.mean)})}
+    return {"fad_classifier": Metric(value=real.distance(fake), params={"features": len(real.mean)})}
 
 
 def _kad(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]:
@@ -496,11 +489,8 @@ def _prdc(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
 
 def _pitch_accuracy(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     asked, classes, logits = row.fake.notes.pitch, scorer.classes(role), _logits(row.fake, role)
-    judged = np.isin(asked, [int(c) for c in classes])
-    if not judged.any():
-        raise Unavailable("want notes with a known pitch (NSynth names, or the notes.json of mars-generate), got none")
     found = pitch_accuracy(asked, logits, classes)
-    correct = torch.from_numpy((detected(logits, classes) == asked)[judged]).double()
+    correct = torch.from_numpy((detected(logits, classes) == asked)[judged(asked, classes)]).double()
     return {name: _metric(bootstrap_mean(correct, seed=scorer.settings.seed), {}, asdict(found))}
 
 

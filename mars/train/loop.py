@@ -11,7 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FrameType
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mars.errors import CheckpointError
-from mars.runtime import stream
+from mars.runtime import stream, thread_pool
 from mars.train.deadline import Deadline
 from mars.train.divergence import BadSteps, Verdicts
 from mars.train.folder import RunFolder, checkpoint_size
@@ -123,7 +123,7 @@ def run(
         _stop_signals() as stop,
         watch.sitting(done),
         _progress(console) as progress,
-        ThreadPoolExecutor(max(train.workers, 1), initializer=torch.set_num_threads, initargs=(1,)) as loader,
+        thread_pool(max(train.workers, 1)) as loader,
     ):
         task = progress.add_task("", total=end, completed=done, info="")
         upcoming: deque[Future[list[Any]]] = deque()

@@ -87,9 +87,10 @@ class Sampler:
         waveforms = audio.griffin_lim(audio.magnitudes(spectrograms, config.audio), config.audio, generators=0).cpu()
         if not bool(waveforms.isfinite().all()):
             raise CheckpointError("the tokenizer's output is not finite")
-        waveforms = waveforms / waveforms.abs().amax(dim=1, keepdim=True).clamp_min(1)  # quieter rather than clipped
         names = [self.dataset.names[note] for note in self.notes]
-        return [Sample(*parts) for parts in zip(names, waveforms, spectrograms.cpu(), strict=True)]
+        return [
+            Sample(*parts) for parts in zip(names, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
+        ]
 
     def _generated(self, model: Model) -> list[Sample]:
         made = []
