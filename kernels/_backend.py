@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from typing import TYPE_CHECKING, Literal, get_args
 
 from mars.kernels import _native
@@ -78,9 +79,25 @@ def missing(backend: Backend, device: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install triton"
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "Triton kernels run on CUDA (or interpreted, slowly, with TRITON_INTERPRET=1)"
+        if device != "cuda":
+            if os.environ.get("TRITON_INTERPRET") != "1":
+                return "Triton kernels run on CUDA (or interpreted, slowly, with TRITON_INTERPRET=1)"
+            return _interpreter_stops()
     return None
+
+
+@cache
+def _interpreter_stops() -> str | None:
+    """Triton's interpreter before 3.7 makes Python numbers of arrays of one value, which NumPy 2.4 refuses."""
+    triton, numpy = metadata.version("triton"), metadata.version("numpy")
+    if _minor(triton) < (3, 7) and _minor(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton} stops on NumPy {numpy}: it wants Triton 3.7 or NumPy below 2.4"
+    return None
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
 
 
 def backend(device: str) -> Backend:

@@ -179,7 +179,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, head_scale: T
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = q.device.type
-    if q.dtype == torch.float64 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if q.is_meta or q.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # meta tensors have no autocast
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)

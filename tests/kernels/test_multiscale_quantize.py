@@ -18,7 +18,8 @@ from mars.models.quantizer import phi_index
 from tests import reference_var
 from tests.implementations import NATIVE, running
 
-TRITON = [] if _backend.missing("triton", "cpu") else ["triton"]
+NO_TRITON = _backend.missing("triton", "cpu")
+needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 SCHEDULES = [
     ((1, 1),),
     ((5, 3),),
@@ -133,10 +134,10 @@ def test_any_number_of_channels(implementation, dim, phi):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("implementation", TRITON)
-def test_triton_is_the_reference(implementation, scales, dim, metric, keep):
+@needs_triton
+def test_triton_is_the_reference(scales, dim, metric, keep):
     args = arguments(scales, dim=dim)
-    with running(implementation):
+    with running("triton"):
         ids, totals = multiscale_quantize(
             *args, scales, metric=metric, keep=None if keep is None else torch.tensor(keep)
         )
@@ -147,13 +148,13 @@ def test_triton_is_the_reference(implementation, scales, dim, metric, keep):
         assert_as_accurate(totals, ids, *args[1:], scales)
 
 
-@pytest.mark.parametrize("implementation", TRITON)
-def test_triton_takes_an_empty_batch_and_reads_strided_maps_without_changing_them(implementation):
+@needs_triton
+def test_triton_takes_an_empty_batch_and_reads_strided_maps_without_changing_them():
     scales = ((1, 2), (2, 3))
     f, *rest = arguments(scales, dim=3)
     strided = f.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     before = strided.clone()
-    with running(implementation):
+    with running("triton"):
         wanted = multiscale_quantize(f, *rest, scales)
         found = multiscale_quantize(strided, *rest, scales)
         ids, totals = multiscale_quantize(f[:0], *rest, scales)

@@ -86,6 +86,22 @@ def test_without_the_library_there_is_one_warning_and_plain_pytorch(tmp_path):
     assert "does not load" in asked.stderr
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "why"),
+    [
+        ("3.6.0", "2.4.0", "the interpreter of Triton 3.6.0 stops on NumPy 2.4.0: it wants Triton 3.7 or NumPy"),
+        ("3.6.0+git1", "3.0.1", "the interpreter of Triton 3.6.0+git1 stops on NumPy 3.0.1"),
+        ("3.6.0", "2.3.5", None),
+        ("3.7.0", "2.4.6", None),
+        ("3.10.1", "2.4.6", None),
+    ],
+)
+def test_an_interpreter_that_numpy_stops_is_said(triton, numpy, why, monkeypatch):
+    monkeypatch.setattr(_backend.metadata, "version", {"triton": triton, "numpy": numpy}.get)
+    found = _backend._interpreter_stops.__wrapped__()
+    assert found is None if why is None else found.startswith(why)
+
+
 def test_importing_the_package_loads_neither_triton_nor_the_library():
     code = (
         "import sys, mars, mars.kernels\n"

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from mars.kernels import _backend
+
+if (why := _backend.missing("triton", "cpu")) is not None:
+    pytest.skip(why, allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -22,10 +25,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from mars.kernels.nearest_code import triton as kernels
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter"),
-    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, where a GPU overflows in silence
-]
+# numpy's, where a GPU overflows in silence
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 SEARCHES = {
     "exact": kernels.search_exact,
