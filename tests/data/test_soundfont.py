@@ -36,16 +36,16 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
 
 
-def tiny_font(pitches: tuple[int, int] = (40, 90)) -> bytes:
+def tiny_font(pitches: tuple[int, int] = (40, 90), instrument: tuple[int, int] = (0, 95)) -> bytes:
     """A soundfont of one sine: preset `Sine` at program 80, its zones limited in the preset and below.
 
     The preset has a global zone of `pitches`, which its first zone takes over and its second (90..100) not.
-    The instrument has a global zone too, of 0..95.
+    The instrument has a global zone too, `instrument`.
     """
     rate, period = 16_000, 64
     wave = (8000 * np.sin(2 * np.pi * np.arange(rate) / period)).astype("<i2")
     keys = {name: struct.pack("<HBB", 43, *span) for name, span in
-            {"global": pitches, "second": (90, 100), "instrument": (0, 95)}.items()}  # fmt: skip
+            {"global": pitches, "second": (90, 100), "instrument": instrument}.items()}  # fmt: skip
     points = struct.pack("<HH", 41, 0)
     sample = struct.pack("<HHHH", 54, 1, 53, 0)  # sampleModes: loop; sampleID
     pgen = keys["global"] + points + keys["second"] + points + bytes(4)
@@ -78,6 +78,10 @@ def test_presets_are_read_with_their_keys(tmp_path):
     assert preset.keys == frozenset(range(40, 96))
     file.write_bytes(tiny_font((60, 62)))
     assert read_presets(file)[0].keys == {60, 61, 62, *range(90, 96)}
+    file.write_bytes(tiny_font((0, 3), (3, 90)))
+    assert read_presets(file)[0].keys == {3, 90}
+    file.write_bytes(tiny_font((126, 255), (0, 255)))  # MIDI ends at 127
+    assert read_presets(file)[0].keys == {*range(90, 101), 126, 127}
 
 
 def test_broken_soundfonts_are_explained(tmp_path):
@@ -117,6 +121,58 @@ def test_the_table_is_sound():
     assert {family for _, _, family, *_ in soundfont._PROGRAMS} == set(FAMILIES)
 
 
+COMPASS = {  # of the General MIDI programs; C4 is MIDI 60
+    "A0 C8": (0, 1, 2, 3, *range(80, 88)),
+    "C1 C5": (38, 39),
+    "C1 G7": (46,),
+    "C1 C8": (19,),
+    "D1 F4": (58,),
+    "E1 C4": (32, 43),
+    "E1 G4": (33, 34, 35, 36, 37),
+    "E1 C7": (44, 45, 48, 49, *range(88, 96)),
+    "E1 G7": (4, 5),
+    "F1 F6": (6,),
+    "A#1 D#5": (57, 70),
+    "A#1 F5": (60,),
+    "C2 C4": (47,),
+    "C2 A4": (67,),
+    "C2 E5": (42,),
+    "C2 F#6": (61,),
+    "C2 C7": (7, 16, 17, 18, 20, 50, 51, 62, 63, *range(96, 104)),
+    "E2 C6": (24, 25),
+    "E2 D6": (26, 27, 28, 29, 30, 31),
+    "F2 A6": (21, 23),
+    "G2 G#5": (109,),
+    "G2 C6": (52, 53, 54, 104, 105, 106, 107),
+    "G#2 E5": (66,),
+    "A2 C7": (12,),
+    "C3 C6": (108, 111, 114),
+    "C3 E6": (41,),
+    "C#3 A5": (65,),
+    "D3 G6": (71,),
+    "E3 C6": (69,),
+    "F3 F6": (11,),
+    "F#3 D6": (56, 59),
+    "G3 D6": (15,),
+    "G3 C7": (74, 75, 76, 77, 78, 79, 110),
+    "G3 E7": (40,),
+    "G#3 E6": (64,),
+    "A#3 G6": (68,),
+    "B3 D7": (73,),
+    "C4 C6": (14,),
+    "C4 C7": (10, 22, 112, 113),
+    "C4 C8": (8,),
+    "F4 C8": (13,),
+    "C5 C8": (9,),
+    "D5 C8": (72,),
+}
+
+
+def midi(note: str) -> int:
+    """MIDI number of a note as it is written, C#4 being 61."""
+    return 12 * (int(note[-1]) + 1) + "C D EF G A B".index(note[0]) + note.count("#")
+
+
 PRESETS = [Preset(f"p{i}", 0, i, frozenset(range(128))) for i in range(128)] + [
     Preset("kit", 128, 0, frozenset(range(128)))
 ]
@@ -151,6 +207,31 @@ def test_pitches_and_velocities_are_spread():
     assert {job.preset.bank for job in low} == {0}
     with pytest.raises(DataError, match="widen --pitches"):
         choose(PRESETS, None, 0, (0, 5))
+
+
+def test_every_instrument_plays_its_compass_from_its_lowest_note_to_its_highest():
+    played = {preset.program: set() for preset in PRESETS}
+    for job in choose(PRESETS, None, 0):
+        played[job.preset.program].add(job.labels.pitch)
+    wanted = {program: set() for program in played}
+    for compass, programs in COMPASS.items():
+        low, high = map(midi, compass.split())
+        wanted |= {program: set(range(low, high + 1)) for program in programs}
+    assert played == wanted
+
+
+@pytest.mark.parametrize(
+    ("keys", "pitches", "wanted"),
+    [
+        (range(60, 63), (21, 108), {60, 61, 62}),  # the soundfont ends first
+        (range(128), (60, 60), {60}),
+        (range(128), (99, 127), {99, 100}),  # a violin's highest
+        (range(128), (0, 56), {55, 56}),
+    ],
+)
+def test_limits_of_pitch_belong_to_the_range(keys, pitches, wanted):
+    jobs = choose([Preset("violin", 0, 40, frozenset(keys))], None, 0, pitches)
+    assert {job.labels.pitch for job in jobs} == wanted
 
 
 def test_names_do_not_depend_on_what_is_asked_for():
