@@ -55,6 +55,20 @@ def test_presets_are_what_they_are_named_for():
     assert preset("notes").audio.shape == (32, 64, 64)
 
 
+def test_what_a_stage_trains_with_unless_told_otherwise():
+    """Presets and command lines leave these out and rely on them; the page on the paper has those of the models."""
+    assert dataclasses.asdict(TrainConfig()) == {
+        **{"steps": 1000, "epochs": 0.0, "batch_size": 16, "accumulate": 1},
+        **{"optimizer": "adamw", "lr": 1e-4, "lr_batch": 0, "warmup": 0.02, "final_lr": 0.02, "schedule": "cosine"},
+        **{"weight_decay": 0.05, "betas": (0.9, 0.95), "grad_clip": 1.0, "ema": 0.999},
+        **{"precision": "auto", "compile": "auto", "workers": 1, "checkpointing": False},
+        **{"adversarial": False, "adversarial_weight": 0.5, "adversarial_start": 0.28, "adversarial_ramp": 0.02},
+        **{"adaptive_weight": True, "discriminator_lr": 4e-4, "discriminator_warmup": 0.02},
+        **{"discriminator_weight_decay": 5e-4, "log_every": 20, "validate_every": 500, "validate_notes": 256},
+        **{"save_every": 500, "sample_every": 500, "keep": 3},
+    }
+
+
 def test_settings_cannot_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         preset("smoke").audio.hop = 1

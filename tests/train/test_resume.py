@@ -214,6 +214,18 @@ def test_the_adversarial_term_joins_at_its_start_and_ramps(smoke, notes):
     assert {"adversarial", "adaptive", "discriminator"} <= late.keys()
 
 
+@pytest.mark.parametrize(
+    ("ramp", "rise"),  # of 100 steps
+    [(0.0, []), (0.01, []), (0.015, [1 / 1.5]), (0.03, [1 / 3, 2 / 3]), (1.0, [(i + 1) / 100 for i in range(75)])],
+)
+def test_the_ramp_of_the_adversarial_weight_is_a_share_of_the_steps(ramp, rise, smoke, notes):
+    settings = ("train.steps=100", "train.adversarial=true", "train.adversarial_start=0.25")
+    values = (*settings, f"train.adversarial_ramp={ramp}", "train.adversarial_weight=0.8")
+    stage = TokenizerStage(override(smoke, values, "tokenizer"), notes, CPU, seed=0)
+    wanted = [0.0] * 25 + [0.8 * part for part in rise] + [0.8] * (75 - len(rise))
+    assert [stage.adversarial_weight(step) for step in range(100)] == pytest.approx(wanted, rel=1e-12)
+
+
 def test_before_its_start_the_discriminator_is_never_called(smoke, notes, monkeypatch):
     stage = make("tokenizer-adversarial", smoke, notes)  # which starts at 0.4 of 7 steps
     calls: list[int] = []
