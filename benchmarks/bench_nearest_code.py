@@ -62,7 +62,7 @@ def same(ids: Tensor, ours: Tensor) -> None:
 
 def nearly(ids: Tensor, ours: Tensor) -> None:
     """Other libraries add in another order: scores within rounding of each other may change places."""
-    assert (ids != ours).sum() <= 1e-4 * len(ours)
+    assert (ids != ours).sum() <= max(1e-4 * len(ours), 1)
 
 
 @pytest.mark.benchmark(group="nearest_code, float32 against the registers' peak")

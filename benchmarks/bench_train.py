@@ -108,7 +108,6 @@ def tokenizer_steps(config: Config, data: Dataset, device: torch.device) -> tupl
 def bench_step(benchmark: Any, place: Place, stage: str, width: int, precision: str) -> None:
     if width != min(WIDTHS) and (place.device == "cuda" or not benchmark.enabled):
         pytest.skip("the widths are for a CPU, to be timed")
-    torch.manual_seed(0)
     config = settings(place, precision, width, benchmark.enabled)
     whole, size = open_dataset(None), getattr(config.train, stage).batch_size
     data = Dataset(
