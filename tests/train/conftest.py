@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -26,8 +29,8 @@ def smoke() -> Config:
 def notes() -> Dataset:
     """Eleven short notes in memory; the last three are held out."""
     rng = np.random.default_rng(0)
-    time = np.arange(1900) / 16_000
-    tones = [np.sin(2 * np.pi * 200 * (i + 1) * time) * np.exp(-9 * time) for i in range(11)]
+    t = np.arange(1900) / 16_000
+    tones = [np.sin(2 * np.pi * 200 * (i + 1) * t) * np.exp(-9 * t) for i in range(11)]
     audio = (np.stack(tones) * 20_000 + rng.normal(0, 50, (11, 1900))).astype("<i2")
     metadata = np.zeros((11, 6), np.int32)
     metadata[:, 0] = metadata[:, 1] = np.arange(11)  # instrument, family
@@ -44,3 +47,17 @@ def notes() -> Dataset:
         "0" * 64,
         {"source": "test"},
     )
+
+
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
+    """Lets seconds pass on `time.monotonic`, which otherwise stands still, and gives what it shows then."""
+    now = 100.0
+
+    def wait(seconds: float = 0.0) -> float:
+        nonlocal now
+        now += seconds
+        return now
+
+    monkeypatch.setattr(time, "monotonic", wait)
+    return wait

@@ -91,7 +91,7 @@ def folder(tmp_path_factory, pair) -> Path:
         for name in ("tokenizer", "var"):
             processes.train(name, folder / "moved" / name, max_steps=2)
         for process in pair("tests.train.processes", folder):
-            output, _ = process.communicate(timeout=200)
+            output, _ = process.communicate(timeout=900)
             assert process.returncode == 0, output
         for name in ("tokenizer", "var"):
             processes.train(name, folder / "moved" / name)
@@ -192,19 +192,19 @@ def options(out: Path, *settings: str) -> list[object]:
 
 def wait_for_steps(out: Path, process: subprocess.Popen[str]) -> None:
     """Until the run in `out` has logged a step."""
-    for _ in range(600):
+    for _ in range(6000):  # starting takes a busy machine long
         if (out / "log.jsonl").is_file() and '"loss"' in (out / "log.jsonl").read_text():
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-    raise AssertionError("no step within a minute")
+    raise AssertionError("no step within ten minutes")
 
 
 def test_a_signal_to_one_process_stops_all_and_saves(tmp_path, pair):
     main, other = pair(*options(tmp_path / "run"))
     wait_for_steps(tmp_path / "run", main)
     other.send_signal(signal.SIGTERM)
-    (said, _), (silent, _) = main.communicate(timeout=60), other.communicate(timeout=60)
+    (said, _), (silent, _) = main.communicate(timeout=600), other.communicate(timeout=600)
     assert (main.returncode, other.returncode) == (0, 0), said + silent
     (saved,) = RunFolder(tmp_path / "run").checkpoints()
     checkpoint.verify(saved)
@@ -235,10 +235,8 @@ def test_a_lost_process_ends_the_others(tmp_path, start):
     wait_for_steps(tmp_path / "run", torchrun)
     workers = children(torchrun.pid)
     assert len(workers) == 2
-    began = time.monotonic()
     os.kill(workers[1], signal.SIGKILL)
-    output, _ = torchrun.communicate(timeout=90)
-    assert time.monotonic() - began < 60
+    output, _ = torchrun.communicate(timeout=600)  # left alone, they would wait for half an hour
     assert torchrun.returncode != 0
     assert "Error: lost another process of this run (" in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
@@ -247,7 +245,7 @@ def test_a_lost_process_ends_the_others(tmp_path, start):
 def test_micro_batches_that_cannot_be_shared_are_a_usage_error(tmp_path, pair):
     whose = ("", "process 1: ")
     for label, process in zip(whose, pair(*options(tmp_path / "run", "train.accumulate=3")), strict=True):
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 2
         assert output == (
             f"Error: {label}train.accumulate must be a multiple of the 2 processes, got 3; "

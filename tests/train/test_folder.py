@@ -20,7 +20,7 @@ from mars import checkpoint, config, files, model
 from mars.cli.errors import user_errors
 from mars.cli.train import main
 from mars.errors import CheckpointError, ConfigError, DiskError, Diverged
-from mars.train import deadline, folder, lock, loop, start
+from mars.train import folder, lock, loop, start
 from mars.train.deadline import Deadline
 from mars.train.divergence import BadSteps
 from mars.train.folder import Best, Position, RunFolder
@@ -258,35 +258,35 @@ def test_other_faults_of_the_lock_are_errors(path, monkeypatch):
         pass
 
 
-def test_a_deadline_keeps_time_for_what_is_to_come(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+def test_a_deadline_keeps_time_for_what_is_to_come(wait):
     limit = Deadline(10.0, {"save": 4.0})
     assert limit.leaves_time_for("step", "save")
     with limit.timed("step"):
-        now[0] += 3
+        wait(3)
     with limit.timed("step"):
-        now[0] += 1
+        wait(1)
     assert limit.leaves_time_for("step")  # 4 gone, 3 more
     assert not limit.leaves_time_for("step", "save")  # and 4
     with limit.timed("save"):
-        now[0] += 1
+        wait(1)
     assert limit.leaves_time_for("step", "save")  # measured: 1
     assert not Deadline(-1.0).leaves_time_for("step")
     assert Deadline(None, {"save": 1e9}).leaves_time_for("save")
 
 
-def test_a_run_ends_before_its_time_limit(path, monkeypatch):
+def test_a_run_ends_before_its_time_limit(path, wait, monkeypatch):
     stage = Judged([1.0] * 40, validate_every=4, save_every=7)
-    stage.act = lambda step: time.sleep(0.05)
+    stage.act = lambda step: wait(1)
     save = RunFolder.save
-    monkeypatch.setattr(RunFolder, "save", lambda *a: (time.sleep(0.3), save(*a)))
+    monkeypatch.setattr(RunFolder, "save", lambda *a: (wait(6), save(*a)))
     validate = stage.validate
-    stage.validate = lambda: (time.sleep(0.2), validate())[1]
-    began = time.monotonic()
-    go(stage, RunFolder(path), max_time=2.5)
-    assert 1.0 < time.monotonic() - began < 2.6
-    assert steps_saved(path)[-1] == len(stage.seen)
+    stage.validate = lambda: (wait(4), validate())[1]
+    began = wait()
+    go(stage, RunFolder(path), max_time=41)
+    # 4 steps, a validation, a save; 3 steps, a save; 1 step, a validation; 3 steps, the last of which leaves no time
+    # for another with its validation and the last save.
+    assert wait() - began == 4 + 4 + 6 + 3 + 6 + 1 + 4 + 3 + 6
+    assert steps_saved(path) == [4, 7, 11]
 
 
 SMALL = (

@@ -31,7 +31,7 @@ def rows(tmp_path_factory):
     """The campaigns, in a process of their own: this one has threads and should not fork."""
     report = tmp_path_factory.mktemp("reliability") / "rows.json"
     command = [sys.executable, "-m", "scripts.reliability", "--share", "0.06", "--json", str(report)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
     assert report.is_file(), done.stderr
     return json.loads(report.read_text())
 
