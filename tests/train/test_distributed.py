@@ -236,7 +236,7 @@ def test_a_lost_process_ends_the_others(tmp_path, start):
     workers = children(torchrun.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    output, _ = torchrun.communicate(timeout=600)  # left alone, they would wait for half an hour
+    output, _ = torchrun.communicate(timeout=300)  # half of what one process waits for another
     assert torchrun.returncode != 0
     assert "Error: lost another process of this run (" in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
