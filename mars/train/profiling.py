@@ -48,7 +48,7 @@ def profile_steps(
         step(number)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     parts = {name: module for name, module in stage.model.named_modules() if name == "quantizer"}
-    with profile(activities=activities) as recorded, timed(device, parts) as seconds:
+    with profile(activities=activities, acc_events=True) as recorded, timed(device, parts) as seconds:
         for number in range(first + WARM_UP, first + WARM_UP + RECORDED):
             step(number)
     recorded.export_chrome_trace(str(out))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch.profiler import ProfilerActivity
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from mars.errors import DataError
@@ -92,7 +93,7 @@ def test_fad_is_float64():
 
 def test_wide_features_need_no_more_memory_than_a_few_copies_of_them():
     clips = torch.randn(300, 1, 1000)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         list(_resampled(clips.double(), resample_counts(300, 2, seed=1)))
     assert max(event.self_cpu_memory_usage for event in profile.events()) <= 8 * 1000**2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity
 
 from mars.errors import DataError
 from mars.evaluate.samples import canonical, canonical_order, checked
@@ -43,7 +44,7 @@ def test_half_precision_becomes_float32(dtype):
 
 def test_no_second_copy_is_made_of_many_samples():
     samples = torch.ones(2000, 1000)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         canonical_order(checked("ndb", samples, "notes", "features"))
     assert max(event.self_cpu_memory_usage for event in profile.events()) < samples.nbytes / 2
 
