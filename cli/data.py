@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mars.cli.errors import user_errors
+from mars.cli.errors import Group, user_errors
+from mars.text import printable
 
 if TYPE_CHECKING:
     from mars.data import Dataset
@@ -53,7 +54,7 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Pack notes into a dataset to train on."""
 
@@ -156,7 +157,7 @@ def info(directory: Path | None, verify: bool) -> None:
         known = pitch[pitch >= 0]
         click.echo(f"pitch: {f'MIDI {known.min()} to {known.max()}' if len(known) else 'unknown'}")
         shown = {key: value for key, value in dataset.origin.items() if isinstance(value, str | int)}
-        click.echo("origin: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+        click.echo(printable("origin: " + ", ".join(f"{key} {value}" for key, value in shown.items())))
         click.echo(f"fingerprint: {dataset.fingerprint}" + (" (every checksum is right)" if verify else ""))
 
 
@@ -165,7 +166,7 @@ def _report(dataset: Dataset, name: object) -> None:
 
     counts = (dataset.column("split") == i for i in range(len(SPLITS)))
     splits = ", ".join(f"{is_in.sum():,} {split}" for split, is_in in zip(SPLITS, counts, strict=True))
-    click.echo(f"{name}: {len(dataset):,} notes of {len(dataset.instruments):,} instruments ({splits})")
+    click.echo(f"{printable(str(name))}: {len(dataset):,} notes of {len(dataset.instruments):,} instruments ({splits})")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mars.cli.errors import user_errors
+from mars.cli.errors import Group, user_errors
+from mars.text import printable
 
 if TYPE_CHECKING:
     from mars.evaluate.notes import NoteSet
@@ -87,7 +88,7 @@ def _with(*groups: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., No
     return decorate
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Measure how good notes are."""
 
@@ -245,7 +246,7 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
         if not files:
             raise click.UsageError("give --pitch FILE, --instrument FILE or both")
         for source, directory in classifier.import_sony(files, out or classifier.folder(), force=force).items():
-            click.echo(f"{directory} from {source}")
+            click.echo(printable(f"{directory} from {source}"))
 
 
 def _produce(
@@ -309,7 +310,7 @@ def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[st
     )
     for network in networks.values():
         if isinstance(network, Classifier) and (below := network.below_gate):
-            click.echo(f"warning: {network.id}: {below}; taken because of --force", err=True)
+            click.echo(printable(f"warning: {network.id}: {below}; taken because of --force"), err=True)
     if not options["no_cache"] and options["cache"].exists() and not options["cache"].is_dir():
         raise ConfigError(f"--cache {options['cache']} is not a folder; name another place, or use --no-cache")
     train = options["train"] and _open(options["train"], "train", options["allow_bad"], progress)
@@ -332,7 +333,7 @@ def _begin(out: Path | None, data: Path | None) -> Path:
     if data is not None and out.resolve().is_relative_to(data.resolve()):
         raise ConfigError(f"--out {out} is inside --data, whose notes the new ones would join; name another folder")
     _writable(*_reports(out, "standard"))
-    click.echo(f"notes: {out / 'notes'}; if interrupted, go on with --out {out}", err=True)
+    click.echo(printable(f"notes: {out / 'notes'}; if interrupted, go on with --out {out}"), err=True)
     return out
 
 
@@ -391,7 +392,7 @@ def _score(
     table.print_report(found.report, Console())
     for path in (json_file, html):
         if path is not None:
-            click.echo(f"written: {path}", err=True)
+            click.echo(printable(f"written: {path}"), err=True)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from mars.cli.errors import user_errors
+from mars.cli.errors import Command, user_errors
+from mars.text import printable
 
 PICTURES = 64  # at most, on the contact sheet
 SILENT = 1e-3  # peak, -60 dBFS
@@ -25,7 +26,7 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
     return (int(low), int(high)) if dash else int(low)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-n", "n", type=click.IntRange(min=1), default=64, show_default=True, help="How many notes.")
 @click.option("--model", metavar="PATH|NAME", help="Run folder, model or packaged model; default: the packaged one.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the files; default: a new one in generated/.")
@@ -135,7 +136,7 @@ def _generate(n: int, name: str | None, out: Path, threads: int | None, device: 
     if silent:
         click.echo(f"warning: {silent} of {n} notes are silent", err=True)
     parts = ", ".join(f"{part.replace('_', '-')} {seconds:.1f}" for part, seconds in asdict(timing).items())
-    click.echo(f"{n} notes in {out}: {time.monotonic() - began:.1f} s ({parts})")
+    click.echo(f"{n} notes in {printable(str(out))}: {time.monotonic() - began:.1f} s ({parts})")
 
 
 if __name__ == "__main__":

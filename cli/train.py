@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mars.cli.errors import user_errors
+from mars.cli.errors import Group, user_errors
 from mars.errors import ConfigError
+from mars.text import printable
 
 if TYPE_CHECKING:
     from mars.train.stage import StageName
@@ -91,7 +92,7 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
             train(stage, **options, began=began)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Train a model: first the tokenizer, then the VAR transformer on its tokens."""
 
@@ -138,7 +139,7 @@ def report(run: Path) -> None:
     with user_errors():
         from mars.train.report import write
 
-        click.echo(write(run))
+        click.echo(printable(str(write(run))))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ sums written last, and renamed. Nothing here reads or writes any format that can
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mars import lock
 from mars.errors import CheckpointError
 from mars.files import sha256, sync, write_new
 
@@ -44,22 +44,16 @@ def write_directory(
     if path.exists():
         raise FileExistsError(f"{path} exists")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_WRITING}{path.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     files = {name: [text.encode()] for name, text in (texts or {}).items()}
     files |= {f"{name}.json": [_json(document)] for name, document in documents.items()}
-    try:
-        listed = {name: write_new(temporary / name, parts) for name, parts in files.items()}
+    with lock.scratch(path) as new:
+        listed = {name: write_new(new / name, parts) for name, parts in files.items()}
         for name, group in tensors.items():
-            listed[f"{name}.safetensors"] = write_new(temporary / f"{name}.safetensors", _safetensors(group))
-        write_new(temporary / MANIFEST, [_json({"files": dict(sorted(listed.items()))})])
-        sync(temporary)
-        temporary.rename(path)
+            listed[f"{name}.safetensors"] = write_new(new / f"{name}.safetensors", _safetensors(group))
+        write_new(new / MANIFEST, [_json({"files": dict(sorted(listed.items()))})])
+        sync(new)
+        new.rename(path)
         sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _json(document: Any) -> bytes:

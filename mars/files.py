@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = False) -> None:
 
     With `durable` it outlasts a power failure too.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(data)
         if durable:
@@ -89,7 +90,7 @@ def probe(folder: Path) -> None:
     Raises:
         OSError: one of these cannot be done.
     """
-    one, other = (folder / f".probe{n}.{os.getpid()}.tmp" for n in (1, 2))
+    one, other = (folder / f".probe{n}.{secrets.token_hex(4)}.tmp" for n in (1, 2))
     try:
         write_new(one, [b"probe"])
         one.rename(other)

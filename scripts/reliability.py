@@ -32,10 +32,9 @@ import click
 import numpy as np
 import torch
 
-from mars import checkpoint, model
+from mars import checkpoint, lock, model
 from mars.errors import CheckpointError, DiskError, MarsError
 from mars.files import sha256
-from mars.train import lock
 from mars.train.folder import Best, Position, RunFolder
 from mars.train.optimizer import Optimizer
 from mars.train.tokenizer import TokenizerStage

@@ -102,7 +102,7 @@ def test_usage_errors_name_the_option(arguments, says):
 def test_other_errors_exit_2_with_one_line(notes, tmp_path):
     result = run("folder", notes, "--out", notes)
     assert result.exit_code == 2
-    assert "exists; give --out a new folder" in result.output
+    assert "exists; name a new folder" in result.output
     result = run("soundfont", __file__, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "Error: " in result.output

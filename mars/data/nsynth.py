@@ -5,16 +5,17 @@ Engel et al. 2017, arXiv:1704.01279. Archives are read as a stream, never unpack
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from mars.config import FAMILIES, SOURCES
-from mars.data.notes import Labels, labels_of, parse_json, read_audio
+from mars.data.notes import STRICT, Labels, labels_of, read_audio
 from mars.data.packed import ALLOW_BAD, SPLITS, Dataset, Writer
 from mars.errors import BadFileError, DataError
 
@@ -23,10 +24,14 @@ LICENCE = "CC BY 4.0, Google Inc. (the NSynth dataset, magenta.tensorflow.org/da
 _LARGEST_WAV = 1 << 20  # bytes; NSynth's have 128,044
 _LARGEST_LISTING = 1 << 30  # bytes; that of nsynth-train has 200 MB
 _LARGEST_OTHER = 1 << 26  # bytes
-_MOST_MEMBERS = 1_000_000  # of an archive; nsynth-train has 289,207
+_LARGEST_ENTRY = 1 << 16  # characters, of the listing; NSynth's have 700
+_LARGEST_HEADER = 1 << 16  # bytes before a file in an archive; NSynth's have 512
+_LONGEST_NAME = 255  # characters
+_MOST_NOTES = 1_000_000  # of a listing, and files of an archive; nsynth-train has 289,205
 _PER_NOTE = {True: 80_000, False: 128_000}  # bytes in an archive, compressed or not: a guess for the bar
 
-Entry = tuple[str, bytes | str]  # base name; content, or the reason why there is none
+Listing = dict[str, Labels | str]  # of each note its labels, or what is wrong with its entry
+Entry = tuple[str, bytes | str | Listing]  # base name; content, or the reason why there is none
 
 
 def pack_nsynth(
@@ -76,18 +81,17 @@ def _count(path: Path) -> int:
 
 
 def _pack_one(path: Path, writer: Writer, split: int) -> None:
-    listing: dict[str, Any] | None = None
+    listing: Listing | None = None
     added = set()
     for file, content in _folder(path) if path.is_dir() else _archive(path):
-        if file == "examples.json" and isinstance(content, bytes):
+        if isinstance(content, dict):
             if listing is not None:
                 raise DataError(f"{path} has two examples.json; remove one")
-            listing = parse_json(content, f"{path}: examples.json")
-            if not isinstance(listing, dict):
-                raise DataError(f"{path}: examples.json: want an object of notes, got {type(listing).__name__}")
+            listing = content
             continue
         name = file.removesuffix(".wav")
         labels = labels_of(name)
+        added.discard(name)  # a second file of this name makes neither good
         try:
             if isinstance(content, str):
                 raise BadFileError(content)
@@ -101,15 +105,73 @@ def _pack_one(path: Path, writer: Writer, split: int) -> None:
             added.add(name)
     if listing is None:
         return
-    for name, entry in listing.items():
-        try:
-            if name not in added:
-                raise BadFileError("listed in examples.json, but there is no such file")
-            writer.relabel(name, _labels(name, entry))
-        except BadFileError as error:
-            writer.bad(name, str(error))
+    for name, known in listing.items():
+        if name not in added:
+            writer.bad(name, "listed in examples.json, but there is no such file")
+        elif isinstance(known, str):
+            writer.bad(name, known)
+        else:
+            writer.relabel(name, known)
     for name in sorted(added - listing.keys()):
         writer.bad(name, "not listed in examples.json")
+
+
+def _read_listing(file: IO[bytes], where: str) -> Listing:
+    """What examples.json says of each note; read in pieces, so that only this takes memory.
+
+    Raises `DataError` for anything but a JSON object of at most a million notes.
+    """
+    found: Listing = {}
+    try:
+        for name, entry in _items(codecs.iterdecode(iter(lambda: file.read(_LARGEST_ENTRY), b""), "utf-8")):
+            if name in found:
+                raise ValueError(f"{name} appears twice")
+            if len(found) >= _MOST_NOTES or len(name) > _LONGEST_NAME:
+                raise ValueError(f"more than {_MOST_NOTES:,} notes, or a name of over {_LONGEST_NAME} characters")
+            try:
+                found[name] = _labels(name, entry)
+            except BadFileError as error:
+                found[name] = str(error)
+    except (ValueError, RecursionError) as error:
+        place = f"after {next(reversed(found))}: " if found else ""
+        reason = getattr(error, "msg", error)  # json counts lines from where a piece begins
+        raise DataError(f"{where} is not valid JSON of notes ({place}{reason}); fetch it again") from None
+    return found
+
+
+def _items(pieces: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a JSON object, one at a time. Raises `ValueError` for anything else, `RecursionError`."""
+    ahead = next(pieces, "")
+    begin = re.match(r"[ \t\r\n]*\{[ \t\r\n]*(\}?)", ahead)
+    if begin is None:
+        raise ValueError("want an object of notes")
+    at, more = begin.end(), not begin[1]
+    while more:
+        try:
+            name, entry, more, end = _item(ahead, at)
+        except (ValueError, RecursionError):  # it may only have been cut
+            piece = next(pieces, "")
+            if not piece or len(ahead) - at > _LARGEST_ENTRY:
+                raise
+            ahead, at = ahead[at:] + piece, 0
+            continue
+        yield name, entry
+        at = end
+    if ahead[at:].strip() or any(piece.strip() for piece in pieces):
+        raise ValueError("more follows its end")
+
+
+def _item(text: str, at: int) -> tuple[str, Any, bool, int]:
+    """A key and its value at `at`, whether a comma follows, and where the next begins. Raises as `_items` does."""
+    name, at = STRICT.raw_decode(text, at)
+    colon = re.compile(r"[ \t\r\n]*:[ \t\r\n]*").match(text, at)
+    if not isinstance(name, str) or colon is None:
+        raise ValueError("want a name in quotes and a colon")
+    entry, at = STRICT.raw_decode(text, colon.end())
+    after = re.compile(r"[ \t\r\n]*([,}])[ \t\r\n]*").match(text, at)
+    if after is None:
+        raise ValueError("want a comma or the end after an entry")
+    return name, entry, after[1] == ",", after.end()
 
 
 def _labels(name: str, entry: Any) -> Labels:
@@ -151,6 +213,9 @@ def _folder(path: Path) -> Iterator[Entry]:
                 yield file.name, "not a regular file"
             elif file.stat().st_size > limit:
                 yield file.name, f"larger than {limit:,} bytes"
+            elif file is listing:
+                with file.open("rb") as stream:
+                    yield file.name, _read_listing(stream, str(file))
             else:
                 yield file.name, file.read_bytes()
         except OSError as error:
@@ -160,7 +225,8 @@ def _folder(path: Path) -> Iterator[Entry]:
 class _Stream:
     """Reads a file, through gzip where it is compressed, and knows how far anything but zeros has come.
 
-    tarfile takes a damaged or missing header for the end of the archive; `end` tells the difference.
+    tarfile takes a damaged or missing header for the end of the archive; `end` tells the difference. And it keeps
+    whatever comes before a file in the way of long names, attributes and maps of holes: nothing past `limit` is read.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -168,8 +234,11 @@ class _Stream:
         file.seek(0)
         self._file = gzip.GzipFile(fileobj=file) if compressed else file
         self.count = self.end = 0  # bytes; all read, and up to the last that is not zero
+        self.limit = _LARGEST_HEADER  # bytes
 
     def read(self, size: int) -> bytes:
+        if self.count >= self.limit:
+            raise tarfile.ReadError(f"over {_LARGEST_HEADER:,} bytes of headers before a file")
         content = self._file.read(size)
         if some := content.rstrip(b"\0"):
             self.end = self.count + len(some)
@@ -178,7 +247,8 @@ class _Stream:
 
     def drain(self) -> None:
         """Reads to the end, where gzip checks its sum; gives up on what cannot be padding."""
-        for _ in range(256):
+        self.limit = self.count + (1 << 28)
+        while self.count < self.limit:
             if not self.read(1 << 20):
                 return
         raise EOFError("too much after its end")
@@ -192,21 +262,25 @@ def _archive(path: Path) -> Iterator[Entry]:
                 for count, member in enumerate(archive):
                     name = PurePosixPath(member.name).name
                     limit = _LARGEST_LISTING if name == "examples.json" else _LARGEST_OTHER
-                    if count >= _MOST_MEMBERS or member.size > limit:
+                    if count >= _MOST_NOTES or member.size > limit or len(name) > _LONGEST_NAME:
                         raise DataError(f"{path} is no archive of NSynth: {name!r:.80} breaks its limits")
+                    stream.limit = archive.offset + _LARGEST_HEADER
                     if not member.isdir() and (name == "examples.json" or name.endswith(".wav")):
-                        yield name, _content(archive, member)
+                        yield name, _content(archive, member, f"{path}: {name}")
                     # They would pile up: 300 MB for nsynth-train.
                     archive.members.clear()  # type: ignore[attr-defined]
+                    archive.pax_headers.clear()  # type: ignore[attr-defined]
                 end = archive.offset
                 stream.drain()
             if stream.end > end or stream.count < end + tarfile.BLOCKSIZE:
                 raise EOFError("its end is missing or damaged")
-    except (tarfile.TarError, EOFError, zlib.error, UnicodeError, OSError) as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, OSError) as error:
         raise DataError(f"{path} is not a whole tar archive ({error}); fetch it again") from None
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> bytes | str | Listing:
     path = PurePosixPath(member.name)
     if not member.isreg():
         return "not a regular file"
@@ -215,4 +289,6 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
     if path.suffix == ".wav" and member.size > _LARGEST_WAV:
         return f"larger than {_LARGEST_WAV:,} bytes"
     content = archive.extractfile(member)
-    return content.read() if content else "not a regular file"
+    if content is None:
+        return "not a regular file"
+    return content.read() if path.suffix == ".wav" else _read_listing(content, where)

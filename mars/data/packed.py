@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mars import lock
 from mars.config import FAMILIES, SOURCES
 from mars.data.notes import Audio, Labels, fault, parse_json
 from mars.errors import DataError, DiskError, TooManyBadError
@@ -190,10 +191,12 @@ class Writer:
         self._bad: dict[str, str] = {}
 
     def __enter__(self) -> Writer:
+        out = self.out.absolute()
+        parent = out.parent
+        lock.sweep(parent)
         # os.path: a dangling link is in the way as well
-        if os.path.lexists(self.out):
-            raise DataError(f"{self.out} exists; give --out a new folder or remove it first")
-        parent = self.out.absolute().parent
+        if os.path.lexists(out):
+            raise DataError(f"{self.out} exists; name a new folder or remove it first")
         parent.mkdir(parents=True, exist_ok=True)
         need = self.expected * (self.samples * 2 + 256) + (1 << 20)
         if (free := shutil.disk_usage(parent).free) < need:
@@ -202,9 +205,10 @@ class Writer:
                 f"{need:,} bytes wanted for {self.expected:,} notes, {free:,} free; make room",
                 str(parent),
             )
-        self._temp = parent / f".tmp-{self.out.name}-{os.getpid()}"
-        self._temp.mkdir()
-        self._audio = (self._temp / "audio.i16").open("w+b", buffering=1 << 20)
+        with contextlib.ExitStack() as stack:
+            self._temp = stack.enter_context(lock.scratch(out))
+            self._audio = (self._temp / "audio.i16").open("w+b", buffering=1 << 20)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -212,7 +216,7 @@ class Writer:
     ) -> None:
         with contextlib.suppress(OSError):  # a full disk also fails the last flush
             self._audio.close()
-        shutil.rmtree(self._temp, ignore_errors=True)
+        self._stack.close()
 
     def add(self, name: str, audio: Audio, labels: Labels, split: int = -1) -> bool:
         """One note, (samples,) float; split -1 lets the instrument decide. False if it was bad."""

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mars.train.lock import held
+from mars.lock import held
 
 FILE = "log.jsonl"
 JUDGED_BY = ("val_mse", "val_loss")  # the tokenizer's validation, the VAR's: the lowest is the best

@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from mars import checkpoint, config, model, runtime
+from mars import checkpoint, config, lock, model, runtime
 from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError, DiskError
 from mars.files import probe, write_atomically
-from mars.train import folder, lock, loop
+from mars.train import folder, loop
 from mars.train.compare import RUNS
 from mars.train.compiling import compile_blocks
 from mars.train.profiling import profile_steps

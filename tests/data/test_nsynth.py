@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +212,134 @@ def test_duplicates_are_bad(nsynth, tmp_path):
     assert bad_of(tmp_path / "out") == {"bass_electronic_018-060-100": "a note of this name came before"}
 
 
+@pytest.mark.parametrize("second", [None, b"no audio"], ids=["the same", "unreadable"])
+@pytest.mark.parametrize("listing_last", [True, False])
+def test_duplicates_of_listed_notes_are_bad(nsynth, tmp_path, listing_last, second):
+    path = archive(nsynth.path, tmp_path / "twice.tar", listing_last=listing_last)
+    twice = "bass_electronic_018-060-100"
+    again = second or (nsynth.path / "audio" / f"{twice}.wav").read_bytes()
+    with tarfile.open(path, "a") as tar:
+        entry = tarfile.TarInfo(f"nsynth/audio/{twice}.wav")
+        entry.size = len(again)
+        tar.addfile(entry, io.BytesIO(again))
+    dataset = pack_nsynth([path], tmp_path / "out", allow_bad=0.5)
+    assert dataset.names == sorted(nsynth.listing.keys() - {twice})
+    assert list(bad_of(tmp_path / "out")) == [twice]
+    assert ("came before" if second is None else "unreadable") in bad_of(tmp_path / "out")[twice]
+
+
+def bomb(kind: bytes, size: int) -> Iterator[bytes]:
+    """A tar whose one header goes on for `size` bytes."""
+    entry = tarfile.TarInfo("flute_acoustic_001-060-100.wav")
+    entry.type = kind
+    if kind == tarfile.GNUTYPE_SPARSE:
+        entry.size = 512
+        block = bytearray(entry.tobuf())
+        block[482] = 1  # more of the map follows
+        block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+        yield bytes(block)
+        hole = b"%011o\0%011o\0" % (512, 512) * 21
+        yield (hole + b"\1" + bytes(7)) * (size // 512)
+        return
+    entry.size = size
+    start = b"%d path=" % size if kind in (tarfile.XHDTYPE, tarfile.XGLTYPE) else b""
+    yield entry.tobuf() + start
+    yield b"a" * (size - len(start) - 1) + b"\n"
+
+
+def peak_of(function: Callable[[], None]) -> int:
+    """The most bytes that Python held at once in a call, beyond those before."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE,
+                                  tarfile.XGLTYPE, tarfile.GNUTYPE_SPARSE], ids=bytes.decode)  # fmt: skip
+def test_headers_without_end_take_little_memory(tmp_path, kind):
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb", 1) as file:
+        for part in bomb(kind, 1 << 25):
+            file.write(part)
+        file.write(bytes(10240))
+
+    def pack() -> None:
+        with pytest.raises(DataError, match=r"is not a whole tar archive \(over 65,536 bytes of headers"):
+            pack_nsynth([tmp_path / "bomb.tar.gz"], tmp_path / "out")
+
+    assert peak_of(pack) < 1 << 23
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_that_repeat_take_little_memory(nsynth, tmp_path):
+    attributes = {f"x{i}": "y" * 1000 for i in range(20)}
+    with tarfile.open(tmp_path / "many.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for file in sorted((nsynth.path / "audio").iterdir()):
+            for turn in range(60):
+                entry = tarfile.TarInfo("README")
+                entry.pax_headers = attributes
+                tar.addfile(entry)
+                other = {f"{file.stem} {turn} {key}": value for key, value in attributes.items()}
+                assert tar.fileobj is not None
+                header = tarfile.TarInfo.create_pax_global_header(other)
+                tar.fileobj.write(header)
+                tar.offset += len(header)
+            tar.add(file, f"audio/{file.name}")
+
+    def pack() -> None:
+        assert len(pack_nsynth([tmp_path / "many.tar"], tmp_path / "out")) == 6
+
+    assert peak_of(pack) < 6_000_000
+
+
+def test_names_beyond_all_measure_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "long.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a" * 5000 + ".wav"))
+    with pytest.raises(DataError, match="breaks its limits"):
+        pack_nsynth([tmp_path / "long.tar"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_large_listing_takes_little_memory(nsynth, tmp_path, packed):
+    for entry in nsynth.listing.values():
+        entry["comment"] = "x" * 60_000
+    nsynth.listing |= {f"note {i}": {"comment": "x" * 60_000} for i in range(150)}
+    nsynth.save()
+    path = archive(nsynth.path, tmp_path / "n.tar") if packed else nsynth.path
+
+    def pack() -> None:
+        assert len(pack_nsynth([path], tmp_path / "out", allow_bad=1)) == 6
+
+    assert (nsynth.path / "examples.json").stat().st_size > 9e6
+    assert peak_of(pack) < 1 << 23
+
+
+@pytest.mark.parametrize("piece", [512, 613, 1000])
+@pytest.mark.parametrize("indent", [None, 3])
+def test_a_listing_is_read_the_same_in_any_pieces(nsynth, tmp_path, monkeypatch, piece, indent):
+    nsynth.listing["flute_acoustic_002-060-100"]["instrument_str"] = "フルート"
+    (nsynth.path / "examples.json").write_text(
+        json.dumps(nsynth.listing, indent=indent, ensure_ascii=False) + " \n" * 999, "utf-8"
+    )
+    monkeypatch.setattr("mars.data.nsynth._LARGEST_ENTRY", piece)
+    dataset = pack_nsynth([nsynth.path], tmp_path / "out")
+    assert dataset.names == sorted(nsynth.listing)
+    assert "フルート" in dataset.instruments
+
+
+def test_listings_beyond_all_measure_are_refused(nsynth, tmp_path, monkeypatch):
+    nsynth.listing["flute_acoustic_002-060-100"]["qualities"] = [0] * 50_000
+    with pytest.raises(DataError, match=r"examples\.json is not valid JSON of notes \(after bass"):
+        pack_nsynth([nsynth.save()], tmp_path / "out")
+    monkeypatch.setattr("mars.data.nsynth._LARGEST_ENTRY", 1 << 20)
+    assert len(pack_nsynth([nsynth.path], tmp_path / "whole")) == 6
+    monkeypatch.setattr("mars.data.nsynth._MOST_NOTES", 5)
+    with pytest.raises(DataError, match="more than 5 notes"):
+        pack_nsynth([nsynth.path], tmp_path / "out")
+
+
 def test_a_member_that_claims_terabytes_is_refused(tmp_path):
     entry = tarfile.TarInfo("bass_electronic_018-060-100.wav")
     entry.size = 1 << 42
@@ -240,10 +371,34 @@ def test_broken_archives_are_explained(nsynth, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1, "a": 2}', "[" * 100_000, ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        '{"a": 1, "a": 2}',
+        "[" * 100_000,
+        "",
+        '{"a": ' + "[" * 60_000,
+        '{"a": {"b": 1, "b": 2}}',
+        '{"a": NaN}',
+        '{"a": 1,}',
+        '{"a" 1}',
+        "{a: 1}",
+        "{1: 1}",
+        '{"a": 1 "b": 2}',
+        '{"a": 1}}',
+        '{"a": 1',
+        "\ufeff{}",
+        '{"\udcff": 1}',
+        '{"' + "a" * 300 + '": 1}',
+        '{"a": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda text: text[:12],
+)
 def test_broken_listings_are_explained(nsynth, tmp_path, text):
-    (nsynth.path / "examples.json").write_text(text)
-    with pytest.raises(DataError, match=r"examples\.json"):
+    (nsynth.path / "examples.json").write_text(text, "utf-8", "surrogateescape")
+    with pytest.raises(DataError, match=r"examples\.json is not valid JSON of notes"):
         pack_nsynth([nsynth.path], tmp_path / "out")
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,23 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_killed_write_is_begun_again_where_process_ids_repeat(tmp_path, monkeypatch):
+    """As in containers, where the first process is always number 1."""
+    begun = (
+        "import sys, time; from pathlib import Path; from mars.data.packed import Writer\n"
+        "with Writer(Path(sys.argv[1]), sample_rate=16_000, samples=200, origin={}): print(flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", begun, tmp_path / "packed"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(os, "getpid", lambda: process.pid)
+    write(tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == sorted([*FILES, "manifest.json"])
+
+
 def test_a_write_that_fails_anywhere_leaves_nothing(tmp_path, monkeypatch):
     """Every fsync and the rename of a commit in turn."""
     from mars.data import packed
@@ -186,7 +206,7 @@ def test_existing_paths_are_never_overwritten(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("there", "link"):
-        with pytest.raises(DataError, match="exists; give --out a new folder"):
+        with pytest.raises(DataError, match="exists; name a new folder"):
             write(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
 

@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -16,11 +15,11 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from mars import checkpoint, config, files, model
+from mars import checkpoint, config, files, lock, model
 from mars.cli.errors import user_errors
 from mars.cli.train import main
-from mars.errors import CheckpointError, ConfigError, DiskError, Diverged
-from mars.train import folder, lock, loop, start
+from mars.errors import CheckpointError, DiskError, Diverged
+from mars.train import folder, loop, start
 from mars.train.deadline import Deadline
 from mars.train.divergence import BadSteps
 from mars.train.folder import Best, Position, RunFolder
@@ -230,32 +229,6 @@ def test_diverged_runs_name_the_notes(path):
     assert [e["notes"] for e in listed] == [
         [names[i] for i in loop.batch_indices(1, s, 2, NOTES).tolist()] for s in range(10)
     ]
-
-
-def test_a_second_trainer_is_told_who_is_first(path):
-    with lock.claim(path, print) as locked:
-        assert locked
-        who = f"process {os.getpid()} on {socket.gethostname()}"
-        with pytest.raises(ConfigError, match=rf"is in use by {who}; wait for it to end"), lock.claim(path, print):
-            pass
-    with lock.claim(path, print):
-        pass
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_where_locks_do_not_work_there_is_a_warning(number, path, monkeypatch):
-    monkeypatch.setattr(lock, "_take", lambda descriptor: (_ for _ in ()).throw(OSError(number, "not here")))
-    said: list[str] = []
-    with lock.claim(path, said.append) as locked:
-        assert not locked
-    assert len(said) == 1
-    assert "cannot be locked (not here); make sure that no other trainer uses it" in said[0]
-
-
-def test_other_faults_of_the_lock_are_errors(path, monkeypatch):
-    monkeypatch.setattr(lock, "_take", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-    with pytest.raises(OSError, match="broken"), lock.claim(path, print):
-        pass
 
 
 def test_a_deadline_keeps_time_for_what_is_to_come(wait):
