@@ -167,14 +167,15 @@ def open_notes(
 
     A folder is read with its sub-folders. Labels come from NSynth names, or from the `notes.json` that mars-generate
     writes. A file is refused that cannot be read, is not mono at 16 kHz, lasts under 0.1 s, is silent or holds NaN,
-    and so is one that `notes.json` lists but is not there; more than the share `allow_bad` of them is an error.
+    and so is one that `notes.json` lists but is not there; more than the share `allow_bad` of them is an error. Of a
+    packed dataset every checksum is checked, since features are kept under it.
 
     Raises:
-        DataError: there is no such folder, dataset or split, or it is at another rate.
+        DataError: there is no such folder, dataset or split, or it is at another rate or damaged.
         TooManyBadError: files were refused.
     """
     if path is None or (Path(path) / "dataset.json").is_file():
-        return _packed(path, split)
+        return _packed(path, split, progress)
     return _folder(Path(path), allow_bad, progress)
 
 
@@ -202,6 +203,15 @@ def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
     return real.subset([places[0][i] for i in order]), fake.subset([places[1][i] for i in order])
 
 
+def can_pair(real: NoteSet, fake: NoteSet) -> bool:
+    """Whether `pair` finds a partner for every note."""
+    try:
+        pair(real, fake)
+    except DataError:
+        return False
+    return True
+
+
 def _without_partners(notes: NoteSet, others: NoteSet) -> NoteSet:
     """The notes but for those whose partner among the others was refused."""
     refused = {note_id(name) for name, _ in others.record.refused} - set(others.ids)
@@ -211,7 +221,7 @@ def _without_partners(notes: NoteSet, others: NoteSet) -> NoteSet:
     return replace(kept, record=replace(kept.record, refused=kept.record.refused + reasons))
 
 
-def _packed(path: str | Path | None, split: str) -> NoteSet:
+def _packed(path: str | Path | None, split: str, progress: Callable[[int, int], None] | None) -> NoteSet:
     dataset = open_dataset(path)
     source = "built-in notes" if path is None else str(path)
     if split not in SPLITS:
@@ -221,6 +231,8 @@ def _packed(path: str | Path | None, split: str) -> NoteSet:
     rows = np.flatnonzero(dataset.column("split") == SPLITS.index(split))
     if not len(rows):
         raise DataError(f"{source} has no notes in the split {split}; name another with --split")
+    note = dataset.samples * 2  # bytes
+    dataset.verify(progress and (lambda done, size: progress(done // note, size // note)))
 
     def read(chosen: Sequence[int]) -> Tensor:
         waveforms = dataset.waveforms(rows[list(chosen)])[:, :SAMPLES]
