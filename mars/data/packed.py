@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mars.config import FAMILIES, SOURCES
+from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, Labels, fault, parse_json
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import sha256, sync
@@ -146,6 +147,8 @@ class Dataset:
         """
         path = Path(path)
         if not (path / "dataset.json").is_file():
+            if path.is_file():
+                raise DataError(not_a_folder(path, "give the folder that mars-data wrote"))
             if not path.exists():
                 raise DataError(f"{path} does not exist; pack notes first: mars-data folder PATH --out {path}")
             raise DataError(

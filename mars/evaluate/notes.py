@@ -24,6 +24,7 @@ from torch import Tensor
 from mars.config import FAMILIES, SOURCES
 from mars.data import SPLITS, open_dataset
 from mars.data.folder import SUFFIXES
+from mars.data.kinds import not_a_folder
 from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of, parse_json, read_audio
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.runtime import stream
@@ -267,8 +268,7 @@ class _File:
 
 def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] | None) -> NoteSet:
     if not path.is_dir():
-        kind = "is not a folder" if path.exists() else "does not exist"
-        raise DataError(f"{path} {kind}; give a folder of audio files or a packed dataset")
+        raise DataError(not_a_folder(path, "give a folder of audio files or a packed dataset"))
     conditions = _conditions(path)
     files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES))
     if not files:
