@@ -114,7 +114,9 @@ def tokenizer(**options: Any) -> None:
 
 @main.command()
 @click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="Tokenizer run or model; default: the newest run under runs/."
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Tokenizer run or model; default: the newest run under runs/, which must be of the same dataset.",
 )
 @click.option("--shard", is_flag=True, help="Under torchrun: spread the model over the processes (FSDP2).")
 @training_options

@@ -21,7 +21,7 @@ from mars.train.tokenizer import TokenizerStage
 
 AUDIO = ("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1")
 SMALL = (*AUDIO, "tokenizer.patch=16,16", "tokenizer.width=8", "tokenizer.scales=[1,2]", "tokenizer.codebook_size=8")
-STEPS = ("train.steps=4", "train.batch_size=2", "train.validate_notes=2", "train.sample_every=0")
+STEPS = ("train.steps=4", "train.batch_size=2", "train.validate_notes=2", "train.sample_every=0", "train.workers=0")
 
 
 def pack(out: Path, seed: int = 0, rate: int = 16_000) -> Path:
@@ -50,13 +50,22 @@ def said(result) -> str:
     return " ".join(result.output.split())
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
     """A tokenizer `runs/tok`, trained on the dataset `mine`, beside the dataset `other`."""
+    folder = tmp_path_factory.mktemp("base")
+    pack(folder / "other", seed=1)
+    assert tokenizer("--data", pack(folder / "mine"), "--out", folder / "runs" / "tok").exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def trained(base, tmp_path, monkeypatch):
+    """A copy of all that to work in, as if it had been made there."""
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    record = tmp_path / "runs" / "tok" / "run.json"
+    record.write_text(record.read_text().replace(str(base), str(tmp_path)))
     monkeypatch.chdir(tmp_path)
-    pack(tmp_path / "mine")
-    pack(tmp_path / "other", seed=1)
-    assert tokenizer("--data", "mine", "--out", "runs/tok").exit_code == 0
     return tmp_path / "runs" / "tok"
 
 
@@ -121,8 +130,8 @@ def test_another_dataset_than_the_tokenizers_is_refused_by_accident_and_a_warnin
 def test_a_tokenizer_that_does_not_say_what_it_was_trained_on_is_a_warning(name, trained):
     without_data(trained / "model")
     shutil.move(trained / "model", "moved")
-    pack(Path("long"), seed=2)
-    result = run("var", "--tokenizer", name, "--data", "other", "--out", "runs/var", "--max-steps", 1)
+    result = run("var", "--tokenizer", name, "--data", "other", "--out", "runs/var", "--max-steps", 1,
+                 settings=(*STEPS, "var.width=16", "var.depth=1", "train.keep=1"))  # fmt: skip
     assert result.exit_code == 0, result.output
     assert f"warning: what the tokenizer {name} was trained on is not recorded; the VAR learns other (" in said(result)
 
