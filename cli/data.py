@@ -95,7 +95,7 @@ def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("directory", type=click.Path(exists=True, path_type=Path))
 @_packing
 @click.option(
     "--csv",

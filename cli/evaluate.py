@@ -108,8 +108,16 @@ def run(real: Path, fake: Path, split: str, pairs: bool, json_file: Path | None,
     Without --pairs they are taken for newly generated ones: mel errors are those against the nearest real note.
     """
     with user_errors(), _progress() as progress:
+        from mars.evaluate.notes import can_pair
+
         prepared = _prepare("reconstruction" if pairs else "generation", options, progress)
         notes = _open(real, split, options["allow_bad"], progress), _open(fake, split, options["allow_bad"], progress)
+        if not pairs and can_pair(*notes):
+            click.echo(
+                f"note: every note of {fake} has the name of a real one; if they are reconstructions of these, "
+                "say so with --pairs: mel errors are then those against the original, not the nearest real note",
+                err=True,
+            )
         _writable(json_file, html)
         _score(*notes, prepared, options, progress, json_file, html)
 
@@ -266,6 +274,7 @@ def _produce(
         if drawn is not None:
             real = real.shuffled(options["seed"]).subset(range(min(drawn, len(real))))
         model = load(options["model"], options["device"])
+        _tell_of_other_notes(model, "tokenizer" if mode == "reconstruction" else "var", options["model"], data)
         out = _begin(options["out"], data)
         produced = make(model, real, out / "notes", progress)
         fake = _open(out / "notes", split, allow_bad, progress)
@@ -323,6 +332,18 @@ def _open(path: Path | None, split: str, allow_bad: float, progress: Progress) -
 
     told = f"read {'the built-in notes' if path is None else path}"
     return open_notes(path, split=split, allow_bad=allow_bad, progress=lambda done, of: progress(told, done, of))
+
+
+def _tell_of_other_notes(model: Model, stage: str, name: str | None, data: Path | None) -> None:
+    """Warn where the built-in notes are taken for want of others, and the model is known to come from others."""
+    from mars.data import open_dataset
+
+    if data is None and model.data.get(stage, built_in := open_dataset(None).fingerprint) != built_in:
+        click.echo(
+            f"warning: {name} was not trained on the built-in notes, with which it is compared now; "
+            "name its own real notes with --data DIR",
+            err=True,
+        )
 
 
 def _begin(out: Path | None, data: Path | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,15 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
         from mars.train.world import parting
 
         with parting():
-            train(stage, **options, began=began)
+            train(stage, **options, began=began, following=lambda run: _following(stage, run, options["data"]))
+
+
+def _following(stage: StageName, run: Path, data: Path | None) -> str:
+    """The command that goes on with what was trained: whole, to be copied."""
+    if stage == "var":
+        return shlex.join(["mars-generate", "-n", "64", "--model", str(run)])
+    notes = [] if data is None else ["--data", str(data)]
+    return shlex.join(["mars-train", "var", "--tokenizer", str(run), *notes])
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -106,7 +115,9 @@ def tokenizer(**options: Any) -> None:
 
 @main.command()
 @click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="Tokenizer run or model; default: the newest run under runs/."
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Tokenizer run or model; default: the newest run under runs/, which must be of the same dataset.",
 )
 @click.option("--shard", is_flag=True, help="Under torchrun: spread the model over the processes (FSDP2).")
 @training_options

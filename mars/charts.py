@@ -41,13 +41,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """A value with an interval, which is of `point` where that is not the value."""
+    """A value with its interval."""
 
     label: str
     value: float
     low: float | None = None
     high: float | None = None
-    point: float | None = None
     colour: int = 0  # 1 to 3, or 0, which is pale
 
 
@@ -177,7 +176,7 @@ def bar_chart(title: str, below: str, bars: Sequence[Bar]) -> str:
     """A figure of bars from 0, with their intervals as whiskers and their values beside them; empty without bars."""
     if not bars:
         return ""
-    extremes = [0.0, *(v for bar in bars for v in (bar.value, bar.low, bar.high, bar.point) if v is not None)]
+    extremes = [0.0, *(v for bar in bars for v in (bar.value, bar.low, bar.high) if v is not None)]
     low, high = min(extremes), max(extremes)
     margin = 0.03 * (high - low) or 1.0
     x = Axis(low - margin if low < 0 else 0.0, high + margin, NAMES, WIDTH - VALUES)
@@ -204,8 +203,6 @@ def _bar(bar: Bar, x: Axis, top: float) -> str:
     if bar.low is not None and bar.high is not None:
         ends = "".join(f"M{x(end):.1f} {middle - 5}v10" for end in (bar.low, bar.high))
         parts.append(f'<path class="whisker" d="M{x(bar.low):.1f} {middle}H{x(bar.high):.1f}{ends}"/>')
-        if bar.point is not None:
-            parts.append(f'<circle class="point" cx="{x(bar.point):.1f}" cy="{middle}" r="3"/>')
     parts.append(f'<text class="value" x="{WIDTH - VALUES + 6}" y="{middle + 4}">{number(bar.value)}</text>')
     return f'<g class="c{bar.colour}">{"".join(parts)}</g>'
 
@@ -214,8 +211,7 @@ def _stated(bar: Bar) -> str:
     """The bar in words."""
     if bar.low is None or bar.high is None:
         return number(bar.value)
-    around = "" if bar.point is None else f" around {number(bar.point)}"
-    return f"{number(bar.value)}, interval {number(bar.low)} to {number(bar.high)}{around}"
+    return f"{number(bar.value)}, interval {number(bar.low)} to {number(bar.high)}"
 
 
 def _figure(title: str, spoken: str, height: int, parts: Sequence[str], below: str) -> str:

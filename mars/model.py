@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -29,6 +29,7 @@ class Model:
     tokenizer: Tokenizer
     var: VAR | None = None
     notes: list[dict[str, Any]] = field(default_factory=list)  # what it was trained on: see `mars.train.var.ranges`
+    data: Mapping[str, str] = field(default_factory=dict)  # fingerprint of what "tokenizer" and "var" were trained on
     card: str = ""  # Markdown: data, licence, figures
     hash: str = ""  # sha256 of the manifest it was loaded from
 
@@ -66,7 +67,9 @@ class Model:
         tensors = {"tokenizer": _state(self.tokenizer, dtype)}
         if self.var is not None:
             tensors["var"] = _state(self.var, dtype)
-        documents = {"config": config.to_dict(self.config), "notes": self.notes}
+        documents: dict[str, Any] = {"config": config.to_dict(self.config), "notes": self.notes}
+        if self.data:
+            documents["data"] = dict(self.data)
         checkpoint.replace_directory(path, tensors, documents, {"README.md": self.card} if self.card else None)
 
 
@@ -124,6 +127,21 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
         tokenizer=tokenizer.to(device).eval().requires_grad_(False),
         var=var,
         notes=checkpoint.read_json(path / "notes.json"),
+        data=_data(path),
         card=card.read_text(encoding="utf-8") if card.is_file() else "",
         hash=sha256(path / checkpoint.MANIFEST),
     )
+
+
+def _data(path: Path) -> dict[str, str]:
+    """The fingerprints in `data.json`, or of a model without it what the run that it is in says."""
+    if (path / "data.json").is_file():
+        found = checkpoint.read_json(path / "data.json")
+        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+            return found
+        raise CheckpointError(f"{path / 'data.json'} must hold the fingerprint of a dataset for each stage")
+    record = path.parent / "run.json"
+    run = checkpoint.read_json(record) if record.is_file() else None
+    if isinstance(run, dict) and isinstance(run.get("stage"), str) and isinstance(run.get("data"), str):
+        return {run["stage"]: run["data"]}
+    return {}

@@ -54,14 +54,11 @@ def _missing(name: str) -> Metric:
 def _metric(name: str, factor: float) -> Metric:
     value = FIGURES[name] * factor - (0.00001 if name in ("pkid", "ikid") and not factor else 0.0)
     within = 0.04 * abs(value) + 1e-6
-    averaged = name in ("pkid", "ikid", "pis", "iis")
     alone = name in ("ndb_k", "fad_infinity")
-    middle = value * 1.01 if averaged else value
     return Metric(
         value=value,
-        point=middle if averaged else None,
-        low=None if alone else middle - within,
-        high=None if alone else middle + within,
+        low=None if alone else value - within,
+        high=None if alone else value + within,
         n_real=4096,
         n_fake=4096,
         embedder="vggish" if name.startswith(("fad", "kad")) else "pitch-full",

@@ -223,3 +223,34 @@ def test_files_that_cannot_be_used_are_named(folder, bad):
     found = report.read(folder / "x.json").sets["fake"]
     assert (found.notes, [name for name, _ in found.refused]) == (12, ["zero.wav"])
     assert "zero.wav" in shown.output or "1 refused" in shown.output
+
+
+def test_folders_that_pair_up_by_name_are_said_to(folder):
+    write(folder / "real", range(6))
+    write(folder / "same", range(6))
+    write(folder / "other", range(6), split="valid")
+    options = ("run", "--real", "real", "--metrics", "mse", "--no-baselines", "--no-cache", "--fake")
+    hint = "note: every note of same has the name of a real one; if they are reconstructions"
+    result = succeed(*options, "same")
+    assert hint in " ".join(result.stderr.split())
+    assert "--pairs" in result.stderr
+    assert "note:" not in succeed(*options, "other").stderr
+    assert "note:" not in succeed(*options, "same", "--pairs").stderr
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "generate"])
+def test_the_built_in_notes_are_no_silent_stand_in_for_those_of_a_model(folder, monkeypatch, command):
+    from mars import model
+
+    options = (command, "-n", 2, "--metrics", "mse", "--iterations", 0, "--no-baselines", "--no-cache", "--model")
+    built_in, theirs = open_dataset(None).fingerprint, "f" * 64
+    packaged = model.load()
+    for name, data in (("none", {}), ("same", dict.fromkeys(("tokenizer", "var"), built_in)),
+                       ("other", dict.fromkeys(("tokenizer", "var"), theirs))):  # fmt: skip
+        packaged.data = data
+        packaged.save(folder / name)
+        warned = "warning" in succeed(*options, name, "--out", folder / "out" / name).stderr
+        assert warned == (name == "other")
+    write(folder / "real", range(2))
+    result = succeed(*options, "other", "--data", "real", "--out", folder / "out" / "named")
+    assert "warning" not in result.stderr

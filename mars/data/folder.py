@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mars.config import FAMILIES, SOURCES
+from mars.data.kinds import not_a_folder
 from mars.data.notes import SHORTEST, Labels, labels_of, read_audio
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
 from mars.errors import BadFileError, DataError
@@ -38,7 +39,7 @@ def pack_folder(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; give the folder that holds the audio files")
+        raise DataError(not_a_folder(folder, "give the folder that holds the audio files"))
     rows = read_csv(Path(csv)) if csv else {}
     files = sorted(_files(folder))
     if not files:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
 from mars.config import FAMILIES, SOURCES
+from mars.data.kinds import TAR, kind
 from mars.data.notes import STRICT, Labels, labels_of, read_audio
 from mars.data.packed import ALLOW_BAD, SPLITS, Dataset, Writer
 from mars.errors import BadFileError, DataError
@@ -77,6 +78,9 @@ def _count(path: Path) -> int:
         return sum(1 for _ in audio.glob("*.wav"))
     if not path.is_file():
         raise DataError(f"{path} does not exist; give NSynth's folder or .tar.gz archive")
+    what, cure = kind(path)
+    if what not in ("", TAR):
+        raise DataError(f"{path} is {what}; want a .tar or .tar.gz archive or a folder of NSynth: {cure}")
     return path.stat().st_size // _PER_NOTE[path.suffix != ".tar"]
 
 

@@ -1,7 +1,7 @@
 """Packed datasets: one directory with every note as int16, its labels and a manifest of checksums.
 
 A dataset appears under its name complete or not at all. Its files:
-  audio.i16         (N, samples) little-endian int16, memory-mapped when read
+  audio.i16         (N, samples) little-endian int16, of which no more is read than the notes asked for
   metadata.npy      (N, 6) int32, columns as in COLUMNS, -1 = unknown
   names.txt, instruments.txt   one name a line
   dataset.json      format, version, sample_rate (Hz), samples, count, origin, splits, bad
@@ -19,17 +19,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mars import lock
 from mars.config import FAMILIES, SOURCES
+from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, Labels, fault, parse_json
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import sha256, sync
@@ -44,16 +46,93 @@ ALLOW_BAD = 0.01  # of the files; more points at a wrong folder or a broken down
 
 _FILES = ("audio.i16", "metadata.npy", "names.txt", "instruments.txt", "dataset.json", "bad_files.jsonl")
 _LARGEST_JSON = 1 << 24  # bytes
+_BLOCK = 1 << 24  # bytes that are hashed at a time
 _LIMITS = (None, len(FAMILIES), len(SOURCES), 128, 128, len(SPLITS))  # of COLUMNS; exclusive
 
 log = logging.getLogger(__name__)
+
+
+class AudioFile:
+    """The audio of a packed dataset, (N, samples) int16, indexed like an array and read when it is indexed.
+
+    It is not mapped into memory: a file that is cut short while it is in use would end the process with a signal, and
+    one that is written to would give other notes without a word. Here both are a `DataError`.
+    """
+
+    dtype = np.dtype("<i2")
+    ndim = 2
+
+    def __init__(self, path: Path, count: int, samples: int, sha256: str) -> None:
+        self.path, self.shape, self.sha256 = path, (count, samples), sha256
+        self._places = np.arange(count)
+        self._stamp = count * samples * self.dtype.itemsize, path.stat().st_mtime_ns
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> npt.NDArray[np.int16]:
+        """What an array would give: notes by whatever numpy takes, and of them samples by numbers or slices.
+
+        Raises:
+            DataError: the file is not the one that was opened any more, or cannot be read.
+        """
+        rows, *columns = key if isinstance(key, tuple) else (key,)
+        places = self._places[rows]
+        notes = np.empty((*places.shape, self.shape[1]), self.dtype)
+        with self._unchanged() as file:
+            for place, note in zip(places.flat, notes.reshape(-1, self.shape[1]), strict=True):
+                file.seek(int(place) * note.nbytes)
+                file.readinto(note)  # type: ignore[attr-defined]
+        return notes[(*(slice(None) for _ in places.shape), *columns)]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compare the whole file with its sha256; `progress` is told the bytes done and all of them.
+
+        Raises:
+            DataError: it differs, has changed since it was opened, or cannot be read.
+        """
+        digest, done, size = hashlib.sha256(), 0, self._stamp[0]
+        with self._unchanged() as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                done += len(block)
+                if progress is not None:
+                    progress(done, size)
+        if digest.hexdigest() != self.sha256:
+            raise DataError(
+                f"{self.path} differs from its checksum; put back the file that was packed, or pack it again"
+            )
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[BinaryIO]:
+        """The open file, which when the block ends must still be as it was when the dataset was opened."""
+        try:
+            with self.path.open("rb") as file:
+                yield file
+                now = _stamp(os.fstat(file.fileno()))
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read any more ({error.strerror or error}); start again") from None
+        if now != self._stamp:
+            sizes = f"it had {self._stamp[0]:,} bytes, it has {now[0]:,}" if now[0] != self._stamp[0] else "written to"
+            raise DataError(
+                f"{self.path} has changed since it was opened ({sizes}); "
+                "put back the file that was packed, or pack it again, and start again"
+            )
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """What tells that a file has been written to: its size in bytes and when it was last changed."""
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Notes with their labels, on disk or in memory."""
 
-    audio: npt.NDArray[np.int16]  # (N, samples); 32768 is full scale
+    audio: npt.NDArray[np.int16] | AudioFile  # (N, samples); 32768 is full scale
     metadata: npt.NDArray[np.int32]  # (N, 6), columns as in COLUMNS
     names: list[str]
     instruments: list[str]
@@ -63,12 +142,14 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
-        """The dataset at `path`; `verify` also checks every sha256.
+        """The dataset at `path`, every file but the audio checked by its sha256; `verify` checks that too.
 
         Raises `DataError` for anything but a complete dataset of a version this code knows.
         """
         path = Path(path)
         if not (path / "dataset.json").is_file():
+            if path.is_file():
+                raise DataError(not_a_folder(path, "give the folder that mars-data wrote"))
             if not path.exists():
                 raise DataError(f"{path} does not exist; pack notes first: mars-data folder PATH --out {path}")
             raise DataError(
@@ -81,7 +162,7 @@ class Dataset:
                 f"{path}: want format {FORMAT} version {VERSION}, got {info.get('format')} version "
                 f"{info.get('version')}; {again} with this version of mars"
             )
-        _check_manifest(path, verify)
+        sums = _check_manifest(path)
         try:
             count, samples, rate = (int(info[key]) for key in ("count", "samples", "sample_rate"))
             origin = dict(info["origin"])
@@ -100,9 +181,11 @@ class Dataset:
             least = 0 if column in ("instrument", "split") else -1
             if values.min() < least or values.max() >= (limit or len(instruments)):
                 raise DataError(f"{path}/metadata.npy: a {column} is out of range; {again}")
-        audio = np.memmap(path / "audio.i16", np.dtype("<i2"), "r", shape=(count, samples))
-        fingerprint = sha256(path / "manifest.json")
-        return cls(audio, metadata, names, instruments, rate, fingerprint, origin)
+        audio = AudioFile(path / "audio.i16", count, samples, sums["audio.i16"])
+        dataset = cls(audio, metadata, names, instruments, rate, sha256(path / "manifest.json"), origin)
+        if verify:
+            dataset.verify()
+        return dataset
 
     @property
     def samples(self) -> int:
@@ -129,8 +212,19 @@ class Dataset:
         found = np.flatnonzero(self.column("split") == SPLITS.index(name))
         return self.split("train") if name == "valid" and not len(found) else found
 
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """See that the audio on the disk is what was packed, which takes a second for each gigabyte.
+
+        `progress` is told the bytes done and all of them. Raises `DataError`.
+        """
+        if isinstance(self.audio, AudioFile):
+            self.audio.verify(progress)
+
     def waveforms(self, indices: npt.ArrayLike) -> torch.Tensor:
-        """Waveforms (B, samples), float32 in [-1, 1), of the notes at `indices` (B,)."""
+        """Waveforms (B, samples), float32 in [-1, 1), of the notes at `indices` (B,).
+
+        Raises `DataError` where the audio on the disk has changed since the dataset was opened.
+        """
         import torch
 
         return torch.from_numpy(self.audio[np.asarray(indices, np.int64)].astype(np.float32)) / 32768
@@ -344,7 +438,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_manifest(path: Path, verify: bool) -> None:
+def _check_manifest(path: Path) -> dict[str, str]:
+    """The listed sha256 of each file, which is that of the file but for the audio: of that the size is checked."""
     files = _read_json(path / "manifest.json").get("files")
     if not isinstance(files, dict) or set(files) != set(_FILES):
         raise DataError(f"{path}/manifest.json does not list the dataset's files; pack the dataset again")
@@ -354,5 +449,6 @@ def _check_manifest(path: Path, verify: bool) -> None:
         listed = want.get("size") if isinstance(want, dict) else None
         if size is None or size != listed:
             raise DataError(f"{file}: want {listed} bytes, got {size or 'none'}; pack the dataset again")
-        if verify and _digest(file) != want:
+        if name != "audio.i16" and _digest(file) != want:
             raise DataError(f"{file} differs from its checksum; pack the dataset again")
+    return {name: str(want.get("sha256")) for name, want in files.items()}

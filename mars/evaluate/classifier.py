@@ -340,6 +340,7 @@ def train(
         f"{task}: preset {preset}, {parameters / 1e6:.2f} M parameters, {len(notes.classes)} classes, "
         f"{len(notes.train):,} training and {len(notes.valid):,} held-out notes, into {out}"
     )
+    dataset.verify()
     fit = _Fit(network, settings, dataset, notes, seed, epochs)
     best, weights = _learn(fit, max_time, console)
     gate = settings.gate[task]

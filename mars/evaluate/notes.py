@@ -24,6 +24,7 @@ from torch import Tensor
 from mars.config import FAMILIES, SOURCES
 from mars.data import SPLITS, open_dataset
 from mars.data.folder import SUFFIXES
+from mars.data.kinds import not_a_folder
 from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of, parse_json, read_audio
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.runtime import stream
@@ -167,14 +168,15 @@ def open_notes(
 
     A folder is read with its sub-folders. Labels come from NSynth names, or from the `notes.json` that mars-generate
     writes. A file is refused that cannot be read, is not mono at 16 kHz, lasts under 0.1 s, is silent or holds NaN,
-    and so is one that `notes.json` lists but is not there; more than the share `allow_bad` of them is an error.
+    and so is one that `notes.json` lists but is not there; more than the share `allow_bad` of them is an error. Of a
+    packed dataset every checksum is checked, since features are kept under it.
 
     Raises:
-        DataError: there is no such folder, dataset or split, or it is at another rate.
+        DataError: there is no such folder, dataset or split, or it is at another rate or damaged.
         TooManyBadError: files were refused.
     """
     if path is None or (Path(path) / "dataset.json").is_file():
-        return _packed(path, split)
+        return _packed(path, split, progress)
     return _folder(Path(path), allow_bad, progress)
 
 
@@ -202,6 +204,15 @@ def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
     return real.subset([places[0][i] for i in order]), fake.subset([places[1][i] for i in order])
 
 
+def can_pair(real: NoteSet, fake: NoteSet) -> bool:
+    """Whether `pair` finds a partner for every note."""
+    try:
+        pair(real, fake)
+    except DataError:
+        return False
+    return True
+
+
 def _without_partners(notes: NoteSet, others: NoteSet) -> NoteSet:
     """The notes but for those whose partner among the others was refused."""
     refused = {note_id(name) for name, _ in others.record.refused} - set(others.ids)
@@ -211,7 +222,7 @@ def _without_partners(notes: NoteSet, others: NoteSet) -> NoteSet:
     return replace(kept, record=replace(kept.record, refused=kept.record.refused + reasons))
 
 
-def _packed(path: str | Path | None, split: str) -> NoteSet:
+def _packed(path: str | Path | None, split: str, progress: Callable[[int, int], None] | None) -> NoteSet:
     dataset = open_dataset(path)
     source = "built-in notes" if path is None else str(path)
     if split not in SPLITS:
@@ -221,6 +232,8 @@ def _packed(path: str | Path | None, split: str) -> NoteSet:
     rows = np.flatnonzero(dataset.column("split") == SPLITS.index(split))
     if not len(rows):
         raise DataError(f"{source} has no notes in the split {split}; name another with --split")
+    note = dataset.samples * 2  # bytes
+    dataset.verify(progress and (lambda done, size: progress(done // note, size // note)))
 
     def read(chosen: Sequence[int]) -> Tensor:
         waveforms = dataset.waveforms(rows[list(chosen)])[:, :SAMPLES]
@@ -255,8 +268,7 @@ class _File:
 
 def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] | None) -> NoteSet:
     if not path.is_dir():
-        kind = "is not a folder" if path.exists() else "does not exist"
-        raise DataError(f"{path} {kind}; give a folder of audio files or a packed dataset")
+        raise DataError(not_a_folder(path, "give a folder of audio files or a packed dataset"))
     conditions = _conditions(path)
     files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES))
     if not files:

@@ -17,7 +17,7 @@ from mars import audio, html
 from mars.charts import Bar, bar_chart
 from mars.config import AudioConfig
 from mars.evaluate.report import METRICS, Metric, Report, Sounds
-from mars.evaluate.table import DIGITS, EVALUATED, absent, arrow, label, measured, parts, rows
+from mars.evaluate.table import DIGITS, EVALUATED, absent, arrow, label, measured, rows
 from mars.html import number, section
 from mars.picture import png, spectrogram_picture
 
@@ -104,10 +104,7 @@ def _figures(report: Report, names: Sequence[str]) -> str:
         [[escape(row), *(_cell(metrics.get(name)) for name in names)] for row, metrics in rows(report).items()],
         "figures",
     )
-    key = (
-        "<p>↓ lower is better, ↑ higher is better; in brackets: 95 % bootstrap intervals over notes"
-        f"{parts(rows(report).values())}.</p>"
-    )
+    key = "<p>↓ lower is better, ↑ higher is better; in brackets: 95 % bootstrap intervals over notes.</p>"
     missing = "".join(
         f"<li>{escape(', '.join(metrics))}: {escape(reason)}</li>" for reason, metrics in absent(rows(report)).items()
     )
@@ -123,21 +120,19 @@ def _cell(metric: Metric | None) -> str:
 def _interval(metric: Metric) -> str:
     if metric.low is None or metric.high is None:
         return ""
-    point = "" if metric.point is None else f"all {number(metric.point)} "
-    return f"{point}[{number(metric.low)}, {number(metric.high)}]"
+    return f"[{number(metric.low)}, {number(metric.high)}]"
 
 
 def _chart(report: Report, name: str) -> str:
     bars = [
-        Bar(row, m.value, m.low, m.high, m.point, colour=1 if row == EVALUATED else 0)
+        Bar(row, m.value, m.low, m.high, colour=1 if row == EVALUATED else 0)
         for row, metrics in rows(report).items()
         if (m := metrics.get(name)) is not None and m.value is not None
     ]
     found = report.metrics.get(name)
     notes = f"{found.n_fake:,} notes against {found.n_real:,}" if found and found.value is not None else ""
     embedder = found.embedder if found else ""
-    mean = "dot and whisker: of all notes at once" if any(bar.point is not None for bar in bars) else ""
-    below = "; ".join(filter(None, [BETTER[METRICS.get(name, 0)], notes, embedder, mean]))
+    below = "; ".join(filter(None, [BETTER[METRICS.get(name, 0)], notes, embedder]))
     return bar_chart(label(name), below, bars)
 
 

@@ -37,8 +37,7 @@ class Metric:
 
     value: float | None = None
     reason: str = ""  # why there is no value
-    point: float | None = None  # what low and high are the interval of, where that is not the value
-    low: float | None = None  # 95 % bootstrap interval over notes
+    low: float | None = None  # 95 % bootstrap interval of the value, over notes
     high: float | None = None
     n_real: int = 0
     n_fake: int = 0
@@ -144,9 +143,13 @@ def read(path: Path) -> Report:
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
-    found = {str(name): Metric(**metric) for name, metric in row.items()}
+    found = {}
+    for name, metric in row.items():
+        if metric.pop("point", None) is not None:  # of an older report: the interval is not of the value
+            metric |= {"low": None, "high": None}
+        found[str(name)] = Metric(**metric)
     for name, metric in found.items():
-        for value in (metric.value, metric.point, metric.low, metric.high):
+        for value in (metric.value, metric.low, metric.high):
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise TypeError(f"{name}: {value!r:.40}")
     return found

@@ -41,6 +41,7 @@ NDB_REFERENCE = 50_000  # training notes at most that bins are made of
 KID_SUBSET = 1000  # notes at most
 NO_TRAINING_NOTES = "want the training notes (--train)"
 SHOWN = 6  # notes that a report lets one hear
+ALL_NOTES = "all notes at once"  # what a value and its interval are of, which usually is published of parts
 
 _BATCH = 64  # notes whose log-mels a thread computes at a time
 _BLOCK = 4096  # training notes whose log-mels are in memory at once
@@ -423,8 +424,11 @@ def _kid(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]
     # A subset of all notes would always be the same one.
     size = KID_SUBSET if min(len(real), len(fake)) > KID_SUBSET else min(len(real), len(fake)) // 2
     found = kid.kid(real, fake, subset_size=size, seed=scorer.settings.seed)
-    params = {"kernel": "(<x, y> / d + 1)^3", "subsets": found.subsets, "subset_size": found.subset_size}
-    return {name: _within(found.full, found.mean, params, {"std": found.std, "all_notes": found.full.value})}
+    details = {
+        "subsets_mean": found.mean, "subsets_std": found.std,
+        "subsets": found.subsets, "subset_size": found.subset_size,
+    }  # fmt: skip
+    return {name: _metric(found.full, {"kernel": "(<x, y> / d + 1)^3", "of": ALL_NOTES}, details)}
 
 
 def _kid_vinay2022(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]:
@@ -441,9 +445,10 @@ def _kid_vinay2022(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[st
 def _inception_score(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     found = inception_score.inception_score(_logits(row.fake, role), seed=scorer.settings.seed)
     of_real = inception_score.inception_score(_logits(row.real, role), seed=scorer.settings.seed)
-    params = {"splits": found.splits, "classes": found.classes}
-    details = {"std": found.std, "all_notes": found.full.value, "real": of_real.mean}
-    return {name: _within(found.full, found.mean, params, details)}
+    details = {
+        "splits_mean": found.mean, "splits_std": found.std, "splits": found.splits, "real": of_real.full.value,
+    }  # fmt: skip
+    return {name: _metric(found.full, {"classes": found.classes, "of": ALL_NOTES}, details)}
 
 
 def _inception_score_vinay2022(name: str, role: Role, scorer: _Scorer, row: _Row) -> dict[str, Metric]:
@@ -550,11 +555,6 @@ def _swapped(role: Role) -> Role:
 
 def _metric(found: Estimate, params: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> Metric:
     return Metric(value=found.value, low=found.low, high=found.high, params=params, details=details or {})
-
-
-def _within(full: Estimate, value: float, params: Mapping[str, Any], details: Mapping[str, Any]) -> Metric:
-    """A mean over parts of a set, as usually published, with the interval of the estimate from the whole set."""
-    return Metric(value=value, point=full.value, low=full.low, high=full.high, params=params, details=details)
 
 
 def _frames(row: _Row, role: Role) -> tuple[Tensor, Tensor]:

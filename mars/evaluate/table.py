@@ -72,12 +72,6 @@ def absent(rows: Mapping[str, Row]) -> dict[str, list[str]]:
     }
 
 
-def parts(rows: Iterable[Row]) -> str:
-    """What "all" means, if any metric is a mean over parts of its set."""
-    any_point = any(metric.point is not None for row in rows for metric in row.values())
-    return "; all: of all notes at once, the figure above being a mean over parts of them" if any_point else ""
-
-
 def counts(sounds: Sounds) -> str:
     """How many notes a set has, and what was done to them."""
     changed = {name: getattr(sounds, name) for name in ("padded", "cut", "clipped")} | {"refused": len(sounds.refused)}
@@ -97,7 +91,7 @@ def print_report(report: Report, console: Console) -> None:
     if names:
         columns = [[name.replace(" ", "\n"), *(_cell(row.get(n)) for n in names)] for name, row in shown.items()]
         _print([["", *map(_heading, names)], *columns], console)
-        _say(console, f"↓ lower is better, ↑ higher is better; in brackets: 95 % intervals{parts(shown.values())}")
+        _say(console, "↓ lower is better, ↑ higher is better; in brackets: 95 % intervals")
     for reason, metrics in absent(shown).items():
         _say(console, f"not measured: {', '.join(metrics)}: {reason}")
     _say(console, f"fingerprint {report.fingerprint[:DIGITS]}")
@@ -189,13 +183,12 @@ def _heading(name: str) -> str:
 
 
 def _cell(metric: Metric | None) -> str:
-    """Value and, below, interval: of the value, or of the point that is named then."""
+    """Value and, below, its interval."""
     if metric is None or metric.value is None:
         return "-"
     if metric.low is None or metric.high is None:
         return number(metric.value)
-    point = "" if metric.point is None else f"all {number(metric.point, 3)}\n"
-    return f"{number(metric.value)}\n{point}[{number(metric.low, 3)}, {number(metric.high, 3)}]"
+    return f"{number(metric.value)}\n[{number(metric.low, 3)}, {number(metric.high, 3)}]"
 
 
 def _print(columns: Sequence[Sequence[str]], console: Console) -> None:

@@ -68,6 +68,12 @@ class RunFolder:
     path: Path
     identity: Mapping[str, Any] = field(default_factory=dict)
     world: World = ALONE
+    threads: int = field(default_factory=torch.get_num_threads)  # of this sitting
+
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """What decides the last bits of a step, beside the run itself: a checkpoint notes it."""
+        return {**VERSIONS, "device": self.world.device.type, "threads": self.threads}
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line of JSON.
@@ -131,7 +137,7 @@ class RunFolder:
             model.save(self.path / "model")
             if best is not None and best.step == position.step:
                 model.save(self.path / "best")
-            document = {"format": FORMAT, **asdict(position), **self.identity, "versions": VERSIONS}
+            document = {"format": FORMAT, **asdict(position), **self.identity, "versions": self.surroundings}
             checkpoint.replace_directory(target, state, {"state": document})  # there may be a damaged one
             if best is not None and best.step == position.step:
                 self._note_best(best)
@@ -167,10 +173,13 @@ class RunFolder:
                 continue
             self._check_identity(document, path)
             stage.load_state(state, path)
-            known = document.get("versions", {})
-            others = [f"{name} {known.get(name)}" for name, own in VERSIONS.items() if known.get(name) != own]
+            known, here = document.get("versions", {}), self.surroundings
+            if self.world.device.type != "cpu":
+                del here["threads"]
+            # Older checkpoints do not have all of it.
+            others = [f"{name} {known[name]}, not {own}" for name, own in here.items() if known.get(name, own) != own]
             if others:
-                say(f"warning: {path} was written with {', '.join(others)}; going on may not be exact to the bit")
+                say(f"warning: {path} was written with {'; '.join(others)}; going on may not be exact to the bit")
             if self.world.main and position.best is not None and position.best.step == position.step:
                 self._note_best(position.best)  # which a kill right after the save may have prevented
             return position

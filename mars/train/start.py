@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def train(
     began: float | None = None,
     tokenizer: Path | None = None,
     shard: bool = False,
+    following: Callable[[Path], str] | None = None,
 ) -> Path:
     """Train a tokenizer, or a VAR on the tokens of one; returns the run folder.
 
@@ -62,9 +63,11 @@ def train(
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: the newest run.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
+        following: the command to type after the run at this path has come to its end, which is then printed.
 
     Raises:
-        ConfigError, DataError, CheckpointError: something asked for cannot be used.
+        ConfigError, DataError, CheckpointError: something asked for cannot be used, or the audio of the dataset is not
+            what was packed.
         Diverged, OSError: see `mars.train.loop.run`.
     """
     if tensorboard:
@@ -88,25 +91,40 @@ def train(
         source = _source(tokenizer, out, preset, console, world)
         trained = model.load(source, world.device)
         settings = _var_settings(out, trained.config, preset, overrides, source)
+        if (problem := _other_data(trained, source, dataset, data)) is not None:
+            resumed = out is not None and (out / "run.json").is_file()
+            if trained.data.get("tokenizer") is not None and not resumed and None in (data, tokenizer):
+                raise ConfigError(
+                    f"{problem}; name the dataset that it was trained on, or to train on others all the same, "
+                    "both the data and the tokenizer"
+                )
+            console.print(f"warning: {problem}", markup=False)
         origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     settings = settings.resolved(stage_name, len(notes))
     world.check(getattr(settings.train, stage_name))
     _check_dataset(settings, dataset)
+    if (had := dataset.samples) != (wanted := settings.audio.samples):
+        change = "cut" if had > wanted else "padded with silence"
+        rate = dataset.sample_rate
+        console.print(f"the notes, of {had / rate:.3g} s, are {change} to {wanted / rate:.3g} s (audio.samples)")
 
     def made() -> TokenizerStage | VARStage:
+        _verify(dataset, console, world)
         stage: TokenizerStage | VARStage
         if trained is None:
             stage = TokenizerStage(settings, dataset, world.device, seed, world)
         else:
             cache = (out.parent if out is not None else RUNS) / TOKENS
             tokens = _tokens(cache, trained, settings, dataset, console, world)
-            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard)
+            heard = trained.data.get("tokenizer")
+            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, heard)
         compile_blocks(stage, console.print)
         return stage
 
     if profile is not None:
         profile_steps(made(), notes, seed=seed, device=world.device, out=profile, console=console)
         return profile
+    origin["data_path"] = None if data is None else str(data.resolve())
     with _open_run(out, stage_name, settings, dataset, seed, resume, console, origin, world) as run:
         stage = made()
         if world.main:
@@ -134,9 +152,8 @@ def train(
                 tensorboard=tensorboard,
             ),
         )
-    if done >= stage.train.steps:
-        following = "mars-train var --tokenizer" if stage_name == "tokenizer" else "mars-generate -n 64 --model"
-        console.print(f"next: {following} {run.path}")
+    if done >= stage.train.steps and following is not None:
+        console.print(f"next: {following(run.path)}", markup=False)
     return run.path
 
 
@@ -261,6 +278,27 @@ def _var_settings(
     return dataclasses.replace(asked, audio=trained.audio, tokenizer=trained.tokenizer)
 
 
+def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path | None) -> str | None:
+    """What to say where the tokenizer was not trained on the dataset at hand, or nobody knows; None: it was."""
+    ours = _called({"data": dataset.fingerprint, "data_path": data})
+    theirs = trained.data.get("tokenizer")
+    if theirs == dataset.fingerprint:
+        return None
+    if theirs is None:
+        return f"what the tokenizer {source} was trained on is not recorded; the VAR learns {ours}"
+    record = checkpoint.read_json(source / "run.json") if (source / "run.json").is_file() else None
+    known = record if isinstance(record, dict) and record.get("data") == theirs else {"data": theirs}
+    return f"the tokenizer {source} was trained on {_called(known)}, not on {ours}"
+
+
+def _called(record: Mapping[str, Any]) -> str:
+    """A dataset in words, from what `run.json` says of it."""
+    path = record.get("data_path")
+    if path is None:
+        path = "the built-in notes" if record.get("data") == open_dataset(None).fingerprint else "a dataset"
+    return f"{path} (fingerprint {str(record.get('data'))[:12]})"
+
+
 def _check_dataset(settings: Config, dataset: Dataset) -> None:
     if dataset.sample_rate != settings.audio.sample_rate:
         raise ConfigError(
@@ -269,6 +307,21 @@ def _check_dataset(settings: Config, dataset: Dataset) -> None:
         )
     if len(dataset.split("train")) == 0:
         raise ConfigError("the dataset has no training notes")
+
+
+def _verify(dataset: Dataset, console: Console, world: World) -> None:
+    """Check the audio, once on each machine; the other processes hear at every step of it that it goes on."""
+    if world.first_here:
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            task = progress.add_task("checking the audio", total=None)
+
+            def told(done: int, size: int) -> None:
+                progress.update(task, completed=done, total=size)
+                world.any(True)
+
+            dataset.verify(told)
+    while world.any(False):
+        pass
 
 
 @contextmanager
@@ -337,11 +390,19 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str
     if resume == "never":
         raise ConfigError(f"--out {path} is a run already; name a new folder or leave out --resume never")
     known = checkpoint.read_json(path / "run.json")
-    for key in ("stage", "preset", "seed", "data", "tokenizer_hash"):
+    if known.get("data") != record["data"]:
+        raise ConfigError(
+            f"{path} is a run on {_called(known)}, not on {_called(record)}; name that dataset, or a new folder"
+        )
+    for key in ("stage", "preset", "seed", "tokenizer_hash"):
         if known.get(key) != record.get(key):
             raise ConfigError(
                 f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
             )
+    if known.get("data") != record["data"]:
+        raise ConfigError(
+            f"{path} is a run on {_called(known)}, not on {_called(record)}; name that dataset, or a new folder"
+        )
     had, asked = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
     if (other := folder.difference(had, asked, "config")) is not None:
         raise ConfigError(

@@ -203,7 +203,9 @@ class TokenizerStage:
 
     def snapshot(self) -> Model | None:
         """The averaged tokenizer, not copied; None but on the main process."""
-        return Model(config=self.config, tokenizer=self.averaged) if self.world.main else None
+        if not self.world.main:
+            return None
+        return Model(config=self.config, tokenizer=self.averaged, data={"tokenizer": self.dataset.fingerprint})
 
 
 def held_out(dataset: Dataset, count: int) -> np.ndarray:

@@ -1,8 +1,7 @@
 """The tokens of a dataset, made once per tokenizer, dataset and precision and kept beside the runs.
 
 `runs/.tokens/<key>/` holds `ids.safetensors` of shape (notes, L) in the smallest integer type and a manifest of sha256
-sums. The folder appears complete or not at all, is checked when it is opened, and is memory-mapped, so that several
-runs on one machine share it.
+sums. The folder appears complete or not at all, and is checked and read into memory when it is opened.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def cached_tokens(
             checkpoint.verify(path)
             ids = checkpoint.read_tensors(path / "ids.safetensors")["ids"]
             if ids.shape == (len(dataset), config.tokenizer.tokens):
-                found = ids
+                found = ids.clone()  # as read they are mapped, and a file cut short later would end the process
             else:
                 problem = f"{path} holds tokens of shape {tuple(ids.shape)}"
         except (CheckpointError, KeyError) as error:

@@ -66,12 +66,20 @@ class VARStage:
         seed: int,
         world: World = ALONE,
         shard: bool = False,
+        tokenizer_data: str | None = None,
     ) -> None:
-        """tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`; shard: spread the VAR."""
+        """Make the model and its optimiser.
+
+        Args:
+            tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`.
+            shard: spread the VAR over the processes.
+            tokenizer_data: fingerprint of the dataset that the tokenizer was trained on; None: nobody knows.
+        """
         self.config = config.resolved("var", len(dataset.split("train")))
         self.train = self.config.train.var
         self.dataset, self.device, self.world = dataset, device, world
         self.tokenizer, self.tokens = tokenizer, tokens
+        self.data = {"var": dataset.fingerprint} | ({"tokenizer": tokenizer_data} if tokenizer_data else {})
         self.conditions = condition_ids(dataset, config.var.condition)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
@@ -178,7 +186,7 @@ class VARStage:
         if not self.world.main:
             return None
         tokenizer = copy.deepcopy(self.tokenizer).cpu() if self.sharded else self.tokenizer  # where the VAR is
-        return Model(config=self.config, tokenizer=tokenizer, var=var, notes=ranges(self.dataset))
+        return Model(config=self.config, tokenizer=tokenizer, var=var, notes=ranges(self.dataset), data=self.data)
 
     def _whole_average(self) -> VAR | None:
         """The averaged VAR on the CPU of the main process, to which every process contributes."""

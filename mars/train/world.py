@@ -43,6 +43,11 @@ class World:
         """Whether this process writes checkpoints, logs and models."""
         return self.rank == 0
 
+    @property
+    def first_here(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+
     def check(self, train: TrainConfig) -> None:
         """Raise ConfigError if the micro-batches of a step cannot be shared equally."""
         if train.accumulate % self.size == 0:

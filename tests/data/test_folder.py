@@ -215,5 +215,5 @@ def test_soxr_is_needed_only_to_resample(notes, tmp_path, monkeypatch):
 def test_wrong_paths_are_explained(notes, tmp_path):
     with pytest.raises(DataError, match="holds no audio files"):
         pack_folder(notes, tmp_path / "out")
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match="none does not exist; give the folder"):
         pack_folder(tmp_path / "none", tmp_path / "out")

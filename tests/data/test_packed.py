@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,14 @@ def write(out: Path, notes: int = 20, instruments: int = 10, **options: float) -
             labels = Labels(f"instrument {i % instruments}", i % 11, i % 3, 21 + i, 100)
             writer.add(f"note {i}", rng.uniform(-1, 1, SAMPLES).astype(np.float32), labels)
         return writer.commit(**options)
+
+
+def list_again(out: Path, name: str) -> None:
+    """Let the manifest say of a file that was changed what is true of it now."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    content = (out / name).read_bytes()
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (out / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -86,6 +95,73 @@ def test_damage_is_found(tmp_path, name, damage):
     assert after.fingerprint != before
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name != "audio.i16"])
+def test_all_but_the_audio_is_checked_whenever_a_dataset_is_opened(tmp_path, name):
+    out = tmp_path / "packed"
+    write(out)
+    file = out / name
+    (content := bytearray(file.read_bytes() or b"x"))[len(file.read_bytes()) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        DataError, match=rf"{name}(: want 0 bytes| differs from its checksum| is damaged|.* is not valid)"
+    ):
+        Dataset.open(out)
+
+
+def test_audio_that_was_overwritten_is_found_by_its_checksum(tmp_path):
+    out = tmp_path / "packed"
+    write(out).verify()
+    file = out / "audio.i16"
+    file.write_bytes(file.read_bytes()[::-1])
+    dataset = Dataset.open(out)  # whose size is right
+    told: list[tuple[int, int]] = []
+    with pytest.raises(DataError, match=r"audio.i16 differs from its checksum; put back the file that was packed"):
+        dataset.verify(lambda done, of: told.append((done, of)))
+    assert told == [(8000, 8000)]
+    with pytest.raises(DataError, match="differs from its checksum"):
+        Dataset.open(out, verify=True)
+
+
+@pytest.mark.parametrize("change", ["cut short", "overwritten", "grown", "removed", "empty"])
+def test_audio_that_changes_while_it_is_used_is_an_error_and_no_signal(tmp_path, change):
+    out = tmp_path / "packed"
+    dataset = write(out)
+    before = dataset.waveforms([3, 19])
+    file = out / "audio.i16"
+    if change == "removed":
+        file.unlink()
+    elif change in ("cut short", "empty"):
+        os.truncate(file, 5000 if change == "cut short" else 0)
+    elif change == "grown":
+        with file.open("ab") as stream:
+            stream.write(b"more")
+    else:
+        status = file.stat()
+        with file.open("r+b") as stream:
+            stream.write(b"other notes")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # clocks of file systems may be coarse
+    says = "cannot be read any more" if change == "removed" else "has changed since it was opened"
+    for read in (lambda: dataset.waveforms([3, 19]), lambda: dataset.audio[0], dataset.verify):
+        with pytest.raises(DataError, match=rf"audio.i16 {says}"):
+            read()
+    assert before.shape == (2, SAMPLES)
+
+
+def test_audio_on_the_disk_is_indexed_as_an_array_is(tmp_path):
+    audio = write(tmp_path / "packed").audio
+    array = np.fromfile(tmp_path / "packed" / "audio.i16", "<i2").reshape(20, SAMPLES)
+    assert (len(audio), audio.shape, audio.ndim, audio.dtype) == (20, array.shape, 2, array.dtype)
+    keys = [3, -1, np.int64(4), slice(None), slice(18, 5, -3), [4, 4, 0], np.array([[1], [2]]), np.arange(20) > 15, [],
+            (2, 5), (2, slice(3, 9)), (slice(4), 7), ([1, 3], slice(None, 4))]  # fmt: skip
+    for key in keys:
+        np.testing.assert_array_equal(audio[key], array[key], strict=True)
+    np.testing.assert_array_equal(np.asarray(audio), array)
+    assert sum(1 for _ in audio) == 20
+    for key in (20, -21, [0, 20]):
+        with pytest.raises(IndexError):
+            audio[key]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -101,9 +177,7 @@ def test_other_formats_are_refused(tmp_path, change, says):
     write(out)
     info = json.loads((out / "dataset.json").read_text()) | change
     (out / "dataset.json").write_text(json.dumps(info))
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["files"]["dataset.json"]["size"] = (out / "dataset.json").stat().st_size
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    list_again(out, "dataset.json")
     with pytest.raises(DataError, match=says):
         Dataset.open(out)
 
@@ -113,14 +187,12 @@ def test_labels_out_of_range_and_pickles_are_refused(tmp_path):
     metadata = write(out).metadata.copy()
     metadata[3, 1] = 11
     np.save(out / "metadata.npy", metadata)
+    list_again(out, "metadata.npy")
     with pytest.raises(DataError, match="a family is out of range"):
         Dataset.open(out)
     pickled = np.empty(1, object)
     np.save(out / "metadata.npy", pickled, allow_pickle=True)
-    size = (out / "metadata.npy").stat().st_size
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["files"]["metadata.npy"]["size"] = size
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    list_again(out, "metadata.npy")
     with pytest.raises(DataError, match="damaged"):
         Dataset.open(out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from rich.console import Console
 
 from mars.errors import ConfigError, DataError
-from mars.evaluate import inception_score, kid, mel, ndb, report, score
+from mars.evaluate import inception_score, kid, mel, ndb, page, report, score, table
 from mars.evaluate.baselines import anchor
 from mars.evaluate.classifier import Classifier, logits_vinay2022
 from mars.evaluate.features import Embedding
@@ -21,6 +23,7 @@ from mars.evaluate.frontend import WHOLE_NOTE
 from mars.evaluate.networks import build, initialise
 from mars.evaluate.notes import open_notes
 from mars.evaluate.score import ANCHOR, ORACLE, REAL_VS_REAL, ROLES, Settings, evaluate
+from mars.html import number
 from mars.runtime import stream
 
 PITCHES = range(45, 76)
@@ -116,8 +119,7 @@ def test_every_metric_has_a_value_or_a_reason(generated):
         for name, metric in row.items():
             assert (metric.value is None) == bool(metric.reason), name
             if metric.low is not None:
-                point = metric.value if metric.point is None else metric.point
-                assert metric.low <= point <= metric.high
+                assert metric.low <= metric.value <= metric.high
     missing = {name: m.reason for name, m in generated.metrics.items() if m.value is None}
     assert missing == {
         "copy_ratio": "want the training notes (--train)",
@@ -357,3 +359,50 @@ def test_roles_are_all_there():
         (Settings(profile="vinay2022", metrics=("pis",), as_published=True), {"instrument"}),
     ):
         assert settings.roles == wanted
+
+
+def test_a_value_and_its_interval_are_of_one_estimate_and_the_means_of_parts_are_details(generated, folders):
+    fresh, real = open_notes(folders["fresh"]), open_notes(folders["real"])
+    for name, role in (("pis", "pitch"), ("iis", "instrument"), ("pkid", "pitch"), ("ikid", "instrument")):
+        found, network = generated.metrics[name], listeners()[role]
+        ours = network.embed(fresh.waveforms())
+        if name.endswith("is"):
+            wanted = inception_score.inception_score(ours.logits, seed=2020)
+            parts = found.details["splits_mean"], found.details["splits_std"]
+            assert wanted.mean != pytest.approx(wanted.full.value, rel=1e-3)
+        else:
+            theirs = network.embed(real.waveforms())
+            wanted = kid.kid(theirs.frames[:, 0], ours.frames[:, 0], subset_size=15, seed=2020)
+            parts = found.details["subsets_mean"], found.details["subsets_std"]
+        full = wanted.full.value, wanted.full.low, wanted.full.high
+        assert (found.value, found.low, found.high) == pytest.approx(full, rel=1e-3, abs=1e-6)
+        assert parts == pytest.approx((wanted.mean, wanted.std), rel=1e-3, abs=1e-6)
+        assert found.params["of"] == "all notes at once"
+
+
+def test_page_table_and_file_show_the_same_figures(generated, tmp_path):
+    report.write(tmp_path / "report.json", generated)
+    written = json.loads((tmp_path / "report.json").read_text())
+    drawn = page.render(generated, [])
+    console = Console(file=io.StringIO(), width=400)
+    table.print_report(generated, console)
+    shown = console.file.getvalue()
+    for row in (written["metrics"], *written["baselines"].values()):
+        for name, metric in row.items():
+            if "low" in metric:
+                value, low, high = (metric[key] for key in ("value", "low", "high"))
+                assert f"{number(value)}, interval {number(low)} to {number(high)}." in drawn, name
+                assert f"{number(value)}<small>[{number(low)}, {number(high)}]</small>" in drawn, name
+                assert number(value) in shown
+                assert f"[{number(low, 3)}, {number(high, 3)}]" in shown, name
+
+
+def test_an_older_report_whose_interval_is_of_another_estimate_is_shown_without(generated, tmp_path):
+    path = tmp_path / "report.json"
+    report.write(path, generated)
+    document = json.loads(path.read_text())
+    document["metrics"]["pis"] |= {"value": 2.5, "point": 21.0, "low": 18.0, "high": 24.0}
+    path.write_text(json.dumps(document))
+    found = report.read(path)
+    assert (found.metrics["pis"].value, found.metrics["pis"].low, found.metrics["pis"].high) == (2.5, None, None)
+    assert found.metrics["mse"] == generated.metrics["mse"]

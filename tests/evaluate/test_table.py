@@ -40,8 +40,6 @@ def test_no_figure_is_wrapped_or_cut(width):
             if metric.low is not None:
                 bounds = f"[{table.number(metric.low, 3)}, {table.number(metric.high, 3)}]"
                 assert re.search(rf"(?<!\S){re.escape(bounds)}(?!\S)", text)
-            if metric.point is not None:
-                assert f"all {table.number(metric.point, 3)}" in text
     if width >= 40:
         blocks = text.split("\n\n")[1:-1]
         assert all(len(line) <= width for block in blocks for line in block.splitlines())

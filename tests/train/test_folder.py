@@ -118,7 +118,7 @@ def test_the_best_model_can_be_loaded(smoke, notes, path):
 def test_the_state_says_what_it_belongs_to(path):
     RunFolder(path, IDENTITY).save(Position(4, 1, Best(2, "val_loss", 0.5)), Counter())
     state = json.loads((path / "checkpoints" / "step-00000004" / "state.json").read_text())
-    assert state.pop("versions").keys() == {"mars", "torch", "numpy", "python"}
+    assert state.pop("versions").keys() == {"mars", "torch", "numpy", "python", "device", "threads"}
     best = {"step": 2, "metric": "val_loss", "value": 0.5}
     assert state == {"format": 1, "step": 4, "skipped": 1, "best": best, **IDENTITY}
 
@@ -153,7 +153,23 @@ def test_other_versions_are_one_warning(path, monkeypatch):
     monkeypatch.setattr(folder, "VERSIONS", {**folder.VERSIONS, "torch": "9.9", "numpy": "0.1"})
     assert RunFolder(path).restore(Counter(), said.append) == Position(4)
     (line,) = said
-    assert f"written with torch {torch.__version__}, numpy {np.__version__};" in line
+    assert f"written with torch {torch.__version__}, not 9.9; numpy {np.__version__}, not 0.1; going on" in line
+
+
+@pytest.mark.parametrize("change", [{"threads": 99}, {"device": "cuda"}, {"threads": None}])
+def test_other_threads_or_another_device_are_a_warning_where_a_checkpoint_says_so(change, path):
+    RunFolder(path).save(Position(4), Counter())
+    (saved,) = RunFolder(path).checkpoints()
+    state = checkpoint.read_json(saved / "state.json")
+    state["versions"] |= change
+    if None in change.values():  # an older checkpoint, which does not say
+        state["versions"] = {n: v for n, v in state["versions"].items() if n not in ("device", "threads")}
+    tensors = {file.stem: checkpoint.read_tensors(file) for file in saved.glob("*.safetensors")}
+    checkpoint.replace_directory(saved, tensors, {"state": state})
+    said: list[str] = []
+    assert RunFolder(path).restore(Counter(), said.append) == Position(4)
+    assert len(said) == (None not in change.values())
+    assert all(f"written with {name} {value}, not " in said[0] for name, value in change.items() if value)
 
 
 @pytest.mark.parametrize(
