@@ -39,7 +39,8 @@ def test_help(command):
 def test_packing_and_info(notes, tmp_path, command):
     result = run(command, notes, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "4 notes of 2 instruments (2 train, 2 valid, 0 test)" in result.output
+    assert "4 notes of 2 instruments (3 train, 1 valid, 0 test)" in result.output
+    assert "held out: 1 of 4 notes for validation, since 2 instruments are few" in result.output
     assert len(Dataset.open(tmp_path / "out")) == 4
     result = run("info", tmp_path / "out", "--verify")
     assert result.exit_code == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def train(
         origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     settings = settings.resolved(stage_name, len(notes))
     world.check(getattr(settings.train, stage_name))
-    _check_dataset(settings, dataset)
+    _check_dataset(settings, dataset, console.print)
 
     def made() -> TokenizerStage | VARStage:
         stage: TokenizerStage | VARStage
@@ -261,7 +261,7 @@ def _var_settings(
     return dataclasses.replace(asked, audio=trained.audio, tokenizer=trained.tokenizer)
 
 
-def _check_dataset(settings: Config, dataset: Dataset) -> None:
+def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None]) -> None:
     if dataset.sample_rate != settings.audio.sample_rate:
         raise ConfigError(
             f"the dataset is at {dataset.sample_rate} Hz, audio.sample_rate is {settings.audio.sample_rate}; "
@@ -269,6 +269,11 @@ def _check_dataset(settings: Config, dataset: Dataset) -> None:
         )
     if len(dataset.split("train")) == 0:
         raise ConfigError("the dataset has no training notes")
+    if len(dataset.split("valid")) == 0:
+        say(
+            "warning: the dataset holds no notes out, so that nothing is validated and no step is known as the best; "
+            "to have that, pack it again with some notes held out"
+        )
 
 
 @contextmanager
