@@ -158,14 +158,18 @@ def open_dataset(path: str | Path | None) -> Dataset:
 
 def left_out(path: Path) -> Counter[str]:
     """How many files the packing of the dataset at `path` left out, by the kind of reason. Raises `DataError`."""
-    listing = path / "bad_files.jsonl"
-    reasons: Counter[str] = Counter()
+    listing, reasons = path / "bad_files.jsonl", []
     for line in listing.read_bytes().splitlines():
         entry = parse_json(line, str(listing))
         if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str):
             raise DataError(f"{listing}: want a reason on every line; pack the dataset again")
-        reasons[re.split(r" \(|:", entry["reason"])[0]] += 1
-    return reasons
+        reasons.append(entry["reason"])
+    return _kinds(reasons)
+
+
+def _kinds(reasons: Iterable[str]) -> Counter[str]:
+    """How many reasons there are of each kind, which is what they say before the details."""
+    return Counter(re.split(r" \(|:", reason)[0] for reason in reasons)
 
 
 class Writer:
@@ -271,8 +275,9 @@ class Writer:
             listing = self.out.with_name(self.out.name + ".bad_files.jsonl")
             listing.write_text(bad, "utf-8")
             first = next(iter(self._bad.items()))
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in _kinds(self._bad.values()).most_common())
             raise TooManyBadError(
-                f"{len(self._bad):,} of {seen:,} files are bad, over {allow_bad:.1%}; the first: "
+                f"{len(self._bad):,} of {seen:,} files are bad, over {allow_bad:.1%} ({kinds}); the first: "
                 f"{first[0]}: {first[1]}; all are in {listing}; mend them or pass --allow-bad FRACTION"
             )
         if not self._rows:

@@ -267,7 +267,7 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
         for file, found in zip(files, pool.map(_check, files), strict=True):
             checked[file.relative_to(path).as_posix()] = found
             if progress is not None:
-                progress(len(checked), len(files))
+                progress(len(checked) - len(listed.refused), len(files))
     for name in conditions.keys() - checked.keys():
         checked[name] = _File(reason="listed in notes.json, but there is no such file")
     refused = tuple((name, file.reason) for name, file in sorted(checked.items()) if file.reason)
@@ -305,6 +305,8 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
 
 def _check(path: Path) -> _File:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise BadFileError("not a regular file")
         content = path.read_bytes()
         audio, frames = _decode(content)
         if reason := fault(audio):
