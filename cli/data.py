@@ -76,6 +76,13 @@ def _packing(command: Callable[..., Any]) -> Callable[..., Any]:
     return out(allow(command))
 
 
+def _holding_out(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--hold-out", type=click.Choice(["instruments", "notes", "none"]),
+        help="What is kept from training, to judge by.  [default: whole instruments, notes where those are few]",
+    )(command)  # fmt: skip
+
+
 @main.command()
 @click.argument("paths", type=click.Path(exists=True, path_type=Path), nargs=-1, required=True)
 @_packing
@@ -84,19 +91,22 @@ def _packing(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["auto", "instrument", "train", "valid", "test"]),
     default="auto",
     show_default=True,
-    help="auto: as the path says (nsynth-valid...), else by instrument.",
+    help="auto: as the path says (nsynth-valid...), else by instrument, or by note where instruments are few.",
 )
 def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Pack NSynth: folders or .tar.gz archives with examples.json and audio/*.wav, several if you like."""
-    with user_errors(), _progress("Packing") as progress:
+    with user_errors():
         from mars.data.nsynth import pack_nsynth
 
-        _report(pack_nsynth(paths, out, progress=progress, **options), out)
+        with _progress("Packing") as progress:
+            dataset = pack_nsynth(paths, out, progress=progress, **options)
+        _report(dataset, out)
 
 
 @main.command()
 @click.argument("directory", type=click.Path(exists=True, path_type=Path))
 @_packing
+@_holding_out
 @click.option(
     "--csv",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -113,16 +123,19 @@ def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 )
 @click.option("--licence", default="unknown", show_default=True, help="Of the audio; is kept.")
 def folder(directory: Path, out: Path, **options: Any) -> None:
-    """Pack a folder of WAV, FLAC, OGG, MP3 or AIFF files."""
-    with user_errors(), _progress("Packing") as progress:
+    """Pack a folder of sound files: WAV, FLAC, OGG, Opus, MP3, AIFF and, where FFmpeg is installed, others."""
+    with user_errors():
         from mars.data.folder import pack_folder
 
-        _report(pack_folder(directory, out, progress=progress, **options), out)
+        with _progress("Packing") as progress:
+            dataset = pack_folder(directory, out, progress=progress, **options)
+        _report(dataset, out)
 
 
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @_packing
+@_holding_out
 @click.option("--notes", type=click.IntRange(1), help="How many, spread evenly.  [default: all there are]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of notes.")
 @click.option("--pitches", default="21-108", show_default=True, callback=_pitches, help="Lowest and highest MIDI note.")
@@ -130,10 +143,12 @@ def folder(directory: Path, out: Path, **options: Any) -> None:
 @click.option("--licence", default="unknown", show_default=True, help="Of the soundfont; is kept.")
 def soundfont(file: Path, out: Path, **options: Any) -> None:
     """Render notes from an SF2 or SF3 soundfont."""
-    with user_errors(), _progress("Rendering") as progress:
+    with user_errors():
         from mars.data.soundfont import pack_soundfont
 
-        _report(pack_soundfont(file, out, progress=progress, **options), out)
+        with _progress("Rendering") as progress:
+            dataset = pack_soundfont(file, out, progress=progress, **options)
+        _report(dataset, out)
 
 
 @main.command()
@@ -146,7 +161,7 @@ def info(directory: Path | None, verify: bool) -> None:
         from mars.data import SPLITS, Dataset, open_dataset
 
         dataset = Dataset.open(directory, verify=verify) if directory else open_dataset(None)
-        _report(dataset, directory or "built-in notes")
+        _report(dataset, directory)
         family, split, pitch = (dataset.column(name) for name in ("family", "split", "pitch"))
         click.echo(f"{dataset.samples} samples each at {dataset.sample_rate} Hz")
         click.echo("".join(f"{name:>12}" for name in ("family", *SPLITS)))
@@ -161,12 +176,29 @@ def info(directory: Path | None, verify: bool) -> None:
         click.echo(f"fingerprint: {dataset.fingerprint}" + (" (every checksum is right)" if verify else ""))
 
 
-def _report(dataset: Dataset, name: object) -> None:
+def _report(dataset: Dataset, path: Path | None) -> None:
+    """What a dataset holds, what was done to its notes, and what was left out."""
     from mars.data import SPLITS
+    from mars.data.decode import CHANGES
+    from mars.data.packed import left_out
 
     counts = (dataset.column("split") == i for i in range(len(SPLITS)))
     splits = ", ".join(f"{is_in.sum():,} {split}" for split, is_in in zip(SPLITS, counts, strict=True))
+    name = path or "built-in notes"
     click.echo(f"{printable(str(name))}: {len(dataset):,} notes of {len(dataset.instruments):,} instruments ({splits})")
+    packing = dataset.packing
+    if packing.held_out:
+        click.echo(f"held out: {printable(packing.held_out)}")
+    for change, meaning in CHANGES.items():
+        if count := packing.changes.get(change):
+            seconds = dataset.samples / dataset.sample_rate
+            click.echo(f"{count:,} {meaning.format(seconds=seconds, rate=dataset.sample_rate)}")
+    if path is not None and (reasons := left_out(path)):
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        click.echo(f"left out: {reasons.total():,} ({printable(listed)}); see {path / 'bad_files.jsonl'}")
+    if packing.ignored:
+        others = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(packing.ignored.items()))
+        click.echo(f"other files, not read: {printable(others)}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     dataset = open_dataset(options.data)
+    if not len(dataset.split("valid")):
+        parser.error(f"{options.data} holds no notes out; pack it again with --hold-out")
     print("| seed | input | MSE | MAE | mel MSE | mel MAE |\n|---|---|---|---|---|---|")
     for seed in map(int, options.seeds.split(",")):
         rows = []

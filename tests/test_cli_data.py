@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from mars.cli.data import main
 from mars.data import Dataset
 
+FFMPEG = "" if shutil.which("ffmpeg") else " without FFmpeg"
 NAMES = [f"{instrument}-{pitch:03d}-100" for instrument in ("bass_electronic_018", "flute_acoustic_002")
          for pitch in (60, 72)]  # fmt: skip
 
@@ -39,7 +41,8 @@ def test_help(command):
 def test_packing_and_info(notes, tmp_path, command):
     result = run(command, notes, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "4 notes of 2 instruments (2 train, 2 valid, 0 test)" in result.output
+    assert "4 notes of 2 instruments (3 train, 1 valid, 0 test)" in result.output
+    assert "held out: 1 of 4 notes for validation, since 2 instruments are few" in result.output
     assert len(Dataset.open(tmp_path / "out")) == 4
     result = run("info", tmp_path / "out", "--verify")
     assert result.exit_code == 0
@@ -51,6 +54,54 @@ def test_packing_and_info(notes, tmp_path, command):
     result = run("info", tmp_path / "out", "--verify")
     assert result.exit_code == 2
     assert "differs from its checksum" in result.output
+
+
+def test_the_end_and_info_say_what_was_done_and_left_out(tmp_path):
+    folder = tmp_path / "in"
+    for i in range(30):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / "ab"[i % 2] / f"{i}.wav", 0.5 * np.sin(0.1 * np.arange(4000)), 16_000)
+    soundfile.write(folder / "long.wav", 2 * np.sin(0.1 * np.arange(36_000)), 8000, subtype="FLOAT")
+    soundfile.write(folder / "silent.wav", np.zeros(4000), 16_000)
+    (folder / "text.wav").write_text("hello")
+    (folder / "readme.txt").write_text("hello")
+    (folder / "._a.wav").write_text("hello")
+    for command in (("folder", folder, "--allow-bad", "0.1", "--out"), ("info",), ("info", "--verify")):
+        result = run(*command, tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        assert result.output.splitlines()[:8] == [
+            f"{tmp_path / 'out'}: 31 notes of 3 instruments (28 train, 3 valid, 0 test)",
+            "held out: 3 of 31 notes for validation, since 3 instruments are few",
+            "1 cut to 4 s",
+            "30 padded with silence to 4 s",
+            "1 resampled to 16,000 Hz",
+            "1 made quieter, to stay within full scale",
+            f"left out: 2 (1 silent, 1 unreadable{FFMPEG}); see {tmp_path / 'out' / 'bad_files.jsonl'}",
+            "other files, not read: 1 .txt, 1 hidden",
+        ]
+
+
+@pytest.mark.parametrize(("by", "splits"), [("instruments", "2 train, 2 valid"), ("none", "4 train, 0 valid")])
+def test_what_is_held_out_can_be_chosen(notes, tmp_path, by, splits):
+    result = run("folder", notes, "--out", tmp_path / "out", "--hold-out", by)
+    assert f"({splits}, 0 test)" in result.output
+    assert run("folder", notes, "--out", tmp_path / "x", "--hold-out", "some").exit_code == 2
+
+
+def test_instruments_of_nsynth_are_split_where_that_is_asked_for(notes, tmp_path):
+    result = run("nsynth", notes, "--out", tmp_path / "out", "--split", "instrument")
+    assert "(2 train, 2 valid, 0 test)" in result.output
+
+
+def test_reasons_in_a_strangers_dataset_do_not_steer_the_terminal(notes, tmp_path):
+    run("folder", notes, "--out", tmp_path / "out")
+    (tmp_path / "out/bad_files.jsonl").write_text(json.dumps({"file": "x", "reason": "\x1b[2Jgone\n"}) + "\n")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest["files"]["bad_files.jsonl"]["size"] = (tmp_path / "out/bad_files.jsonl").stat().st_size
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    result = run("info", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "left out: 1 (1 ?[2Jgone?)" in result.output
 
 
 def test_info_of_the_built_in_notes():

@@ -13,7 +13,8 @@ from importlib import resources
 
 import numpy as np
 
-from mars.data.packed import SPLITS, Dataset
+from mars.data.packed import Dataset
+from mars.data.splits import SPLITS
 
 
 @cache

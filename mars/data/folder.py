@@ -1,20 +1,23 @@
-"""A folder of anyone's notes: WAV, FLAC, OGG, MP3 or AIFF at any rate, labelled by name or by a CSV."""
+"""A folder of anyone's notes: sound files of any kind and rate, labelled by name or by a CSV."""
 
 from __future__ import annotations
 
 import csv
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mars.config import FAMILIES, SOURCES
+from mars.data.decode import SUFFIXES, decode
 from mars.data.kinds import not_a_folder
-from mars.data.notes import SHORTEST, Labels, labels_of, read_audio
+from mars.data.notes import SHORTEST, Labels, labels_of, one_line
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
+from mars.data.splits import HoldOut
 from mars.errors import BadFileError, DataError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 CSV_COLUMNS = ("file", "pitch", "velocity", "family", "source", "instrument")
 
 
@@ -27,11 +30,13 @@ def pack_folder(
     seconds: float = 4.0,
     shortest: float = SHORTEST,
     licence: str = "unknown",
+    hold_out: HoldOut | None = None,
     allow_bad: float = ALLOW_BAD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Packs every audio file below `folder`, cut or padded to `seconds` at `sample_rate` Hz, at `out`.
 
+    Hidden files are left alone, links to folders are not followed. `hold_out`: see `mars.data.splits.hold_out`.
     Labels come from names like NSynth's (bass_electronic_018-060-075.wav), and from `csv` where it lists the
     file. Without either, the instrument is the file's folder, or its name up to the first separator.
 
@@ -41,32 +46,72 @@ def pack_folder(
     if not folder.is_dir():
         raise DataError(not_a_folder(folder, "give the folder that holds the audio files"))
     rows = read_csv(Path(csv)) if csv else {}
-    files = sorted(_files(folder))
+    found = find(folder)
+    files = found.files
     if not files:
-        raise DataError(f"{folder} holds no audio files; want {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder} holds no audio files{found.why_none()}; want {', '.join(SUFFIXES)}")
     origin = {"kind": "folder", "folder": folder.absolute().name, "licence": licence}
     samples = round(seconds * sample_rate)
     with Writer(
         out, sample_rate=sample_rate, samples=samples, origin=origin, expected=len(files), progress=progress
     ) as writer:
+        writer.ignored = dict(found.ignored)
+        for name, reason in found.refused.items():
+            writer.bad(name, reason)
         for file in files:
             name = file.relative_to(folder).as_posix()
             try:
                 if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
                     raise BadFileError("not a regular file inside the folder")
-                audio = read_audio(file, sample_rate=sample_rate, samples=samples, shortest=shortest)
-            except BadFileError as error:
+                sound = decode(file, sample_rate=sample_rate, samples=samples, shortest=shortest)
+            except (BadFileError, OSError) as error:
                 writer.bad(name, str(error))
                 continue
-            writer.add(name, audio, _labels(file, folder, rows.get(name, {})))
+            writer.add(name, sound.audio, _labels(file, folder, rows.get(name, {})), changes=sound.changes)
         for name in rows.keys() - {file.relative_to(folder).as_posix() for file in files}:
             writer.bad(name, "listed in the CSV, but there is no such file")
-        return writer.commit(allow_bad)
+        return writer.commit(allow_bad, hold_out)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):  # follows no links
-        yield from (Path(parent, name) for name in folders + files if name.lower().endswith(SUFFIXES))
+@dataclass(slots=True)
+class Found:
+    """What a folder holds, its sub-folders included."""
+
+    files: list[Path] = field(default_factory=list)  # with a suffix of sound files, sorted
+    refused: dict[str, str] = field(default_factory=dict)  # folders that were not looked into, and why
+    ignored: Counter[str] = field(default_factory=Counter)  # other files: how many hidden ones, how many per suffix
+
+    def why_none(self) -> str:
+        """What to say where there are no sound files."""
+        return "".join(f" ({name}: {reason})" for name, reason in list(self.refused.items())[:1])
+
+
+def find(folder: Path) -> Found:
+    """The sound files below a folder. Raises `DataError` where the folder itself cannot be read."""
+    found = Found()
+
+    def refuse(error: OSError) -> None:
+        path = Path(error.filename)
+        if path == folder:
+            raise DataError(f"{folder} cannot be read ({error.strerror}); change its permissions")
+        found.refused[path.relative_to(folder).as_posix()] = f"a folder that cannot be read ({error.strerror})"
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):  # follows no links
+        for names in (folders, files):  # what macOS adds to a file is hidden too: ._name
+            hidden = [name for name in names if name.startswith(".")]
+            found.ignored["hidden"] += len(hidden)
+            names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in folders + files:
+            path = Path(parent, name)
+            if name.lower().endswith(SUFFIXES):
+                found.files.append(path)
+            elif name in files:
+                found.ignored[path.suffix.lower() or "no suffix"] += 1
+            elif path.is_symlink():
+                found.refused[path.relative_to(folder).as_posix()] = "a link to a folder, which is not followed"
+    found.ignored = +found.ignored
+    found.files.sort()
+    return found
 
 
 def _labels(file: Path, folder: Path, row: dict[str, str | int]) -> Labels:
@@ -110,7 +155,7 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
 
 def _cell(key: str, cell: str, where: str) -> str | int:
     if key == "instrument":
-        if not cell.isprintable():
+        if not one_line(cell):
             raise DataError(f"{where}: instrument {cell!r} has characters that cannot be printed; rename it")
         return cell
     if key in ("family", "source"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mars.data.decode import SUFFIXES
+
 TAR = "a tar archive"
 
-_AUDIO = ".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aif", ".aiff", ".aifc", ".w64"
 _UNPACK = "unpack it and give the folder"
 _BEGINNINGS = {  # of files
     b"PK\x03\x04": "a ZIP archive",
@@ -40,7 +41,7 @@ def kind(file: Path) -> tuple[str, str]:
         )
     if head[:4] == b"RIFF" and head[8:12] == b"sfbk":
         return "a soundfont", "pack it with mars-data soundfont"
-    if name.endswith(_AUDIO):
+    if name.endswith(SUFFIXES):
         return "a single audio file", "give the folder that it is in"
     return "", ""
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import re
+import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mars.config import FAMILIES, SOURCES
-from mars.errors import BadFileError, DataError
+from mars.errors import DataError
 
 Audio = npt.NDArray[np.float32]  # (samples,), 1.0 is full scale
 
 UNKNOWN = -1  # a label that nobody gave
 SILENT = 1e-4  # a note whose peak stays below this is taken for silence
 SHORTEST = 0.1  # s; shorter files are taken for rubbish
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # they would reorder what follows
 _NAME = re.compile(rf"({'|'.join(FAMILIES)})_({'|'.join(SOURCES)})_(\d{{3}})-(\d{{3}})-(\d{{3}})")
 
 
@@ -52,6 +51,13 @@ def labels_of(name: str) -> Labels | None:
     )
 
 
+def one_line(name: str) -> bool:
+    """Whether a name can stand on a line of text: any Unicode but controls, ends of lines and turns of direction."""
+    return not any(
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _TURNS for c in name
+    )
+
+
 def fit(audio: Audio, samples: int) -> Audio:
     """Audio of any length, cut or padded with zeros at its end to (samples,)."""
     cut = audio[:samples].astype(np.float32, copy=False)
@@ -64,57 +70,6 @@ def fault(audio: Audio) -> str | None:
         return "holds NaN or infinite samples"
     peak = float(np.abs(audio).max(initial=0.0))
     return f"silent (peak {peak:.1e})" if peak < SILENT else None
-
-
-def read_audio(
-    source: Path | bytes, *, sample_rate: int, samples: int, shortest: float = SHORTEST, exact: bool = False
-) -> Audio:
-    """A file or its content as (samples,) at `sample_rate` Hz: mixed to mono, resampled, cut or padded.
-
-    No more is read than is needed, whatever length the file claims. `exact` wants a mono file of just that
-    rate and length. Raises `BadFileError` for a file that will not do or lasts under `shortest` seconds, and
-    `DataError` where soxr is needed and missing.
-    """
-    import soundfile
-
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
-            size = stream.seek(0, io.SEEK_END)
-            stream.seek(0)
-            head = stream.read(8)
-            stream.seek(0)
-            claim = int.from_bytes(head[4:], "little") + 8
-            # All bits set is how a program that writes to a pipe says that it does not know.
-            if head[:4] == b"RIFF" and size < claim < 1 << 32:
-                raise BadFileError(f"cut short: its header claims {claim:,} bytes, it has {size:,}")
-            with soundfile.SoundFile(stream) as file:
-                rate, channels, frames = file.samplerate, file.channels, file.frames
-                if exact and (rate, channels, frames) != (sample_rate, 1, samples):
-                    raise BadFileError(
-                        f"want {samples} frames, mono, at {sample_rate} Hz; "
-                        f"got {frames} frames, {channels} channels, {rate} Hz"
-                    )
-                if not (1000 <= rate <= 384_000 and channels <= 16):
-                    raise BadFileError(f"want 1 to 384 kHz and at most 16 channels; got {rate} Hz, {channels}")
-                want = min(frames, math.ceil(samples * rate / sample_rate))
-                audio = file.read(want, np.float32, always_2d=True).mean(1)
-    except BadFileError:
-        raise
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError, MemoryError) as error:
-        raise BadFileError(f"unreadable ({error or type(error).__name__})") from None
-    if len(audio) < want:
-        raise BadFileError(f"cut short: {want} frames claimed, {len(audio)} found")
-    if len(audio) < shortest * rate:
-        raise BadFileError(f"too short: {len(audio) / rate:.3f} s, want at least {shortest} s")
-    if rate != sample_rate:
-        try:
-            import soxr
-        except ImportError:
-            raise DataError(
-                f"a file has {rate} Hz and {sample_rate} are wanted; run: pip install 'mars-audio[data]'"
-            ) from None
-        audio = soxr.resample(audio, rate, sample_rate)
-    return fit(audio, samples)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

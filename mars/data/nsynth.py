@@ -15,9 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
 from mars.config import FAMILIES, SOURCES
+from mars.data.decode import exactly
 from mars.data.kinds import TAR, kind
-from mars.data.notes import STRICT, Labels, labels_of, read_audio
-from mars.data.packed import ALLOW_BAD, SPLITS, Dataset, Writer
+from mars.data.notes import STRICT, Labels, labels_of
+from mars.data.packed import ALLOW_BAD, Dataset, Writer
+from mars.data.splits import SPLITS
 from mars.errors import BadFileError, DataError
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
@@ -46,7 +48,7 @@ def pack_nsynth(
     """Packs folders or archives (.tar, .tar.gz, .tgz) of NSynth into one dataset at `out`.
 
     `split` is "auto" (the official one where the name of the path states it, as nsynth-valid.jsonwav.tar.gz
-    does, else by instrument), "instrument", or "train", "valid" or "test" for all. A note is bad if its file
+    does, else as `hold_out` sees fit), "instrument", or "train", "valid" or "test" for all. A note is bad if its file
     or its entry of examples.json is wrong or missing; without examples.json the files' names are the labels.
 
     Raises `DataError`, `TooManyBadError` and `DiskError`.
@@ -59,7 +61,7 @@ def pack_nsynth(
     ) as writer:
         for path in sources:
             _pack_one(path, writer, _split_of(path, split))
-        return writer.commit(allow_bad)
+        return writer.commit(allow_bad, "instruments" if split == "instrument" else None)
 
 
 def _split_of(path: Path, split: str) -> int:
@@ -101,7 +103,7 @@ def _pack_one(path: Path, writer: Writer, split: int) -> None:
                 raise BadFileError(content)
             if labels is None:
                 raise BadFileError("not named like an NSynth note, as in bass_electronic_018-060-075.wav")
-            audio = read_audio(content, sample_rate=SAMPLE_RATE, samples=SAMPLES, exact=True)
+            audio = exactly(content, sample_rate=SAMPLE_RATE, samples=SAMPLES)
         except BadFileError as error:
             writer.bad(name, str(error))
             continue

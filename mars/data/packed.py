@@ -4,7 +4,8 @@ A dataset appears under its name complete or not at all. Its files:
   audio.i16         (N, samples) little-endian int16, of which no more is read than the notes asked for
   metadata.npy      (N, 6) int32, columns as in COLUMNS, -1 = unknown
   names.txt, instruments.txt   one name a line
-  dataset.json      format, version, sample_rate (Hz), samples, count, origin, splits, bad
+  dataset.json      format, version, sample_rate (Hz), samples, count, origin, splits, bad, and how they were packed:
+                    changes (notes by what was done to them), ignored (files by suffix), held_out (what, and why)
   bad_files.jsonl   {"file", "reason"} a line: what was left out
   manifest.json     size in bytes and sha256 of every other file
 """
@@ -16,12 +17,13 @@ import errno
 import hashlib
 import io
 import json
-import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -32,7 +34,8 @@ import numpy.typing as npt
 from mars import lock
 from mars.config import FAMILIES, SOURCES
 from mars.data.kinds import not_a_folder
-from mars.data.notes import Audio, Labels, fault, parse_json
+from mars.data.notes import Audio, Labels, fault, one_line, parse_json
+from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import sha256, sync
 
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
     import torch
 
 COLUMNS = ("instrument", "family", "source", "pitch", "velocity", "split")
-SPLITS = ("train", "valid", "test")
 FORMAT, VERSION = "mars-dataset", 1
 ALLOW_BAD = 0.01  # of the files; more points at a wrong folder or a broken download
 
@@ -49,7 +51,22 @@ _LARGEST_JSON = 1 << 24  # bytes
 _BLOCK = 1 << 24  # bytes that are hashed at a time
 _LIMITS = (None, len(FAMILIES), len(SOURCES), 128, 128, len(SPLITS))  # of COLUMNS; exclusive
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How notes were packed, as far as the dataset says."""
+
+    changes: Mapping[str, int] = field(default_factory=dict)  # notes by what was done to them, see `decode.CHANGES`
+    ignored: Mapping[str, int] = field(default_factory=dict)  # files that nobody tried to read, by suffix
+    held_out: str = ""  # what is kept from training, and why
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Packing:
+        """What a dataset.json says. Raises `TypeError` or `ValueError` for nonsense."""
+        changes, ignored = (
+            {str(key): int(count) for key, count in info.get(name, {}).items()} for name in ("changes", "ignored")
+        )
+        return cls(changes, ignored, str(info.get("held_out", "")))
 
 
 class AudioFile:
@@ -139,6 +156,7 @@ class Dataset:
     sample_rate: int  # Hz
     fingerprint: str  # sha256 of the content, in hex
     origin: dict[str, Any]  # where the notes came from
+    packing: Packing = field(default_factory=lambda: Packing())
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
@@ -165,12 +183,12 @@ class Dataset:
         sums = _check_manifest(path)
         try:
             count, samples, rate = (int(info[key]) for key in ("count", "samples", "sample_rate"))
-            origin = dict(info["origin"])
+            origin, packing = dict(info["origin"]), Packing.of(info)
             metadata = np.load(path / "metadata.npy", allow_pickle=False)
             names, instruments = (
                 (path / f"{file}.txt").read_text("utf-8").splitlines() for file in ("names", "instruments")
             )
-        except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError) as error:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
         bytes_wanted = count * samples * 2
         if min(count, samples, rate) < 1 or (path / "audio.i16").stat().st_size != bytes_wanted:
@@ -182,7 +200,7 @@ class Dataset:
             if values.min() < least or values.max() >= (limit or len(instruments)):
                 raise DataError(f"{path}/metadata.npy: a {column} is out of range; {again}")
         audio = AudioFile(path / "audio.i16", count, samples, sums["audio.i16"])
-        dataset = cls(audio, metadata, names, instruments, rate, sha256(path / "manifest.json"), origin)
+        dataset = cls(audio, metadata, names, instruments, rate, sha256(path / "manifest.json"), origin, packing)
         if verify:
             dataset.verify()
         return dataset
@@ -202,15 +220,10 @@ class Dataset:
         return self.metadata[:, COLUMNS.index(name)]
 
     def split(self, name: Literal["train", "valid", "test"]) -> npt.NDArray[np.int64]:
-        """Indices of the notes of one split.
-
-        A dataset of one instrument has no valid notes, for splits never share an instrument: its valid
-        split is its train split, so a loss can still be watched, and the packing warned of it.
-        """
+        """Indices of the notes of one split; none where nothing was held out for it."""
         if name not in SPLITS:
             raise DataError(f"want one of the splits {', '.join(SPLITS)}; got {name!r}")
-        found = np.flatnonzero(self.column("split") == SPLITS.index(name))
-        return self.split("train") if name == "valid" and not len(found) else found
+        return np.flatnonzero(self.column("split") == SPLITS.index(name))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """See that the audio on the disk is what was packed, which takes a second for each gigabyte.
@@ -239,27 +252,20 @@ def open_dataset(path: str | Path | None) -> Dataset:
     return Dataset.open(path)
 
 
-def split_instruments(names: Sequence[str], valid: float = 0.1, test: float = 0.1) -> list[int]:
-    """The split of each instrument, an index into SPLITS, decided by the sha256 of its name alone.
+def left_out(path: Path) -> Counter[str]:
+    """How many files the packing of the dataset at `path` left out, by the kind of reason. Raises `DataError`."""
+    listing, reasons = path / "bad_files.jsonl", []
+    for line in listing.read_bytes().splitlines():
+        entry = parse_json(line, str(listing))
+        if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str):
+            raise DataError(f"{listing}: want a reason on every line; pack the dataset again")
+        reasons.append(entry["reason"])
+    return _kinds(reasons)
 
-    So a note never moves between splits when others join, but for this: of two instruments or more at
-    least one is in train and one in valid, if need be the ones whose hashes are nearest.
-    """
 
-    def fraction(name: str) -> float:
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") / 2**56
-
-    order = sorted(range(len(names)), key=lambda i: (fraction(names[i]), names[i]))
-    split = [0] * len(names)
-    for i in order:
-        place = fraction(names[i])
-        split[i] = 1 if place < valid else 2 if place < valid + test else 0
-    if len(names) > 1:
-        if 1 not in split:
-            split[order[0]] = 1
-        if 0 not in split:
-            split[order[-1]] = 0
-    return split
+def _kinds(reasons: Iterable[str]) -> Counter[str]:
+    """How many reasons there are of each kind, which is what they say before the details."""
+    return Counter(re.split(r" \(|:", reason)[0] for reason in reasons)
 
 
 class Writer:
@@ -282,6 +288,8 @@ class Writer:
         self.expected, self._progress = expected, progress
         self._rows: dict[str, tuple[int, Labels, int]] = {}  # name -> place in the audio file, labels, split
         self._written = 0
+        self.ignored: dict[str, int] = {}  # files that nobody tried to read, by suffix
+        self._changes: dict[str, frozenset[str]] = {}  # name -> what was done to its sound
         self._bad: dict[str, str] = {}
 
     def __enter__(self) -> Writer:
@@ -312,17 +320,23 @@ class Writer:
             self._audio.close()
         self._stack.close()
 
-    def add(self, name: str, audio: Audio, labels: Labels, split: int = -1) -> bool:
-        """One note, (samples,) float; split -1 lets the instrument decide. False if it was bad."""
+    def add(self, name: str, audio: Audio, labels: Labels, split: int = -1, *, changes: Collection[str] = ()) -> bool:
+        """One note, (samples,) float, with what was done to it; split -1 lets `commit` decide. False if it was bad.
+
+        A sound beyond full scale is made quieter as a whole, so that it fits.
+        """
         if audio.shape != (self.samples,):
             raise ValueError(f"{name}: want audio of shape ({self.samples},), got {audio.shape}; use notes.fit")
         twice = name in self._rows or name in self._bad
         reason = "a note of this name came before" if twice else fault(audio)
-        if reason is None and not name.isprintable():
+        if reason is None and not (one_line(name) and one_line(labels.instrument)):
             reason = "its name has characters that cannot be written on a line"
         if reason is not None:
-            self.bad(name, reason)
+            self.bad(name, reason + (": in the beginning, which alone is kept" if "cut" in changes else ""))
             return False
+        if (peak := np.abs(audio).max()) > 1:
+            audio, changes = audio / peak, {*changes, "scaled"}
+        self._changes[name] = frozenset(changes)
         self._audio.write(np.clip(np.rint(audio * 32768.0), -32768, 32767).astype("<i2").tobytes())
         self._rows[name] = (self._written, labels, split)
         self._written += 1
@@ -348,8 +362,8 @@ class Writer:
         if self._progress is not None:
             self._progress(self._written + len(self._bad), self.expected)
 
-    def commit(self, allow_bad: float = ALLOW_BAD) -> Dataset:
-        """Puts the dataset at its place and opens it.
+    def commit(self, allow_bad: float = ALLOW_BAD, by: HoldOut | None = None) -> Dataset:
+        """Puts the dataset at its place and opens it; `hold_out` decides by `by` which notes are not trained on.
 
         Raises `TooManyBadError` where more than `allow_bad` of the files are bad (their list is then kept
         beside `out`), `DataError` where no note is left.
@@ -360,8 +374,9 @@ class Writer:
             listing = self.out.with_name(self.out.name + ".bad_files.jsonl")
             listing.write_text(bad, "utf-8")
             first = next(iter(self._bad.items()))
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in _kinds(self._bad.values()).most_common())
             raise TooManyBadError(
-                f"{len(self._bad):,} of {seen:,} files are bad, over {allow_bad:.1%}; the first: "
+                f"{len(self._bad):,} of {seen:,} files are bad, over {allow_bad:.1%} ({kinds}); the first: "
                 f"{first[0]}: {first[1]}; all are in {listing}; mend them or pass --allow-bad FRACTION"
             )
         if not self._rows:
@@ -370,21 +385,23 @@ class Writer:
         self._compact([place for place, _, _ in rows])
         instruments = sorted({labels.instrument for _, labels, _ in rows})
         index = {name: i for i, name in enumerate(instruments)}
-        splits = split_instruments(instruments)
-        if len(instruments) == 1 and all(split < 0 for *_, split in rows):
-            splits = [0]
-            log.warning("all notes are of one instrument: all go to train, and valid is the same as train")
-        table = []
-        for _, labels, split in rows:
-            i = index[labels.instrument]
-            known = (labels.family, labels.source, labels.pitch, labels.velocity)
-            table.append((i, *known, splits[i] if split < 0 else split))
+        free = [(name, labels.instrument) for name, (_, labels, split) in self._rows.items() if split < 0]
+        splits, held_out = hold_out([name for name, _ in free], [instrument for _, instrument in free], by)
+        decided = iter(splits)
+        table = [
+            (
+                index[labels.instrument], labels.family, labels.source, labels.pitch, labels.velocity,
+                next(decided) if split < 0 else split,
+            )
+            for _, labels, split in rows
+        ]  # fmt: skip
         metadata = np.array(table, np.int32)
         info = {
             "format": FORMAT, "version": VERSION, "sample_rate": self.sample_rate, "samples": self.samples,
             "count": len(rows), "origin": self.origin,
             "splits": {name: int((metadata[:, -1] == i).sum()) for i, name in enumerate(SPLITS)},
-            "bad": len(self._bad),
+            "bad": len(self._bad), "ignored": self.ignored, "held_out": held_out if free else "as the source says",
+            "changes": Counter(change for name in self._rows for change in self._changes[name]),
         }  # fmt: skip
         buffer = io.BytesIO()
         np.save(buffer, metadata, allow_pickle=False)

@@ -23,6 +23,7 @@ import numpy as np
 from mars.config import FAMILIES, SOURCES, VELOCITIES
 from mars.data.notes import SILENT, Audio, Labels, fit
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
+from mars.data.splits import HoldOut
 from mars.errors import DataError
 from mars.files import sha256
 
@@ -356,11 +357,14 @@ def pack_soundfont(
     seed: int = 0,
     pitches: tuple[int, int] = PITCHES,
     processes: int = 1,
+    hold_out: HoldOut | None = None,
     allow_bad: float = ALLOW_BAD,
     licence: str = "unknown",
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Renders `notes` notes (None: all there are) of a soundfont into a packed dataset at `out`.
+
+    `hold_out`: see `mars.data.splits.hold_out`.
 
     Raises `DataError` for the soundfont or missing libraries, `TooManyBadError`, `DiskError`.
     """
@@ -378,4 +382,4 @@ def pack_soundfont(
     ) as writer:
         for job, audio in zip(jobs, render(file, jobs, processes), strict=True):
             writer.add(job.name, audio, job.labels)
-        return writer.commit(allow_bad)
+        return writer.commit(allow_bad, hold_out)

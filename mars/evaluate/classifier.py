@@ -295,7 +295,7 @@ def examples(dataset: Dataset, task: Task, preset: Preset) -> Examples:
     if len(shared):
         raise DataError(
             f"instrument {dataset.instruments[shared[0]]} is in the train and the valid split, so that accuracy would "
-            "mean nothing; pack the notes with splits by instrument"
+            "mean nothing; pack the notes again and hold out instruments"
         )
     return Examples(classes, train, valid, np.where(usable, targets, -1))
 

@@ -7,7 +7,6 @@ zeros, clipped to [-1, 1]. Nothing is left out in silence: a set counts what it 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -23,9 +22,10 @@ from torch import Tensor
 
 from mars.config import FAMILIES, SOURCES
 from mars.data import SPLITS, open_dataset
-from mars.data.folder import SUFFIXES
+from mars.data.decode import SUFFIXES, convert, record
+from mars.data.folder import find
 from mars.data.kinds import not_a_folder
-from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of, parse_json, read_audio
+from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of, parse_json
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.runtime import stream
 
@@ -261,7 +261,7 @@ class _File:
     """A file that was read, or the reason why it is refused."""
 
     sha256: str = ""
-    frames: int = 0
+    frames: int = 0  # of 64,001 at most
     clipped: bool = False
     reason: str = ""
 
@@ -270,15 +270,16 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
     if not path.is_dir():
         raise DataError(not_a_folder(path, "give a folder of audio files or a packed dataset"))
     conditions = _conditions(path)
-    files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES))
+    listed = find(path)
+    files = listed.files
     if not files:
-        raise DataError(f"{path} holds no audio files; want {', '.join(SUFFIXES)}")
-    checked: dict[str, _File] = {}
+        raise DataError(f"{path} holds no audio files{listed.why_none()}; want {', '.join(SUFFIXES)}")
+    checked = {name: _File(reason=reason) for name, reason in listed.refused.items()}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for file, found in zip(files, pool.map(_check, files), strict=True):
             checked[file.relative_to(path).as_posix()] = found
             if progress is not None:
-                progress(len(checked), len(files))
+                progress(len(checked) - len(listed.refused), len(files))
     for name in conditions.keys() - checked.keys():
         checked[name] = _File(reason="listed in notes.json, but there is no such file")
     refused = tuple((name, file.reason) for name, file in sorted(checked.items()) if file.reason)
@@ -316,6 +317,8 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
 
 def _check(path: Path) -> _File:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise BadFileError("not a regular file")
         content = path.read_bytes()
         audio, frames = _decode(content)
         if reason := fault(audio):
@@ -328,18 +331,14 @@ def _check(path: Path) -> _File:
 
 
 def _decode(content: bytes) -> tuple[Audio, int]:
-    """(64000,) of a file, and the frames that it has. Raises `BadFileError`."""
-    import soundfile
-
-    try:
-        header = soundfile.info(io.BytesIO(content))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise BadFileError(f"unreadable ({error})") from None
-    if (header.samplerate, header.channels) != (SAMPLE_RATE, 1):
+    """(64000,) of a file, and the frames that it has, as far as 64,001. Raises `BadFileError`."""
+    recording = record(content, SAMPLES / SAMPLE_RATE)
+    if (recording.rate, recording.channels) != (SAMPLE_RATE, 1):
         raise BadFileError(
-            f"want mono at {SAMPLE_RATE} Hz; got {header.channels} channels at {header.samplerate} Hz; convert it first"
+            f"want mono at {SAMPLE_RATE} Hz; got {recording.channels} channels at {recording.rate} Hz; convert it first"
         )
-    return read_audio(content, sample_rate=SAMPLE_RATE, samples=SAMPLES), header.frames
+    audio = convert(recording, sample_rate=SAMPLE_RATE, samples=SAMPLES).audio
+    return audio, len(recording.audio)
 
 
 def _again(path: Path, known: _File) -> Audio:

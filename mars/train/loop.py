@@ -160,11 +160,12 @@ def run(
             if validates(done):
                 with deadline.timed("validation"):
                     values = world.same(stage.validate())  # GPUs may differ in the last bit
-                # One that only this sitting's end made would make the best depend on where the run was stopped.
-                improved = (done % train.validate_every == 0 or done == train.steps) and position.judge(values)
-                watch.log({"step": done, **values})
-                shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
-                console.print(f"step {done:,}  {shown}")
+                if values:  # there may be no notes to validate with
+                    # One that only this sitting's end made would make the best depend on where the run was stopped.
+                    improved = (done % train.validate_every == 0 or done == train.steps) and position.judge(values)
+                    watch.log({"step": done, **values})
+                    shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
+                    console.print(f"step {done:,}  {shown}")
             if done % train.save_every == 0 or done == end or improved:
                 save()
             with deadline.timed("samples"):

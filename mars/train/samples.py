@@ -2,6 +2,7 @@
 
 A tokenizer shows how it reconstructs them. A VAR shows the notes it generates when asked for their pitch, family,
 source and velocity, as far as it has these conditions; seed and index stay, so that the same note can be followed.
+Where no notes are held out they are training notes, and their names say so.
 
     samples/originals/       the held-out notes themselves; not for a VAR without conditions
     samples/step-00000500/   0.wav, 0.png, 1.wav, … and samples.json, which names them
@@ -29,7 +30,7 @@ from mars.model import Model
 from mars.picture import Picture, spectrogram_picture, write_png
 from mars.runtime import autocast
 from mars.train.stage import Stage
-from mars.train.tokenizer import held_out
+from mars.train.tokenizer import held_out, spread
 
 COUNT = 4  # notes
 FOLDER = "samples"
@@ -53,11 +54,13 @@ class Sample:
 
 
 class Sampler:
-    """What a stage makes of the same few held-out notes, whenever it is asked."""
+    """What a stage makes of the same few held-out notes, or training notes without any, whenever it is asked."""
 
     def __init__(self, stage: Stage, dataset: Dataset, seed: int) -> None:
         self.stage, self.dataset, self.seed = stage, dataset, seed
-        self.notes = held_out(dataset, COUNT)
+        notes = held_out(dataset, COUNT)
+        self.kind = "" if len(notes) else " (a training note)"  # so that nobody takes it for a held-out one
+        self.notes = notes if len(notes) else spread(dataset.split("train"), COUNT)
 
     def originals(self, model: Model) -> list[Sample]:
         """The notes themselves; none if what the stage's model generates has nothing to do with them."""
@@ -66,7 +69,7 @@ class Sampler:
         config = model.config.audio
         waveforms = self.dataset.waveforms(self.notes)[:, : config.samples]
         spectrograms = audio.spectrogram(waveforms, config)
-        names = [self.dataset.names[note] for note in self.notes]
+        names = [self.dataset.names[note] + self.kind for note in self.notes]
         return [Sample(*parts) for parts in zip(names, waveforms, spectrograms, strict=True)]
 
     def samples(self, model: Model) -> list[Sample]:
@@ -87,7 +90,7 @@ class Sampler:
         waveforms = audio.griffin_lim(audio.magnitudes(spectrograms, config.audio), config.audio, generators=0).cpu()
         if not bool(waveforms.isfinite().all()):
             raise CheckpointError("the tokenizer's output is not finite")
-        names = [self.dataset.names[note] for note in self.notes]
+        names = [self.dataset.names[note] + self.kind for note in self.notes]
         return [
             Sample(*parts) for parts in zip(names, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
         ]

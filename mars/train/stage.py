@@ -39,7 +39,7 @@ class Stage(Protocol):
         """What has gathered since the last call, for the log; `say` is given the warnings."""
 
     def validate(self) -> dict[str, Any]:
-        """Metrics on held-out notes, of the averaged weights."""
+        """Metrics on held-out notes, of the averaged weights; empty where no notes are held out."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All tensors needed to go on; those that are spread over processes as such."""

@@ -102,7 +102,7 @@ def train(
         origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     settings = settings.resolved(stage_name, len(notes))
     world.check(getattr(settings.train, stage_name))
-    _check_dataset(settings, dataset)
+    _check_dataset(settings, dataset, console.print)
     if (had := dataset.samples) != (wanted := settings.audio.samples):
         change = "cut" if had > wanted else "padded with silence"
         rate = dataset.sample_rate
@@ -299,7 +299,7 @@ def _called(record: Mapping[str, Any]) -> str:
     return f"{path} (fingerprint {str(record.get('data'))[:12]})"
 
 
-def _check_dataset(settings: Config, dataset: Dataset) -> None:
+def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None]) -> None:
     if dataset.sample_rate != settings.audio.sample_rate:
         raise ConfigError(
             f"the dataset is at {dataset.sample_rate} Hz, audio.sample_rate is {settings.audio.sample_rate}; "
@@ -307,6 +307,11 @@ def _check_dataset(settings: Config, dataset: Dataset) -> None:
         )
     if len(dataset.split("train")) == 0:
         raise ConfigError("the dataset has no training notes")
+    if len(dataset.split("valid")) == 0:
+        say(
+            "warning: the dataset holds no notes out, so that nothing is validated and no step is known as the best; "
+            "to have that, pack it again with some notes held out"
+        )
 
 
 def _verify(dataset: Dataset, console: Console, world: World) -> None:

@@ -158,8 +158,10 @@ class TokenizerStage:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Errors of the averaged weights on held-out instruments, and the codebook's use per scale."""
+        """Errors of the averaged weights on held-out notes, and the codebook's use per scale; empty without any."""
         notes = held_out(self.dataset, self.train.validate_notes)
+        if not len(notes):
+            return {}
         squared = absolute = 0.0
         ids = []
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
@@ -209,8 +211,12 @@ class TokenizerStage:
 
 
 def held_out(dataset: Dataset, count: int) -> np.ndarray:
-    """Up to `count` notes of held-out instruments, evenly spaced; of the training notes if none are held out."""
-    notes = dataset.split("valid")  # which is the training notes where none are held out
+    """Up to `count` of the notes held out for validation, evenly spaced; none where none are."""
+    return spread(dataset.split("valid"), count)
+
+
+def spread(notes: np.ndarray, count: int) -> np.ndarray:
+    """Up to `count` of the notes, evenly spaced."""
     return notes[np.linspace(0, len(notes) - 1, min(count, len(notes))).astype(np.int64)]
 
 

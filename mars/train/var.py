@@ -147,8 +147,13 @@ class VARStage:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Cross-entropy (nats per token) and accuracy of the averaged weights on held-out instruments, per scale."""
+        """Cross-entropy (nats per token) and accuracy of the averaged weights on held-out notes, per scale.
+
+        Empty where no notes are held out.
+        """
         notes = held_out(self.dataset, self.train.validate_notes)
+        if not len(notes):
+            return {}
         loss = correct = torch.zeros(())
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             ids, inputs, condition = self.batch(part)

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from mars.data import Dataset
+from mars.data.decode import CHANGES, decode
 from mars.data.folder import pack_folder, read_csv
-from mars.data.notes import read_audio
+from mars.data.notes import one_line
+from mars.data.packed import Packing, left_out
 from mars.errors import BadFileError, DataError, TooManyBadError
 
 RATE = 16_000
@@ -142,7 +145,7 @@ def test_bad_files_are_listed(notes, tmp_path):
     }  # fmt: skip
     assert bad.keys() == says.keys()
     assert all(says[name] in bad[name] for name in says)
-    with pytest.raises(TooManyBadError, match="--allow-bad"):
+    with pytest.raises(TooManyBadError, match=r"\(.*2 cut short.*\).*--allow-bad"):
         pack_folder(notes, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -159,17 +162,18 @@ def test_no_memory_for_false_claims():
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # A size of all ones is how streams are written: what is there is read.
-    audio = read_audio(riff(0xFFFFFFFF, total=0xFFFFFFFF), sample_rate=RATE, samples=64_000)
-    assert loudest(audio) == 440
+    # No size, or one as large as can be, is how programs write to a pipe: what is there is read.
+    for size in (0xFFFFFFFF, 0x7FFFFFF0, 0x7FFFF000, 0x80000000, 0):
+        audio = decode(riff(size, total=size), sample_rate=RATE, samples=64_000).audio
+        assert loudest(audio) == 440
     for content in (
-        riff(0x7FFFFFF0),
+        riff(0x3FFFFFF0),
         riff(8000, rate=2**31 - 1),
         riff(8000, channels=1000),
         riff(8000, rate=0),
     ):
         with pytest.raises(BadFileError):
-            read_audio(content, sample_rate=RATE, samples=64_000)
+            decode(content, sample_rate=RATE, samples=64_000)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
 
 
@@ -187,12 +191,163 @@ def test_damaged_files_never_crash(tmp_path, suffix):
         if trial % 3 == 0:
             content = content[: int(rng.integers(len(whole)))]
         try:
-            assert read_audio(bytes(content), sample_rate=RATE, samples=RATE).shape == (RATE,)
+            assert decode(bytes(content), sample_rate=RATE, samples=RATE).audio.shape == (RATE,)
             fates.append(True)
         except BadFileError:
             fates.append(False)
     assert len(fates) == 150
     assert not all(fates)
+
+
+def listed(out) -> dict[str, str]:
+    return {row["file"]: row["reason"] for row in map(json.loads, (out / "bad_files.jsonl").read_text().splitlines())}
+
+
+def test_what_was_done_is_counted_and_kept(notes, tmp_path):
+    soundfile.write(notes / "long.wav", tone(RATE, 9), RATE)
+    soundfile.write(notes / "fast.wav", tone(44_100, 4), 44_100)
+    soundfile.write(notes / "wide.flac", np.stack([tone(RATE, 4)] * 2, 1), RATE)
+    soundfile.write(notes / "cancels.wav", np.stack([tone(RATE, 4), -tone(RATE, 4)], 1), RATE)
+    soundfile.write(notes / "loud.wav", 4 * tone(RATE, 3), RATE, subtype="FLOAT")
+    soundfile.write(notes / "late.wav", np.concatenate([np.zeros(5 * RATE), tone(RATE)]), RATE)
+    for other in ("readme.txt", "more.TXT", "Makefile"):
+        (notes / other).write_text("no sound")
+    packed = pack_folder(notes, tmp_path / "out", allow_bad=0.2)
+    for dataset in (packed, Dataset.open(tmp_path / "out", verify=True)):
+        assert dataset.packing.changes == dict.fromkeys(CHANGES, 1)
+        assert dataset.packing.ignored == {".txt": 2, "no suffix": 1}
+    loud = packed.waveforms([packed.names.index("loud.wav")])[0].numpy()
+    np.testing.assert_allclose(loud[: 3 * RATE], 2 * tone(RATE, 3), atol=1e-3)  # scaled, not squared off
+    assert listed(tmp_path / "out") == {"late.wav": "silent (peak 0.0e+00): in the beginning, which alone is kept"}
+    assert left_out(tmp_path / "out") == {"silent": 1}
+
+
+def test_a_dataset_of_before_says_nothing_of_its_packing(notes, tmp_path):
+    soundfile.write(notes / "a.wav", tone(RATE), RATE)
+    pack_folder(notes, tmp_path / "out")
+    info = json.loads((tmp_path / "out/dataset.json").read_text())
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    for key in ("changes", "ignored", "held_out"):
+        del info[key]
+    (tmp_path / "out/dataset.json").write_text(json.dumps(info))
+    manifest["files"]["dataset.json"]["size"] = (tmp_path / "out/dataset.json").stat().st_size
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    assert Dataset.open(tmp_path / "out").packing == Packing()
+
+
+@pytest.mark.parametrize("nonsense", [{"changes": 3}, {"changes": {"cut": "many"}}, {"ignored": [1]}])
+def test_nonsense_about_the_packing_is_damage(notes, tmp_path, nonsense):
+    soundfile.write(notes / "a.wav", tone(RATE), RATE)
+    pack_folder(notes, tmp_path / "out")
+    info = json.loads((tmp_path / "out/dataset.json").read_text()) | nonsense
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    (tmp_path / "out/dataset.json").write_text(json.dumps(info))
+    manifest["files"]["dataset.json"]["size"] = (tmp_path / "out/dataset.json").stat().st_size
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="is damaged"):
+        Dataset.open(tmp_path / "out")
+
+
+def test_every_sound_file_is_packed_or_listed(notes, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no FFmpeg
+    for format, name in (("AIFF", "a.aifc"), ("W64", "b.w64"), ("AU", "c.au"), ("CAF", "d.caf"), ("WAV", "e.wav")):
+        soundfile.write(notes / name, tone(RATE), RATE, format=format)
+    (notes / "f.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    (notes / "g.wma").write_bytes(bytes(100))
+    (tmp_path / "elsewhere").mkdir()
+    soundfile.write(tmp_path / "elsewhere/x.wav", tone(RATE), RATE)
+    (notes / "linked").symlink_to(tmp_path / "elsewhere")
+    dataset = pack_folder(notes, tmp_path / "out", allow_bad=0.5)
+    assert dataset.names == ["a.aifc", "b.w64", "c.au", "d.caf", "e.wav"]
+    bad = listed(tmp_path / "out")
+    assert bad.keys() == {"f.m4a", "g.wma", "linked"}
+    assert all("install FFmpeg" in bad[name] for name in ("f.m4a", "g.wma"))
+    assert bad["linked"] == "a link to a folder, which is not followed"
+    assert left_out(tmp_path / "out") == {
+        "unreadable without FFmpeg": 2,
+        "a link to a folder, which is not followed": 1,
+    }
+
+
+def test_opus_is_read(notes, tmp_path):
+    if "OPUS" not in soundfile.available_subtypes("OGG"):
+        pytest.skip("this libsndfile writes no Opus")
+    soundfile.write(notes / "a.opus", tone(48_000), 48_000, format="OGG", subtype="OPUS")
+    dataset = pack_folder(notes, tmp_path / "out")
+    assert loudest(dataset.waveforms([0])[0].numpy()) == 440
+
+
+def forbid(monkeypatch, folder) -> None:
+    """Makes a folder one that may not be read, also to root."""
+    original = os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_folders_that_cannot_be_read_are_listed(notes, tmp_path, monkeypatch):
+    (notes / "closed").mkdir()
+    soundfile.write(notes / "closed/a.wav", tone(RATE), RATE)
+    soundfile.write(notes / "b.wav", tone(RATE), RATE)
+    forbid(monkeypatch, notes / "closed")
+    assert pack_folder(notes, tmp_path / "out", allow_bad=0.5).names == ["b.wav"]
+    assert listed(tmp_path / "out") == {"closed": "a folder that cannot be read (Permission denied)"}
+    forbid(monkeypatch, notes)
+    with pytest.raises(DataError, match=r"notes cannot be read \(Permission denied\)"):
+        pack_folder(notes, tmp_path / "again")
+
+
+def test_hidden_files_are_left_alone_and_counted(notes, tmp_path):
+    soundfile.write(notes / "a.wav", tone(RATE), RATE)
+    for name in ("._a.wav", ".hidden.wav", ".git/x.wav", "__MACOSX/._a.wav", ".DS_Store"):
+        (notes / name).parent.mkdir(exist_ok=True)
+        (notes / name).write_bytes(b"\0\5\x16\7")
+    dataset = pack_folder(notes, tmp_path / "out")
+    assert dataset.names == ["a.wav"]
+    assert dataset.packing.ignored == {"hidden": 5}
+    assert listed(tmp_path / "out") == {}
+
+
+PRINTABLE = {
+    "ideographic space": "\u97f3\u3000\u97f3",
+    "no-break space": "no\xa0break",
+    "joined emoji": "\U0001f469\u200d\U0001f3a4",
+    "joined Persian": "\u0645\u06cc\u200c\u062e",
+    "newer than Python": "\U0001fae9",
+    "decomposed": "cafe\u0301",
+}
+
+
+@pytest.mark.parametrize("name", PRINTABLE.values(), ids=PRINTABLE)
+def test_any_printable_name_is_accepted(notes, tmp_path, name):
+    (notes / name).mkdir()
+    soundfile.write(notes / name / f"{name}.wav", tone(RATE), RATE)
+    (tmp_path / "labels.csv").write_text(f"file,instrument\n{name}/{name}.wav,the {name}\n", encoding="utf-8")
+    dataset = pack_folder(notes, tmp_path / "out")
+    assert dataset.names == [f"{name}/{name}.wav"]
+    assert dataset.instruments == [name]
+    assert pack_folder(notes, tmp_path / "again", csv=tmp_path / "labels.csv").instruments == [f"the {name}"]
+
+
+@pytest.mark.parametrize("name", ["new\nline", "tab\t", "line\u2028sep", "\u202egnp", "bell\x07", "\x85", "\udce9"])
+def test_names_that_break_a_line_are_not(name):
+    assert not one_line(name)
+
+
+def test_notes_of_two_folders_are_not_halved(notes, tmp_path):
+    for i in range(30):
+        (notes / "ab"[i % 2]).mkdir(exist_ok=True)
+        soundfile.write(notes / "ab"[i % 2] / f"{i}.wav", tone(RATE, 0.2), RATE)
+    dataset = pack_folder(notes, tmp_path / "out", seconds=0.2)
+    assert [len(dataset.split(name)) for name in ("train", "valid", "test")] == [27, 3, 0]
+    assert dataset.packing.held_out == "3 of 30 notes for validation, since 2 instruments are few"
+    whole = pack_folder(notes, tmp_path / "whole", seconds=0.2, hold_out="instruments")
+    assert [len(whole.split(name)) for name in ("train", "valid", "test")] == [15, 15, 0]
+    assert len(pack_folder(notes, tmp_path / "none", seconds=0.2, hold_out="none").split("train")) == 30
 
 
 def test_soxr_is_needed_only_to_resample(notes, tmp_path, monkeypatch):

@@ -7,23 +7,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mars.data import COLUMNS, Dataset, open_dataset
 from mars.data.notes import Labels, parse_json
-from mars.data.packed import Writer, split_instruments
+from mars.data.packed import Writer
 from mars.errors import DataError, DiskError, TooManyBadError
 
 SAMPLES = 200
 FILES = ["audio.i16", "metadata.npy", "names.txt", "instruments.txt", "dataset.json", "bad_files.jsonl"]
 
 
-def write(out: Path, notes: int = 20, instruments: int = 10, **options: float) -> Dataset:
+def write(out: Path, notes: int = 20, instruments: int = 10, **options: Any) -> Dataset:
     rng = np.random.default_rng(0)
     with Writer(out, sample_rate=16_000, samples=SAMPLES, origin={"kind": "test"}) as writer:
         for i in range(notes):
@@ -67,8 +66,11 @@ def test_what_is_written_is_read(tmp_path):
 def test_full_scale_does_not_wrap(tmp_path):
     with Writer(tmp_path / "a", sample_rate=16_000, samples=2, origin={}) as writer:
         writer.add("loud", np.array([1.5, -1.5], np.float32), Labels("x"))
+        writer.add("louder", np.array([1.0, -4.0], np.float32), Labels("x"))
+        writer.add("full", np.array([1.0, -1.0], np.float32), Labels("x"))
         dataset = writer.commit()
-    assert dataset.audio[0].tolist() == [32767, -32768]
+    assert dataset.audio.tolist() == [[32767, -32768], [8192, -32768], [32767, -32768]]
+    assert dataset.packing.changes == {"scaled": 2}  # as a whole: the shape of the sound stays
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
@@ -338,37 +340,23 @@ def test_nothing_to_pack_is_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(deadline=None)
-@given(st.lists(st.text(max_size=8), unique=True, max_size=40))
-def test_splits_are_by_instrument_and_stable(names):
-    split = split_instruments(names)
-    assert len(split) == len(names)
-    assert split_instruments(names[::-1])[::-1] == split
-    if len(names) > 1:
-        assert {0, 1} <= set(split)
-    # Others joining never moves an instrument, once both splits have one without help.
-    more = [*names, "a", "b", "c"] if not {"a", "b", "c"} & set(names) else names
-    alone = [split_instruments([name, *(str(i) for i in range(50))])[0] for name in more]
-    joined = split_instruments([*more, *(f"{i}" for i in range(50) if f"{i}" not in more)])
-    assert joined[: len(more)] == alone
-
-
-def test_splits_have_the_sizes_asked_for():
-    split = split_instruments([f"instrument {i}" for i in range(2000)])
-    assert [round(split.count(i) / 2000, 2) for i in range(3)] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
-
-
 def test_no_instrument_is_in_two_splits(tmp_path):
     dataset = write(tmp_path / "a", notes=60, instruments=12)
     found = [set(dataset.column("instrument")[dataset.split(name)]) for name in ("train", "valid", "test")]
     assert sum(len(instruments) for instruments in found) == len(set.union(*found)) == 12
 
 
-def test_one_instrument_is_all_train(tmp_path, caplog):
-    dataset = write(tmp_path / "a", notes=5, instruments=1)
-    assert "one instrument" in caplog.text
-    assert dataset.split("train").tolist() == dataset.split("valid").tolist() == list(range(5))
-    assert len(dataset.split("test")) == 0
+def test_of_one_instrument_notes_are_held_out(tmp_path):
+    dataset = write(tmp_path / "a", notes=20, instruments=1)
+    assert [len(dataset.split(name)) for name in ("train", "valid", "test")] == [18, 2, 0]
+    assert dataset.packing.held_out == "2 of 20 notes for validation, since there is one instrument"
+
+
+def test_what_is_not_held_out_is_not_called_so(tmp_path):
+    dataset = write(tmp_path / "a", by="none")
+    assert dataset.split("train").tolist() == list(range(20))
+    assert dataset.split("valid").tolist() == dataset.split("test").tolist() == []
+    assert dataset.packing.held_out == "nothing, as was asked for"
 
 
 @pytest.mark.parametrize("text", [b"{", b'{"a":1,"a":2}', b"[NaN]", b"\xff\xfe{\x00}", b"[" * 100_000, b'"\xff"'])

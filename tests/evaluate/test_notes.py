@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -110,6 +111,21 @@ def test_a_bad_file_is_refused_and_named(kind, tmp_path):
     ((name, reason),) = notes.record.refused
     assert name == "2.wav"
     assert REASONS[kind] in reason
+
+
+def test_what_is_no_file_or_not_looked_into_is_refused_and_hidden_files_are_left_alone(tmp_path):
+    write(tmp_path / "in" / "1.wav")
+    write(tmp_path / "elsewhere" / "2.wav")
+    (tmp_path / "in" / "._1.wav").write_text("of macOS")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "in" / "pipe.wav")
+    (tmp_path / "in" / "3.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    notes = open_notes(tmp_path / "in", allow_bad=0.8)
+    assert notes.names == ("1.wav",)
+    refused = dict(notes.record.refused)
+    assert refused.keys() == {"linked", "pipe.wav", "3.m4a"}
+    assert refused["pipe.wav"] == "not a regular file"
+    assert refused["3.m4a"].startswith("unreadable")
 
 
 def test_folders_without_notes_are_errors(tmp_path):
@@ -232,7 +248,7 @@ def test_packed_notes_of_another_length_are_fitted_and_counted(tmp_path):
 def test_an_empty_split_is_an_error_and_not_another_split(tmp_path):
     for i in range(2):
         write(tmp_path / "in" / f"one-{i}.wav", hertz=300 + i)
-    pack_folder(tmp_path / "in", tmp_path / "packed")
+    pack_folder(tmp_path / "in", tmp_path / "packed", hold_out="none")
     with pytest.raises(DataError, match="has no notes in the split valid"):
         open_notes(tmp_path / "packed", split="valid")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -371,6 +372,17 @@ def test_what_to_do_next_is_said(train, path):
     result = CliRunner().invoke(main, ["var", "--device", "cpu", "--out", str(path)])
     assert result.exit_code == 2
     assert "is a run with stage tokenizer, not var" in result.output
+
+
+def test_nothing_held_out_is_said(train, path, monkeypatch):
+    assert "holds no notes out" not in train(path, "--max-steps", 1).output
+    notes = start.open_dataset(None)
+    metadata = notes.metadata.copy()
+    metadata[:, -1] = 0
+    monkeypatch.setattr(start, "open_dataset", lambda data: dataclasses.replace(notes, metadata=metadata))
+    output = train(path.with_name("other")).output
+    assert "warning: the dataset holds no notes out, so that nothing is validated" in " ".join(output.split())
+    assert "val_" not in output
 
 
 def test_time_counts_from_the_start_of_the_command(train, path, monkeypatch):

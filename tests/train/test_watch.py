@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import errno
 import io
 import json
@@ -197,6 +198,24 @@ def test_watching_changes_no_weight_and_resuming_no_sample(kind, tmp_path, smoke
     assert contents(tmp_path / "parts", *steps) == contents(watched, *steps)
     assert not (tmp_path / "unwatched/samples").exists()
     assert not (tmp_path / "unwatched/report.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "var"])
+def test_training_notes_are_never_called_held_out(kind, tmp_path, smoke, notes):
+    metadata = notes.metadata.copy()
+    metadata[:, 5] = 0
+    all_trained = dataclasses.replace(notes, metadata=metadata)
+    run = train(make(kind, smoke, all_trained), tmp_path / "run", all_trained)
+    log = read_log(run)
+    assert [s for s, _ in log.series("loss")] == [2, 4, 6, 8]
+    assert not [name for record in log.records for name in record if name.startswith("val_")]
+    assert log.best() is None
+    assert not (run / "best").exists()
+    summary = compare.summary(run)
+    assert (summary["validation"], summary["best"]) == (None, None)
+    assert "held-out" not in (run / "report.html").read_text()
+    names = json.loads((run / "samples/originals/samples.json").read_text())["names"]
+    assert names == [f"n{i} (a training note)" for i in (0, 3, 6, 10)]
 
 
 def test_a_var_is_asked_for_the_conditions_of_the_notes(smoke, notes):
