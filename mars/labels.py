@@ -31,14 +31,21 @@ class Ranges:
     notes: Sequence[Entry]
 
     def takes(self, name: str, value: Any) -> bool:
-        """Whether the model has the condition and nothing says that this label occurred in none of its notes."""
-        if name not in self.attributes:
-            return False
-        if name == "pitch":
-            return not self.notes or any(_holds(e, name, (value, value)) or _open_ended(e) for e in self.notes)
-        if name == "velocity":
-            value = level(value)
-        return not self.notes or any(_holds(e, name, value) for e in self.notes)
+        """Whether the model has the condition and was trained on some: of a family or source, on this one."""
+        if name not in self.attributes or not self.notes:
+            return name in self.attributes
+        known = [v for entry in self.notes for v in _values(entry, name)]
+        return bool(known) if name in ("pitch", "velocity") else value in known
+
+    def untrained(self, condition: Condition) -> str | None:
+        """The first label of a condition that no training note had together with those before it; None if all had.
+
+        None too if the lowest and highest pitch are not known.
+        """
+        if any("pitch_range" not in entry for entry in self.notes):
+            return None
+        pitch = condition["pitch"]
+        return self._narrowed({**condition, "pitch": None if pitch is None else (pitch, pitch)})[1]
 
     def asked(
         self,
@@ -82,7 +89,7 @@ class Ranges:
             "velocity": None if velocity is None else level(_midi("velocity", velocity)),
         }
         for name, value in (("pitch", pitch), ("velocity", velocity)):
-            if value is not None and self.notes and not any(_values(e, name) for e in self.notes):
+            if value is not None and not self.takes(name, value):
                 raise ConfigError(f"{name} {value}: the model was trained on notes of unknown {name}; leave it out")
         if not allow_untrained:
             self._check(wanted)
@@ -185,11 +192,6 @@ def _holds(entry: Entry, name: str, value: Any) -> bool:
     """Whether the notes of an entry have this label; of pitches (lowest, highest) any of these."""
     values = _values(entry, name)
     return bool(_overlap(values, value)) if name == "pitch" else value in values
-
-
-def _open_ended(entry: Entry) -> bool:
-    """Whether its lowest and highest pitch are not known, but that it has some."""
-    return "pitch_range" not in entry and bool(_values(entry, "pitch"))
 
 
 def _span(low: int, high: int) -> range:

@@ -94,6 +94,7 @@ def generate_like(
 
     Returns:
         `model_hash`; `settings`; `left_open`: how many labels of each kind the model could not be asked for;
+        `untrained`: how many it was asked for, but was not trained on, as far as is known;
         `quieter`: how many notes are at full scale, as those made quieter are.
 
     Raises:
@@ -108,8 +109,8 @@ def generate_like(
     ranges = model.ranges
     taken = [{name: value for name, value in note.items() if ranges.takes(name, value)} for note in labels]
     refused = Counter(name for note, t in zip(labels, taken, strict=True) for name in note.keys() - t.keys())
-    # Labels of one real note belong together, even where no training note had them so.
     conditions = [ranges.accepted(note, allow_untrained=True) for note in taken]
+    untrained = Counter(name for condition in conditions if (name := ranges.untrained(condition)))
     drawn: dict[str, Any] = {"seed": seed, "cfg": cfg, "top_k": top_k, "top_p": top_p, "iterations": iterations}
 
     def generated(start: int, stop: int) -> Iterator[Note]:
@@ -128,7 +129,7 @@ def generate_like(
                 if progress is not None:
                     progress(done, n)
         produced = _produced(model, settings, folder.finish())
-    return {**produced, "left_open": dict(sorted(refused.items()))}
+    return {**produced, "left_open": dict(sorted(refused.items())), "untrained": dict(sorted(untrained.items()))}
 
 
 def _folder(
