@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test bench evaluation reliability sanitize pretrained venv clean
 
 demo: $(VENV)/.mars
-	out=generated/$$(date +%Y%m%d-%H%M%S) && $(BIN)/mars-generate -n 64 --out $$out && echo "64 notes: $$out"
+	$(BIN)/mars-generate -n 64
 
 test: $(VENV)/.mars-dev
 	$(BIN)/ruff check

@@ -349,10 +349,12 @@ def _tell_of_other_notes(model: Model, stage: str, name: str | None, data: Path 
 def _begin(out: Path | None, data: Path | None) -> Path:
     """The folder of notes to be made and of their reports, which can be written and is told."""
     from mars.errors import ConfigError
+    from mars.files import new_folder
 
-    out = out or Path("evaluations") / time.strftime("%Y%m%d-%H%M%S")
-    if data is not None and out.resolve().is_relative_to(data.resolve()):
-        raise ConfigError(f"--out {out} is inside --data, whose notes the new ones would join; name another folder")
+    place = out or Path("evaluations")
+    if data is not None and place.resolve().is_relative_to(data.resolve()):
+        raise ConfigError(f"--out {place} is inside --data, whose notes the new ones would join; name another folder")
+    out = out or new_folder(place, time.strftime("%Y%m%d-%H%M%S"))
     _writable(*_reports(out, "standard"))
     click.echo(printable(f"notes: {out / 'notes'}; if interrupted, go on with --out {out}"), err=True)
     return out

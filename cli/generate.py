@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,6 @@ import click
 
 from mars.cli.errors import Command, user_errors
 from mars.text import printable
-
-PICTURES = 64  # at most, on the contact sheet
-SILENT = 1e-3  # peak, -60 dBFS
 
 
 def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
@@ -41,6 +38,11 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
 @click.option("--family", help="Instrument family, e.g. brass; default: a random one for each note.")
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")
+@click.option(
+    "--allow-untrained",
+    is_flag=True,
+    help="Ask for pitches and other labels out of the range that the model was trained on, all the same.",
+)
 @click.option(
     "--cfg",
     type=click.FloatRange(min=0),
@@ -82,61 +84,59 @@ def main(n: int, model: str | None, out: Path | None, threads: int | None, devic
     """Generate notes: WAV files, a picture of their spectrograms, and notes.json.
 
     Seed, settings, device and number of threads decide every byte of the WAV files. --pitch, --family,
-    --source and --velocity need a model that was trained with them.
+    --source and --velocity need a model that was trained with them. The same command with the same --out goes on
+    where an interrupted one was; a folder of anything else is refused.
     """
-    out = out or Path("generated") / time.strftime("%Y%m%d-%H%M%S")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise click.BadParameter(f"{out} exists and is not an empty folder; name a new one", param_hint="--out")
     with user_errors():
         _generate(n, model, out, threads, device, settings)
 
 
-def _generate(n: int, name: str | None, out: Path, threads: int | None, device: str, settings: dict[str, Any]) -> None:
+def _generate(
+    n: int, name: str | None, out: Path | None, threads: int | None, device: str, settings: dict[str, Any]
+) -> None:
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mars.audio import write_wav
-    from mars.files import sha256, write_atomically
-    from mars.generate import Timing, generate, listing, stem
+    from mars.files import new_folder
+    from mars.generate import Timing, choose, generate
     from mars.model import DEFAULT, load
-    from mars.picture import contact_sheet, write_png
-    from mars.runtime import free_space, pick_device
+    from mars.notes import NoteFolder, fill, stem
 
     if threads:
         torch.set_num_threads(threads)
-    model = load(name, pick_device(device))
+    model = load(name, device)
+    asked = {label: settings[label] for label in ("pitch", "family", "source", "velocity")}
+    drawn = {key: value for key, value in settings.items() if key not in asked}
+    conditions = choose(model, n, **asked, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
+    files = [f"{stem(i, n, condition)}.wav" for i, condition in enumerate(conditions)]
+    made = {**model.record, "model": str(name or DEFAULT), "n": n, **settings}
+    out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))
     timing, began = Timing(), time.monotonic()
-    notes = generate(model, n, **settings, timing=timing)
-    free_space(out, n * (2 * model.config.audio.samples + 1024) + 16 * 2**20)  # 16 MB: the picture
-    out.mkdir(parents=True, exist_ok=True)
-
-    records: list[dict[str, Any]] = []
-    pictures: list[torch.Tensor] = []
-    silent = 0
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=n, rate="")
-        for done, note in enumerate(notes, 1):
-            file = out / f"{stem(note.index, n, note.condition)}.wav"
-            write_wav(file, note.waveform, model.config.audio.sample_rate)
-            records.append(
-                {"index": note.index, "file": file.name, "condition": note.condition, "sha256": sha256(file)}
-            )
-            silent += float(note.waveform.abs().max()) < SILENT
-            if len(pictures) < PICTURES:
-                pictures.append(note.spectrogram)
-            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - began):.1f} notes/s")
-
-    labels = [Path(r["file"]).stem for r in records[: len(pictures)]]
-    write_png(out / "spectrograms.png", contact_sheet(torch.stack(pictures), labels, height=256, width=128))
-    document = listing(model, {"model": str(name or DEFAULT), "n": n, **settings}, records)
-    write_atomically(out / "notes.json", (json.dumps(document, indent=1) + "\n").encode())
-    if silent:
-        click.echo(f"warning: {silent} of {n} notes are silent", err=True)
+    say = partial(click.echo, err=True)
+    with (
+        fill(NoteFolder(out, made, files, conditions, model.config.audio, picture=True), say) as folder,
+        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+    ):
+        say(f"notes: {printable(str(out))}; if interrupted, go on with --out {printable(str(out))}")
+        there = n - len(folder.missing)
+        task = bar.add_task("", total=n, completed=there, rate="")
+        done = 0
+        for start, stop in folder.runs():
+            for note in generate(
+                model, stop - start, start=start, conditions=conditions[start:stop], **drawn, timing=timing
+            ):
+                folder.add(note.index, note.waveform)
+                done += 1
+                bar.update(task, completed=there + done, rate=f"{done / (time.monotonic() - began):.1f} notes/s")
+        filled = folder.finish()
+    if filled.silent:
+        say(f"warning: {filled.silent} of {n} notes are silent")
+    before = f" ({there} were there)" if there else ""
     parts = ", ".join(f"{part.replace('_', '-')} {seconds:.1f}" for part, seconds in asdict(timing).items())
-    click.echo(f"{n} notes in {printable(str(out))}: {time.monotonic() - began:.1f} s ({parts})")
+    click.echo(f"{n} notes in {printable(str(out))}{before}: {time.monotonic() - began:.1f} s ({parts})")
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def _gain(config: AudioConfig, device: torch.device) -> Tensor:
     The zeros are what is known of the signal there; Griffin-Lim imposes them in every iteration.
     """
     squares = _window(config, torch.device("cpu")).square()
-    total = torch.zeros(_padded_length(config), device="cpu")
+    total = torch.zeros(_padded_length(config), dtype=torch.float32, device="cpu")
     for frame in range(config.frames):
         total[frame * config.hop :][: config.n_fft] += squares
     gain = torch.zeros_like(total)
@@ -274,7 +274,7 @@ def _turns(
     else:
         generator = generators
     device = None if generator is None else generator.device
-    return torch.rand(config.frames, config.n_fft // 2 + 1, generator=generator, device=device)
+    return torch.rand(config.frames, config.n_fft // 2 + 1, generator=generator, dtype=torch.float32, device=device)
 
 
 def _dropped_bins(config: AudioConfig) -> tuple[int, int]:

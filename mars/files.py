@@ -54,6 +54,20 @@ def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
+def new_folder(parent: Path, name: str) -> Path:
+    """Make the folder `name` in `parent`, or `name-2`, `name-3` and so on where that is taken: nobody else gets it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
 def sha256(path: Path) -> str:
     """Hex sum of a file."""
     with path.open("rb") as file:

@@ -13,40 +13,26 @@ Letters: B notes, L tokens over all scales, n tokens of one scale, V codebook si
 
 from __future__ import annotations
 
-import difflib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import mars
 from mars import audio
-from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES
+from mars.arguments import integer, number
 from mars.errors import CheckpointError, ConfigError
+from mars.labels import Condition, condition_ids
 from mars.model import Model
 from mars.models.var import VAR
+from mars.notes import Note
 from mars.runtime import autocast, stream
 
 TILE = 8  # notes the network runs on at once on a CPU; changing it changes the bytes of all notes
 TILE_ACCELERATOR = 32
 STREAM = 4  # tells these random streams from those of training with the same seed
-
-Condition = dict[str, Any]  # family, source: name; pitch, velocity: int; None where unknown
-
-
-@dataclass(frozen=True, eq=False)
-class Note:
-    """One generated note, on the CPU."""
-
-    index: int
-    waveform: Tensor  # (samples,) float32, at most full scale
-    spectrogram: Tensor  # (bins, frames) in [-1, 1], before its phase was made up
-    ids: Tensor  # int64 (L,)
-    condition: Condition
 
 
 @dataclass
@@ -79,6 +65,7 @@ def generate(
     family: str | None = None,
     source: str | None = None,
     velocity: int | None = None,
+    allow_untrained: bool = False,
     conditions: Sequence[Condition] | None = None,
     cfg: float = 2.0,
     top_k: int = 900,
@@ -92,12 +79,14 @@ def generate(
 
     What is not given of pitch, family, source and velocity is drawn for each note from what the model was
     trained on (`model.notes`): any of its families, the source most common in it, one of its usual pitches,
-    any velocity. It is left open if that is not known or the model has no such condition.
+    any of its velocities, among the notes that go with what is given. It is left open if that is not known or the
+    model has no such condition.
 
     Args:
         pitch: MIDI number, or (lowest, highest); the usual pitches within that range if there are any.
         velocity: counts as the nearest of VELOCITIES.
-        conditions: n of them, what each note is to be, in place of the four above; see `accepted`.
+        allow_untrained: take what is out of the range that the model was trained on; see `mars.labels.Ranges.asked`.
+        conditions: n of them, what each note is to be, in place of the four labels; see `mars.labels.Ranges.accepted`.
         cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
             none, at half the cost. Without effect if the model has no condition.
         top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
@@ -110,25 +99,25 @@ def generate(
         CheckpointError: the model is a tokenizer only or, later, gives numbers that are not finite.
         ConfigError: a setting is out of range or asks for what the model was not trained on.
     """
-    var, device = _transformer(model), model.device
-    for name, value, least in (
-        ("n", n, 1), ("seed", seed, 0), ("start", start, 0), ("top_k", top_k, 1),
-        ("batch_size", batch_size, 1), ("iterations", iterations, 0),
-    ):  # fmt: skip
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
+    var, ranges, device = transformer(model), model.ranges, model.device
+    model.check_weights()
+    n, seed, start = integer("n", n, 1), integer("seed", seed, 0), integer("start", start, 0)
+    top_k, batch_size = integer("top_k", top_k, 1), integer("batch_size", batch_size, 1)
+    iterations, cfg, top_p = integer("iterations", iterations, 0), number("cfg", cfg), number("top_p", top_p)
     if not 0 <= cfg < math.inf:
         raise ConfigError(f"cfg must be at least 0 (no guidance), got {cfg}")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1 (no limit), got {top_p}")
-    asked = _asked(model, var, pitch, family, source, velocity)
+    asked = ranges.asked(pitch=pitch, family=family, source=source, velocity=velocity, allow_untrained=allow_untrained)
     given: dict[int, Condition] = {}
     if conditions is not None:
         if any(value is not None for value in asked.values()):
             raise ConfigError("conditions say what each note is to be; leave out pitch, family, source and velocity")
-        if len(conditions) != n:
-            raise ConfigError(f"want a condition for each of {n} notes, got {len(conditions)}")
-        given = {start + i: accepted(model, condition) for i, condition in enumerate(conditions)}
+        if not isinstance(conditions, Sequence) or len(conditions) != n:
+            got = len(conditions) if isinstance(conditions, Sequence) else repr(conditions)[:80]
+            raise ConfigError(f"want a condition for each of {n} notes, got {got}")
+        accepted = [ranges.accepted(condition, allow_untrained=allow_untrained) for condition in conditions]
+        given = dict(enumerate(accepted, start))
     timing = timing or Timing()
     size = tile_size(device)
     wanted = range(start, start + n)
@@ -136,9 +125,9 @@ def generate(
     def drafts(first: int) -> list[_Draft]:
         """The tile of notes from `first`, whole even where fewer are wanted."""
         streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
-        chosen = [choose(model.notes, var.config.condition, asked, s) for s in streams]
+        chosen = [ranges.choose(asked, s) for s in streams]
         conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
-        uniforms = torch.stack([torch.rand(var.starts[-1], generator=s) for s in streams])
+        uniforms = torch.stack([torch.rand(var.starts[-1], generator=s, dtype=torch.float32) for s in streams])
         began = time.perf_counter()
         classes = condition_ids(conditions, var.config.condition).to(device)
         ids, latent = sample(model, classes, uniforms.to(device), cfg, top_k, top_p)
@@ -181,6 +170,31 @@ def generate(
         ]
 
     return notes()
+
+
+def choose(
+    model: Model,
+    n: int,
+    *,
+    seed: int = 0,
+    start: int = 0,
+    pitch: int | tuple[int, int] | None = None,
+    family: str | None = None,
+    source: str | None = None,
+    velocity: int | None = None,
+    allow_untrained: bool = False,
+) -> list[Condition]:
+    """The conditions that `generate` chooses with these arguments, to be known before the notes.
+
+    Raises:
+        CheckpointError, ConfigError: see `generate`.
+    """
+    transformer(model)
+    n, seed, start = integer("n", n, 1), integer("seed", seed, 0), integer("start", start, 0)
+    asked = model.ranges.asked(
+        pitch=pitch, family=family, source=source, velocity=velocity, allow_untrained=allow_untrained
+    )
+    return [model.ranges.choose(asked, stream(seed, STREAM, index)) for index in range(start, start + n)]
 
 
 def tile_size(device: torch.device) -> int:
@@ -252,139 +266,11 @@ def draw(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
     return tokens.gather(-1, choice).squeeze(-1)
 
 
-def choose(
-    notes: Sequence[Condition], attributes: Sequence[str], asked: Condition, generator: torch.Generator
-) -> Condition:
-    """The condition of one note; see `generate`. Draws three numbers, whatever is asked.
-
-    notes: of `mars.train.var.ranges`. asked: as `Condition`, but with pitch None or (lowest, highest).
-    """
-    draws = torch.rand(3, generator=generator).tolist()
-    family, source, pitch, velocity = (asked[name] for name in ("family", "source", "pitch", "velocity"))
-    if notes:
-        alike = [e for e in notes if family in (None, e["family"]) and source in (None, e["source"])]
-        alike = alike or [e for e in notes if e["family"] == family]  # a source that this family lacks
-        known = sorted({e["family"] for e in alike if e["family"]}, key=FAMILIES.index) or [None]
-        family = family or _pick(known, draws[0])
-        entry = max((e for e in alike if e["family"] == family), key=lambda e: e["count"], default=None)
-        source = source or (entry and entry["source"])
-        low, high = entry["pitch"] if entry else (-1, -1)
-        if low >= 0:
-            wanted = pitch or (low, high)
-            within = max(low, wanted[0]), min(high, wanted[1])
-            pitch = within if within[0] <= within[1] else wanted
-        velocity = velocity or _pick(VELOCITIES, draws[2])
-    if pitch is not None:
-        pitch = _pick(range(pitch[0], pitch[1] + 1), draws[1])
-    chosen = {"family": family, "source": source, "pitch": pitch, "velocity": velocity}
-    return {name: value if name in attributes else None for name, value in chosen.items()}
-
-
-def takes(model: Model, name: str, value: Any) -> bool:
-    """Whether a label can be asked for: the model has the condition and, of a family or source, was trained on some.
-
-    Of pitches and velocities any will do: what exactly was trained on is not known.
-    """
-    if name not in _transformer(model).config.condition:
-        return False
-    return name not in ("family", "source") or not model.notes or any(e[name] == value for e in model.notes)
-
-
-def accepted(model: Model, condition: Condition) -> Condition:
-    """A condition as a note of this model has it: all four attributes, None where it says nothing.
-
-    Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
-
-    Raises:
-        CheckpointError: the model is a tokenizer only.
-        ConfigError: a value is out of range, or the model was not trained on it.
-    """
-    var = _transformer(model)
-    if unknown := condition.keys() - CLASSES.keys():
-        raise ConfigError(f"{condition}: want {', '.join(CLASSES)} in a condition, got {', '.join(sorted(unknown))}")
-    kept = {name: condition.get(name) if name in var.config.condition else None for name in CLASSES}
-    if kept["pitch"] is not None and not isinstance(kept["pitch"], int):
-        raise ConfigError(f"{condition}: want one MIDI number as pitch, got {kept['pitch']!r}")
-    try:
-        return kept | {"velocity": _asked(model, var, **kept)["velocity"]}
-    except ConfigError as error:
-        raise ConfigError(f"{condition}: {error}") from None
-
-
-def stem(index: int, n: int, condition: Condition) -> str:
-    """Name of a note's file, `0007-brass-060`; "any" for what is not known. n: all notes."""
-    pitch = "any" if condition["pitch"] is None else f"{condition['pitch']:03d}"
-    return f"{index:0{max(4, len(str(n - 1)))}d}-{condition['family'] or 'any'}-{pitch}"
-
-
-def listing(model: Model, settings: Mapping[str, Any], notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What `notes.json` says: with what and how the notes were made, and of each its `file` and `condition`."""
-    return {
-        "mars": mars.__version__,
-        "model_hash": model.hash,
-        "torch": torch.__version__,
-        "device": model.device.type,
-        "threads": torch.get_num_threads(),
-        **settings,
-        "notes": list(notes),
-    }
-
-
-def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str]) -> Tensor:
-    """int64 (B, attributes): class of each attribute, CLASSES[name] where it is None."""
-    classes: dict[str, Sequence[Any]] = {
-        "family": FAMILIES, "source": SOURCES, "pitch": range(128), "velocity": VELOCITIES,
-    }  # fmt: skip
-    rows = [
-        [CLASSES[name] if c[name] is None else classes[name].index(c[name]) for name in attributes] for c in conditions
-    ]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(conditions), len(attributes))
-
-
-def _transformer(model: Model) -> VAR:
+def transformer(model: Model) -> VAR:
+    """The model's second stage; raises `CheckpointError` where there is none."""
     if model.var is None:
         raise CheckpointError("the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL")
     return model.var
-
-
-def _asked(
-    model: Model,
-    var: VAR,
-    pitch: int | tuple[int, int] | None,
-    family: str | None,
-    source: str | None,
-    velocity: int | None,
-) -> Condition:
-    """What the caller wants, checked, as `choose` takes it."""
-    given = {"pitch": pitch, "family": family, "source": source, "velocity": velocity}
-    for name, value in given.items():
-        if value is not None and name not in var.config.condition:
-            raise ConfigError(
-                f"{name} {value}: the model was not trained with {name} as a condition "
-                f"(it has {', '.join(var.config.condition) or 'none'}); leave it out"
-            )
-    for name, value, known in (("family", family, FAMILIES), ("source", source, SOURCES)):
-        trained = [k for k in known if any(e[name] == k for e in model.notes)]
-        if value is not None and value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"unknown {name} {value!r}; {hint}")
-        if value is not None and model.notes and value not in trained:
-            raise ConfigError(
-                f"{name} {value}: the model was trained on none; it knows {', '.join(trained) or 'no other'}"
-            )
-    limits = None if pitch is None else (pitch, pitch) if isinstance(pitch, int) else (pitch[0], pitch[1])
-    if limits is not None and not 0 <= limits[0] <= limits[1] <= 127:
-        raise ConfigError(f"pitch must be a MIDI number 0..127 or a rising range of them (60 is middle C), got {pitch}")
-    if velocity is not None and not 0 <= velocity <= 127:
-        raise ConfigError(f"velocity must be 0..127, got {velocity}")
-    nearest = None if velocity is None else min(VELOCITIES, key=lambda v: abs(v - velocity))
-    return {"family": family, "source": source, "pitch": limits, "velocity": nearest}
-
-
-def _pick(items: Sequence[Any], uniform: float) -> Any:
-    """The item at `uniform` in [0, 1)."""
-    return items[min(int(uniform * len(items)), len(items) - 1)]
 
 
 def _synchronise(device: torch.device) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mars
 from mars import audio, checkpoint, config
+from mars.arguments import Array, integer, tensor
 from mars.config import Config
-from mars.errors import CheckpointError
+from mars.errors import CheckpointError, ConfigError
 from mars.files import sha256
+from mars.labels import Ranges
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
+from mars.runtime import pick_device
 
 DEFAULT = "notes"  # the packaged model
 
@@ -38,19 +42,84 @@ class Model:
         """Where the weights are."""
         return self.tokenizer.mask.device
 
-    @torch.inference_mode()
-    def encode(self, waveform: Tensor) -> Tensor:
-        """Tokens int64 (B, L) of waveforms (B, samples) in [-1, 1] at `config.audio.sample_rate`."""
-        return self.tokenizer.encode(audio.multiplexed(waveform.to(self.device), self.config.audio))
+    @property
+    def record(self) -> dict[str, Any]:
+        """What decides its notes beside the settings, for a listing of them."""
+        return {
+            "mars": mars.__version__,
+            "model_hash": self.hash,
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+        }
+
+    @property
+    def ranges(self) -> Ranges:
+        """What it can be asked for; nothing if it has no second stage."""
+        return Ranges(self.var.config.condition if self.var is not None else (), self.notes)
 
     @torch.inference_mode()
-    def decode(self, ids: Tensor, *, iterations: int = 32, seed: int | Sequence[torch.Generator] = 0) -> Tensor:
-        """Waveforms (B, samples) of tokens (B, L).
+    def encode(self, waveform: Array) -> Tensor:
+        """Tokens int64 (B, L) of waveforms (B, samples) in [-1, 1] at `config.audio.sample_rate`.
+
+        A NumPy array will do. Notes of another length are for the caller to cut, or to pad with zeros.
+
+        Raises:
+            ConfigError: another shape, integers, NaN or infinity.
+            CheckpointError: the tokenizer's weights were made something else than float32.
+        """
+        wanted = f"waveforms (B, {self.config.audio.samples}), floating-point with full scale 1"
+        x = tensor("encode", waveform, wanted)
+        if not x.is_floating_point():
+            hint = "" if x.is_complex() or x.dtype == torch.bool else "; divide 16-bit samples by 32768"
+            raise ConfigError(f"encode: want {wanted}, got {x.dtype}{hint}")
+        if x.ndim != 2:
+            hint = "; give one note as waveform[None]" if x.ndim == 1 else "; mix channels to one, one note a row"
+            raise ConfigError(f"encode: want {wanted}, got shape {tuple(x.shape)}{hint}")
+        if x.shape[1] != self.config.audio.samples:
+            do = "cut it" if x.shape[1] > self.config.audio.samples else "pad it with zeros"
+            raise ConfigError(f"encode: want {wanted}, got {x.shape[1]} samples; {do}")
+        if not bool(x.isfinite().all()):
+            raise ConfigError(f"encode: want {wanted}, got NaN or infinity in {_rows(~x.isfinite())}")
+        self.check_weights()
+        return self.tokenizer.encode(audio.multiplexed(x.to(self.device), self.config.audio))
+
+    @torch.inference_mode()
+    def decode(self, ids: Array, *, iterations: int = 32, seed: int | Sequence[torch.Generator] = 0) -> Tensor:
+        """Waveforms (B, samples) of tokens (B, L), a NumPy array or a tensor of integers.
 
         The phase is Griffin-Lim's, started at random from `seed`: a number, or a generator for each note.
+
+        Raises:
+            ConfigError: another shape, numbers that are no tokens, a setting out of range.
+            CheckpointError: the tokenizer's weights were made something else than float32.
         """
-        magnitudes = audio.demultiplexed_magnitudes(self.tokenizer.decode(ids.to(self.device)), self.config.audio)
+        size, length = self.config.tokenizer.codebook_size, self.config.tokenizer.tokens
+        wanted = f"tokens (B, {length}), integers 0..{size - 1}"
+        x = tensor("decode", ids, wanted)
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise ConfigError(f"decode: want {wanted}, got {x.dtype}")
+        if x.ndim != 2 or x.shape[1] != length:
+            hint = "; give one note as ids[None]" if x.shape == (length,) else ""
+            raise ConfigError(f"decode: want {wanted}, got shape {tuple(x.shape)}{hint}")
+        x = x.to(torch.int64)
+        if bool((outside := (x < 0) | (x >= size)).any()):
+            raise ConfigError(f"decode: want {wanted}, got {int(x[outside][0])} in {_rows(outside)}")
+        iterations = integer("iterations", iterations, 0)
+        if not isinstance(seed, Sequence):
+            seed = integer("seed", seed, 0, 2**63 - 1)
+        elif len(seed) != len(x) or not all(isinstance(generator, torch.Generator) for generator in seed):
+            raise ConfigError(f"seed must be a number or {len(x)} generators, one a note; got {seed!r:.80}")
+        self.check_weights()
+        magnitudes = audio.demultiplexed_magnitudes(self.tokenizer.decode(x.to(self.device)), self.config.audio)
         return audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=seed)
+
+    def check_weights(self) -> None:
+        """Raise `CheckpointError` if somebody has made the weights something else than float32."""
+        for name, part in (("tokenizer", self.tokenizer), ("var", self.var)):
+            dtype = next((p.dtype for p in part.parameters() if p.dtype != torch.float32), None) if part else None
+            if dtype is not None:
+                raise CheckpointError(f"{name}: want weights in float32, got {dtype}; go back: model.{name}.float()")
 
     def generate(self, n: int, **settings: Any) -> list[Any]:
         """New notes; the settings are those of `mars.generate.generate`."""
@@ -71,6 +140,12 @@ class Model:
         if self.data:
             documents["data"] = dict(self.data)
         checkpoint.replace_directory(path, tensors, documents, {"README.md": self.card} if self.card else None)
+
+
+def _rows(marked: Tensor) -> str:
+    """In which rows of (B, n) anything is marked, for a message."""
+    rows = marked.any(dim=1).nonzero().flatten().tolist()
+    return f"row {rows[0]}" + (f" and {len(rows) - 1} more" if rows[1:] else "")
 
 
 def _state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -103,12 +178,13 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
 
     Args:
         name: a run folder, a model directory, the name of a packaged model, or None for the packaged default.
-        device: where the weights go.
+        device: where the weights go: auto, cpu, cuda, cuda:1, mps, ….
 
     Raises:
         CheckpointError: there is no such model, or a file is damaged or does not fit its configuration.
-        ConfigError: its configuration cannot be used.
+        ConfigError: its configuration cannot be used, or there is no such device.
     """
+    device = pick_device(device)
     path = locate(name)
     checkpoint.verify(path)
     settings = config.load(path / "config.json")

@@ -20,18 +20,24 @@ def stream(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str | torch.device) -> torch.device:
     """The device of that name; "auto" takes CUDA, then MPS, then the CPU.
 
     Raises:
         ConfigError: this machine has no such device.
     """
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device(next(n for n in ("cuda", "mps", "cpu") if present[n]))
-    if not present[name]:
-        raise ConfigError(f"--device {name}: this machine or this PyTorch build has none; use --device cpu")
-    return torch.device(name)
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((n for n, there in present.items() if there), "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {name!r:.80}: want auto, cpu, cuda, cuda:1, mps, …") from None
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError):  # the latter of a PyTorch that was built without
+        raise ConfigError(f"device {name}: this machine or this PyTorch build has none; use cpu") from None
+    return device
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

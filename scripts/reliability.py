@@ -1,9 +1,10 @@
-"""Strike both trainers with faults and count what is lost: a Markdown table, and exit code 1 if anything was.
+"""Strike trainers and commands with faults and count what is lost: a Markdown table, and exit code 1 if anything was.
 
     python -m scripts.reliability [--share 0.05] [--seed 0] [--json FILE]
 
 Processes are forked from this one, which has imported PyTorch and runs one thread, so that a kill costs 0.2 s. A
-checkpoint is right if every byte of its tensors is that of the same step in a run that was never disturbed.
+checkpoint is right if every byte of its tensors is that of the same step in a run that was never disturbed, and so is a
+generated note.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 
 from mars import checkpoint, lock, model
+from mars.cli.generate import main as mars_generate
 from mars.errors import CheckpointError, DiskError, MarsError
 from mars.files import sha256
 from mars.train.folder import Best, Position, RunFolder
@@ -512,6 +514,42 @@ def rivals(lab: Laboratory, trainer: str) -> Row:
     return row
 
 
+def generation(lab: Laboratory) -> Row:
+    """SIGKILL of mars-generate at random moments; the same command goes on until it is done, then with a new folder."""
+    row, rng = Row("SIGKILL at a random moment, mars-generate, then the same command"), lab.random(6)
+
+    def generating(out: Path) -> Callable[[], None]:
+        words = ["-n", "40", "--model", str(lab.folder / "straight var"), "--out", str(out)]
+        return lambda: mars_generate([*words, "--device", "cpu", "--threads", "1"], prog_name="mars-generate")
+
+    straight, began = lab.new("notes"), time.monotonic()
+    status = wait(fork(generating(straight), lab.output))
+    assert status == 0, lab.said()
+    seconds = time.monotonic() - began
+    right = {path.name: path.read_bytes() for path in straight.iterdir()}
+    out = lab.new("killed notes")
+    while row.trials < lab.trials(50):
+        child = fork(generating(out), lab.output)
+        time.sleep(rng.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        status = wait(child)
+        found = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+        problems = [f"exit code {status}: {lab.said()}"] if status not in (0, -signal.SIGKILL) else []
+        problems += [f"{name} holds wrong bytes" for name in found if name.endswith(".wav") and name[0] != "."
+                     and found[name] != right.get(name)]  # fmt: skip
+        if "notes.json" not in found and any(name.endswith(".wav") and name[0] != "." for name in found):
+            problems.append("notes without a listing")
+        if status == 0:
+            problems += [f"{name} differs" for name in sorted(right.keys() | found.keys())
+                         if found.get(name) != right.get(name)]  # fmt: skip
+            if problems:
+                row.count(*problems)
+            shutil.rmtree(out)
+            continue
+        row.count(*problems)
+    return row
+
+
 CAMPAIGNS: dict[str, Callable[[Laboratory, str], Row | list[Row]]] = {
     "kills": kills,
     "crashes": crashes,
@@ -521,15 +559,16 @@ CAMPAIGNS: dict[str, Callable[[Laboratory, str], Row | list[Row]]] = {
     "infinities": infinities,
     "rivals": rivals,
 }
+COMMANDS: dict[str, Callable[[Laboratory], Row]] = {"generation": generation}
 
 
 @click.command()
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the full number of trials.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
-@click.option("--only", type=click.Choice(list(CAMPAIGNS)), multiple=True, help="These campaigns.")
+@click.option("--only", type=click.Choice([*CAMPAIGNS, *COMMANDS]), multiple=True, help="These campaigns.")
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(share: float, seed: int, only: tuple[str, ...], report: Path | None) -> None:
-    """Strike both trainers with faults and count what is lost."""
+    """Strike trainers and commands with faults and count what is lost."""
     faults.prepare()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mars ü ") as folder:
@@ -540,6 +579,7 @@ def main(share: float, seed: int, only: tuple[str, ...], report: Path | None) ->
             for trainer in TRAINERS if not only or name in only else ():
                 found = campaign(lab, trainer)
                 rows += found if isinstance(found, list) else [found]
+        rows += [strike(lab) for name, strike in COMMANDS.items() if not only or name in only]
     print("| fault | trials | failures |\n|---|---|---|")
     for row in rows:
         print(f"| {row.fault} | {row.trials:,} | {len(row.failures)} |")

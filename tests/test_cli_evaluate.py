@@ -9,8 +9,10 @@ import pytest
 import soundfile
 from click.testing import CliRunner
 
+from mars.cli import evaluate
 from mars.cli.evaluate import main
 from mars.data import open_dataset
+from mars.errors import ConfigError
 from mars.evaluate import report
 
 TABLE_1 = {"ndb_k", "pkid", "ikid", "pis", "iis", "mse", "mae", "fad"}
@@ -136,6 +138,16 @@ def test_notes_are_generated_like_the_real_ones_and_scored(folder):
     assert (found.mode, found.sets["fake"].notes, found.baselines) == ("generation", 6, {})
     assert found.metrics["mse"].params["against"] == "nearest real note"
     assert found.metrics["pitch_accuracy"].details["notes"] == 6  # each was asked for a pitch
+
+
+def test_two_in_one_second_get_a_folder_each(folder, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
+    made = [evaluate._begin(None, None) for _ in range(2)]
+    assert [path.as_posix() for path in made] == ["evaluations/20260101-000000", "evaluations/20260101-000000-2"]
+    assert all(path.is_dir() for path in made)
+    with pytest.raises(ConfigError, match="is inside --data"):
+        evaluate._begin(None, folder)
+    assert len(list((folder / "evaluations").iterdir())) == 2
 
 
 def test_a_network_that_nobody_asked_for_stops_nothing(folder, monkeypatch):

@@ -95,8 +95,85 @@ def test_a_folder_with_files_is_refused(made, folder):
     before = {p: p.stat().st_mtime_ns for p in made[0].iterdir()}
     done = invoke("-n", 1, "--model", folder, "--out", made[0])
     assert done.exit_code == 2
-    assert "--out" in done.output
+    assert "was begun with n 3, not 1; name a new folder" in done.output
     assert {p: p.stat().st_mtime_ns for p in made[0].iterdir()} == before
+
+
+def test_a_whole_folder_is_left_as_it_is(made, folder):
+    before = {p: p.stat().st_mtime_ns for p in made[0].iterdir()}
+    done = invoke("-n", 3, "--model", folder, "--out", made[0], "--iterations", 1, "--seed", 7, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "3 notes in" in done.output
+    assert "(3 were there)" in done.output
+    assert {p: p.stat().st_mtime_ns for p in made[0].iterdir()} == before
+
+
+def test_two_in_one_second_get_a_folder_each(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
+    for seed in (1, 2, 3):
+        done = invoke("-n", 1, "--model", folder, "--seed", seed, "--iterations", 0)
+        assert done.exit_code == 0, done.output
+    seeds = {p.name: json.loads((p / "notes.json").read_text())["seed"] for p in (tmp_path / "generated").iterdir()}
+    assert seeds == {"20260101-000000": 1, "20260101-000000-2": 2, "20260101-000000-3": 3}
+
+
+def test_two_on_one_folder_do_not_mix(folder, tmp_path, monkeypatch):
+    other = []
+
+    def meanwhile(*arguments, **settings):
+        if not other:
+            other.append(None)
+            other[0] = invoke("-n", 2, "--model", folder, "--out", tmp_path / "out", "--iterations", 0)
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr("mars.generate.generate", meanwhile)
+    done = invoke("-n", 2, "--model", folder, "--out", tmp_path / "out", "--iterations", 0)
+    assert done.exit_code == 0, done.output
+    assert other[0].exit_code == 2
+    assert "is in use by process" in " ".join(other[0].output.split())
+
+
+def test_an_interrupted_command_is_gone_on_with(made, folder, tmp_path, monkeypatch):
+    """Its files are those of one that was not interrupted, byte for byte."""
+    from mars.audio import write_wav
+
+    def stop(path, *rest):
+        if path.name.startswith("0001"):
+            raise KeyboardInterrupt
+        write_wav(path, *rest)
+
+    out = tmp_path / "notes"
+    arguments = ("-n", 3, "--model", folder, "--out", out, "--iterations", 1, "--seed", 7, "--device", "cpu")
+    monkeypatch.setattr("mars.audio.write_wav", stop)
+    assert invoke(*arguments).exit_code == 130
+    assert sorted(p.name[:4] for p in out.iterdir()) == ["0000", "note"]
+    names = sorted(p.name for p in made[0].iterdir())
+    for name in (names[1], "notes.json"):
+        (out / f".{name}.1234.tmp").touch()  # as of a process that was killed
+    monkeypatch.setattr("mars.audio.write_wav", write_wav)
+    done = invoke(*arguments, "--batch-size", 1)
+    assert done.exit_code == 0, done.output
+    assert "(1 were there)" in done.output
+    whole = {p.name: p.read_bytes() for p in made[0].iterdir()}
+    found = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert found.keys() == whole.keys()
+    assert all(found[name] == content for name, content in whole.items() if name != "notes.json")
+    documents = [json.loads(files["notes.json"]) | {"batch_size": 0} for files in (whole, found)]
+    assert documents[0] == documents[1]
+
+
+def test_what_a_model_was_not_trained_on_is_refused_unless_allowed(folder, tmp_path):
+    arguments = ("-n", 2, "--model", folder, "--out", tmp_path / "out", "--iterations", 0, "--pitch", 120)
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert "known to have 42-70" in done.output
+    assert not (tmp_path / "out").exists()
+    done = invoke(*arguments, "--allow-untrained")
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "out" / "notes.json").read_text())
+    assert document["allow_untrained"] is True
+    assert [note["condition"]["pitch"] for note in document["notes"]] == [120, 120]
 
 
 @pytest.mark.parametrize(
@@ -147,8 +224,10 @@ def test_a_failure_leaves_whole_files_only(folder, tmp_path, monkeypatch):
     done = invoke("-n", 4, "--model", folder, "--out", tmp_path / "out", "--iterations", 1)
     assert done.exit_code == 6
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert [name[:4] for name in names] == ["0000", "0001"]
-    assert all((tmp_path / "out" / name).stat().st_size == 128_044 for name in names)
+    assert [name[:4] for name in names] == ["0000", "0001", "note"]
+    assert all((tmp_path / "out" / name).stat().st_size == 128_044 for name in names[:2])
+    document = json.loads((tmp_path / "out" / "notes.json").read_text())
+    assert not any("sha256" in note for note in document["notes"])  # so that it does not pass for whole
 
 
 def test_silence_is_reported(folder, tmp_path, monkeypatch):
@@ -173,7 +252,8 @@ def test_help_is_quick():
         "import sys, mars; has = 'torch' in sys.modules; from mars.cli.generate import main\n"
         "main(['--help'], standalone_mode=False)\n"
         "assert has or 'torch' not in sys.modules\n"
-        "assert not {'mars.generate', 'mars.picture', 'mars.train.start', 'rich.progress'} & set(sys.modules)"
+        "late = {'mars.generate', 'mars.notes', 'mars.picture', 'mars.train.start', 'rich.progress'}\n"
+        "assert not late & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -186,6 +266,7 @@ def test_help_is_quick():
         "--family",
         "--source",
         "--velocity",
+        "--allow-untrained",
         "--cfg",
     ):
         assert option in done.stdout

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mars import config, generate
-from mars.config import FAMILIES, VELOCITIES
 from mars.errors import CheckpointError, ConfigError
-from mars.generate import TILE, Timing, choose, condition_ids, draw, takes
+from mars.generate import TILE, Timing, draw
+from mars.labels import condition_ids
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
@@ -178,62 +178,6 @@ def test_the_largest_uniform_draws_a_kept_token():
         assert token in naive_kept(row, 50, 0.9)[0]
 
 
-def drawn(asked, attributes=("family", "source", "pitch", "velocity"), notes=NOTES, count=200):
-    asked = {"family": None, "source": None, "pitch": None, "velocity": None, **asked}
-    return [choose(notes, attributes, asked, torch.Generator().manual_seed(i)) for i in range(count)]
-
-
-def test_conditions_are_drawn_from_what_was_trained_on():
-    found = drawn({})
-    assert {(c["family"], c["source"]) for c in found} == {("brass", "synthetic"), ("flute", "acoustic")}
-    assert {c["velocity"] for c in found} == set(VELOCITIES)
-    brass = [c["pitch"] for c in found if c["family"] == "brass"]
-    assert 60 < len(brass) < 140
-    assert min(brass) in (40, 41, 42)
-    assert max(brass) in (76, 77, 78)
-
-
-def test_what_is_asked_for_is_kept():
-    found = drawn({"source": "acoustic", "pitch": (50, 64), "velocity": 75})
-    assert {c["family"] for c in found} == {"brass", "flute"}
-    assert {(c["source"], c["velocity"]) for c in found} == {("acoustic", 75)}
-    assert {c["pitch"] for c in found if c["family"] == "flute"} == set(range(58, 65))
-    assert {c["pitch"] for c in found if c["family"] == "brass"} == set(range(50, 65))
-
-
-def test_a_range_outside_the_trained_one_is_taken_as_it_is():
-    assert {c["pitch"] for c in drawn({"pitch": (100, 102)})} == {100, 101, 102}
-
-
-def test_a_source_that_the_family_lacks_is_taken_as_it_is():
-    found = drawn({"family": "flute", "source": "synthetic"})
-    assert {(c["family"], c["source"]) for c in found} == {("flute", "synthetic")}
-    assert all(58 <= c["pitch"] <= 83 for c in found)
-
-
-def test_what_is_not_known_is_left_open():
-    nothing = {"family": None, "source": None, "pitch": None, "velocity": None}
-    assert drawn({}, notes=[], count=1) == [nothing]
-    assert drawn({"pitch": (60, 60)}, notes=[], count=1) == [{**nothing, "pitch": 60}]
-    (c,) = drawn({}, attributes=("pitch",), count=1)
-    assert c == {**nothing, "pitch": c["pitch"]}
-    unlabelled = [{"family": None, "source": None, "count": 3, "pitch": [-1, -1]}]
-    (c,) = drawn({}, notes=unlabelled, count=1)
-    assert c == {**nothing, "velocity": c["velocity"]}
-
-
-def test_condition_ids():
-    c = {"family": "flute", "source": None, "pitch": 60, "velocity": 127}
-    assert condition_ids([c], ("velocity", "source", "family", "pitch")).tolist() == [
-        [4, 3, FAMILIES.index("flute"), 60]
-    ]
-    assert condition_ids([c, c], ()).shape == (2, 0)
-
-
-def test_velocity_counts_as_the_nearest_trained_one(model):
-    assert listed(model, 1, velocity=110)[0].condition["velocity"] == 100
-
-
 FLUTE = {"family": "flute", "source": "acoustic", "pitch": 61, "velocity": 100}
 BRASS = {"family": "brass", "pitch": 50}
 
@@ -277,8 +221,11 @@ def test_conditions_that_the_model_lacks_are_ignored():
         ({"conditions": [FLUTE], "pitch": 60}, "leave out pitch"),
         ({"conditions": []}, "want a condition for each of 1 notes, got 0"),
         ({"conditions": [FLUTE, FLUTE]}, "want a condition for each of 1 notes, got 2"),
-        ({"conditions": [{"pitch": 128}]}, r"\{'pitch': 128\}: pitch must be a MIDI number"),
-        ({"conditions": [{"pitch": (40, 50)}]}, "want one MIDI number"),
+        ({"conditions": [{"pitch": 128}]}, r"\{'pitch': 128\}: pitch .*must be 0..127"),
+        ({"conditions": [{"pitch": (40, 50)}]}, r"pitch .*must be a whole number, 0..127, got \(40, 50\)"),
+        ({"conditions": [{"pitch": 90}]}, "known to have 40-83; ask for one of these"),
+        ({"conditions": [{**FLUTE, "source": "synthetic"}]}, r"source synthetic: .*\(flute\).* known to have acoustic"),
+        ({"conditions": [60]}, "want a mapping of family, source, pitch, velocity as condition, got 60"),
         ({"conditions": [{"family": "vocal"}]}, "trained on none; it knows brass, flute"),
         ({"conditions": [{"family": "flut"}]}, "did you mean flute"),
         ({"conditions": [{"source": "electronic"}]}, "trained on none; it knows acoustic, synthetic"),
@@ -289,16 +236,6 @@ def test_conditions_that_the_model_lacks_are_ignored():
 def test_mistaken_conditions_are_explained_at_once(model, settings, message):
     with pytest.raises(ConfigError, match=message):
         generate.generate(model, **{"n": 1, **settings})
-
-
-def test_what_can_be_asked_for(model):
-    assert takes(model, "family", "flute")
-    assert not takes(model, "family", "vocal")
-    assert not takes(model, "source", "electronic")
-    assert takes(model, "pitch", 3)
-    assert takes(model, "velocity", 1)
-    assert takes(Model(config=model.config, tokenizer=model.tokenizer, var=model.var), "family", "vocal")
-    assert not takes(tiny('var.condition=["family"]'), "pitch", 60)
 
 
 @pytest.mark.parametrize(

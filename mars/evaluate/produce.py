@@ -1,36 +1,29 @@
 """Notes of a model to evaluate: reconstructions of real notes, and new ones that are asked for the same labels.
 
-They are 16-bit WAV files in a folder, with the `notes.json` of mars-generate. That is written first and lists every
-file, so that the folder cannot be taken for a whole set before it is one, and the same call goes on where it was
-interrupted, while any other is refused.
+Both fill a `mars.notes.NoteFolder`, which goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
+from torch.nn import functional
 
 from mars import audio
-from mars.config import CLASSES, FAMILIES, SOURCES
-from mars.data.notes import parse_json
-from mars.errors import CheckpointError, ConfigError, DataError
+from mars.config import FAMILIES, SOURCES
+from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.baselines import phases
 from mars.evaluate.notes import SAMPLE_RATE, NoteSet
 from mars.evaluate.notes import stem as stem_of
-from mars.files import sha256, write_atomically
-from mars.generate import Condition, Note, accepted, generate, listing, stem, takes, tile_size
+from mars.generate import generate, tile_size
+from mars.labels import Condition
 from mars.model import Model
-from mars.runtime import autocast, free_space
+from mars.notes import Filled, Note, NoteFolder, fill, stem
+from mars.runtime import autocast
 
-LISTING = "notes.json"
-HEADER = 44  # bytes of a WAV file before its samples
 Progress = Callable[[int, int], None]  # called with the notes that are there and all of them
 
 
@@ -55,25 +48,27 @@ def reconstruct(
     notes.by_id()
     settings = {"made": "reconstructions", "of": notes.fingerprint, "iterations": iterations, "seed": seed}
     files = [f"{stem_of(name)}.wav" for name in notes.names]
-    folder = _Folder(model, out, settings, files, [_labels(notes, i) for i in range(len(notes))])
-    missing = set(folder.begin())
-    size = tile_size(model.device)
-    for first in range(0, len(notes), size):  # in whole tiles, for the reason that `mars.generate` gives
-        rows = range(first, min(first + size, len(notes)))
-        if not missing.isdisjoint(rows):
-            tile = [*rows, *[first] * (size - len(rows))]
-            with autocast(model.device, "auto"):
-                ids = model.encode(notes.waveforms(tile))
-            streams = phases([notes.keys[i] for i in tile], seed)
-            decoded = audio.within_full_scale(model.decode(ids, iterations=iterations, seed=streams).cpu())
-            for i, waveform in zip(rows, decoded, strict=False):
-                if not bool(waveform.isfinite().all()):
-                    raise CheckpointError(f"{notes.names[i]} is not finite; the model's weights are unusable")
-                if i in missing:
-                    folder.add(i, waveform)
-        if progress is not None:
-            progress(rows.stop, len(notes))
-    return folder.finish()
+    labels = [_labels(notes, i) for i in range(len(notes))]
+    size, samples = tile_size(model.device), model.config.audio.samples
+    with fill(_folder(model, out, settings, files, labels)) as folder:
+        missing = set(folder.missing)
+        for first in range(0, len(notes), size):  # in whole tiles, for the reason that `mars.generate` gives
+            rows = range(first, min(first + size, len(notes)))
+            if not missing.isdisjoint(rows):
+                tile = [*rows, *[first] * (size - len(rows))]
+                waveforms = notes.waveforms(tile)[:, :samples]
+                with autocast(model.device, "auto"):
+                    ids = model.encode(functional.pad(waveforms, (0, samples - waveforms.shape[1])))
+                streams = phases([notes.keys[i] for i in tile], seed)
+                decoded = audio.within_full_scale(model.decode(ids, iterations=iterations, seed=streams).cpu())
+                for i, waveform in zip(rows, decoded, strict=False):
+                    if not bool(waveform.isfinite().all()):
+                        raise CheckpointError(f"{notes.names[i]} is not finite; the model's weights are unusable")
+                    if i in missing:
+                        folder.add(i, waveform)
+            if progress is not None:
+                progress(rows.stop, len(notes))
+        return _produced(model, settings, folder.finish())
 
 
 def generate_like(
@@ -92,13 +87,14 @@ def generate_like(
     """Generate n notes, each asked for the labels of a real one: all of them in a random order, again and again.
 
     The order depends on the seed and the real notes alone. A label that the model cannot be asked for
-    (`mars.generate.takes`) is left open, as is one that is not known.
+    (`mars.labels.Ranges.takes`) is left open, as is one that is not known.
 
     Args:
         seed, cfg, top_k, top_p, iterations: as for `mars.generate.generate`.
 
     Returns:
         `model_hash`; `settings`; `left_open`: how many labels of each kind the model could not be asked for;
+        `untrained`: how many it was asked for, but was not trained on, as far as is known;
         `quieter`: how many notes are at full scale, as those made quieter are.
 
     Raises:
@@ -110,101 +106,44 @@ def generate_like(
     _not_negative(seed=seed)
     real = real.shuffled(seed)
     labels = [_labels(real, i % len(real)) for i in range(n)]
-    taken = [{name: value for name, value in note.items() if takes(model, name, value)} for note in labels]
+    ranges = model.ranges
+    taken = [{name: value for name, value in note.items() if ranges.takes(name, value)} for note in labels]
     refused = Counter(name for note, t in zip(labels, taken, strict=True) for name in note.keys() - t.keys())
-    conditions = [accepted(model, note) for note in taken]
+    conditions = [ranges.accepted(note, allow_untrained=True) for note in taken]
+    untrained = Counter(name for condition in conditions if (name := ranges.untrained(condition)))
     drawn: dict[str, Any] = {"seed": seed, "cfg": cfg, "top_k": top_k, "top_p": top_p, "iterations": iterations}
 
     def generated(start: int, stop: int) -> Iterator[Note]:
-        return generate(model, stop - start, start=start, conditions=conditions[start:stop], **drawn)
+        chosen = conditions[start:stop]
+        return generate(model, stop - start, start=start, conditions=chosen, allow_untrained=True, **drawn)
 
     generated(0, n)  # for its checks, before anything is written
     settings = {"made": "new notes", "n": n, **drawn, "like": real.fingerprint}
     files = [f"{stem(i, n, condition)}.wav" for i, condition in enumerate(conditions)]
-    folder = _Folder(model, out, settings, files, conditions)
-    missing = folder.begin()
-    done = n - len(missing)
-    for start, stop in _runs(missing):
-        for note in generated(start, stop):
-            folder.add(note.index, note.waveform)
-            done += 1
-            if progress is not None:
-                progress(done, n)
-    return {**folder.finish(), "left_open": dict(sorted(refused.items()))}
+    with fill(_folder(model, out, settings, files, conditions)) as folder:
+        done = n - len(folder.missing)
+        for start, stop in folder.runs():
+            for note in generated(start, stop):
+                folder.add(note.index, note.waveform)
+                done += 1
+                if progress is not None:
+                    progress(done, n)
+        produced = _produced(model, settings, folder.finish())
+    return {**produced, "left_open": dict(sorted(refused.items())), "untrained": dict(sorted(untrained.items()))}
 
 
-class _Folder:
-    """A folder of notes that is being filled, or was."""
+def _folder(
+    model: Model, out: Path, settings: Mapping[str, Any], files: Sequence[str], conditions: Sequence[Condition]
+) -> NoteFolder:
+    rate = model.config.audio.sample_rate
+    if rate != SAMPLE_RATE:
+        raise ConfigError(f"notes are evaluated at {SAMPLE_RATE} Hz; the model's are at {rate} Hz")
+    return NoteFolder(out, {**model.record, **settings}, files, conditions, model.config.audio)
 
-    def __init__(
-        self,
-        model: Model,
-        path: Path,
-        settings: Mapping[str, Any],
-        files: Sequence[str],
-        conditions: Sequence[Condition],
-    ) -> None:
-        config = model.config.audio
-        if config.sample_rate != SAMPLE_RATE:
-            raise ConfigError(f"notes are evaluated at {SAMPLE_RATE} Hz; the model's are at {config.sample_rate} Hz")
-        self.path, self.files, self.settings = path, files, dict(settings)
-        self.bytes = HEADER + 2 * config.samples  # of each file
-        notes = [
-            {"index": i, "file": files[i], "condition": dict.fromkeys(CLASSES) | c} for i, c in enumerate(conditions)
-        ]
-        self.document = listing(model, settings, notes)
 
-    def begin(self) -> list[int]:
-        """Make the folder ready, or see that it is the one; the places of the notes that are not there."""
-        begun = (self.path / LISTING).is_file()
-        if self.path.exists() and not self.path.is_dir():
-            raise DataError(f"{self.path} is not a folder; name a new one")
-        known = {LISTING, *self.files} if begun else set()
-        if begun:
-            self._check()
-        if self.path.is_dir():
-            strange = sorted(f.name for f in self.path.iterdir() if f.name not in known and not f.name.startswith("."))
-            if strange:
-                raise DataError(f"{self.path} holds {strange[0]}, which is none of these notes; name a new folder")
-        missing = [i for i, file in enumerate(self.files) if not self._complete(self.path / file)]
-        free_space(self.path, len(missing) * (self.bytes + 1024) + 2**20)
-        if not begun:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write()
-        return missing
-
-    def add(self, place: int, waveform: Tensor) -> None:
-        audio.write_wav(self.path / self.files[place], waveform, SAMPLE_RATE)
-
-    def finish(self) -> dict[str, Any]:
-        """Put the sums of the files in the listing; what both functions return."""
-        quieter = 0
-        for note in self.document["notes"]:
-            file = self.path / note["file"]
-            note["sha256"] = sha256(file)
-            samples = np.fromfile(file, "<i2", offset=HEADER)
-            quieter += int(samples.max()) == 32767 or int(samples.min()) == -32768
-        self._write()
-        return {"model_hash": self.document["model_hash"], "settings": self.settings, "quieter": quieter}
-
-    def _check(self) -> None:
-        """Raise an error unless the listing that is there is of this call."""
-        file = self.path / LISTING
-        there = parse_json(file.read_bytes(), str(file))
-        try:
-            there["notes"] = [{k: v for k, v in note.items() if k != "sha256"} for note in there["notes"]]
-        except (KeyError, TypeError, AttributeError):
-            raise DataError(f"{file} is not one that mars wrote; name a new folder") from None
-        for name, value in self.document.items():
-            if there.get(name) != value:
-                differs = "other notes" if name == "notes" else f"{name} {there.get(name)}, not {value}"
-                raise ConfigError(f"{self.path} was begun with {differs}; name a new folder")
-
-    def _complete(self, file: Path) -> bool:
-        return file.is_file() and file.stat().st_size == self.bytes
-
-    def _write(self) -> None:
-        write_atomically(self.path / LISTING, (json.dumps(self.document, indent=1) + "\n").encode())
+def _produced(model: Model, settings: Mapping[str, Any], filled: Filled) -> dict[str, Any]:
+    """What both functions return."""
+    return {"model_hash": model.hash, "settings": dict(settings), "quieter": filled.full_scale}
 
 
 def _labels(notes: NoteSet, i: int) -> Condition:
@@ -216,13 +155,6 @@ def _labels(notes: NoteSet, i: int) -> Condition:
         "velocity": (notes.velocity, range(128)),
     }
     return {name: values[int(column[i])] for name, (column, values) in known.items() if column[i] >= 0}
-
-
-def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rising numbers as stretches without a gap: first, and one past the last."""
-    for _, pairs in groupby(enumerate(places), lambda pair: pair[1] - pair[0]):
-        stretch = [place for _, place in pairs]
-        yield stretch[0], stretch[-1] + 1
 
 
 def _not_negative(**settings: int) -> None:

@@ -99,7 +99,7 @@ class Sampler:
         made = []
         for index, note in enumerate(self.notes):
             asked = self._condition(model, int(note))
-            (generated,) = generate(model, 1, seed=self.seed, start=index, **asked)
+            (generated,) = generate(model, 1, seed=self.seed, start=index, allow_untrained=True, **asked)
             c = generated.condition
             pitch = None if c["pitch"] is None else f"pitch {c['pitch']}"
             velocity = None if c["velocity"] is None else f"velocity {c['velocity']}"
@@ -110,18 +110,13 @@ class Sampler:
 
     def _condition(self, model: Model, note: int) -> dict[str, Any]:
         """What to ask for: what is known of the note, and known to the model."""
-        assert model.var is not None
         found: dict[str, Any] = {}
-        for name in model.var.config.condition:
-            value = int(self.dataset.column(name)[note])
-            if value < 0:
-                continue
-            if name in ("pitch", "velocity"):
-                found[name] = value
-            else:
-                word = (FAMILIES if name == "family" else SOURCES)[value]
-                if not model.notes or any(entry[name] == word for entry in model.notes):  # else it was trained on none
-                    found[name] = word
+        for name in model.ranges.attributes:
+            value: Any = int(self.dataset.column(name)[note])
+            if value >= 0:
+                value = {"family": FAMILIES, "source": SOURCES}.get(name, range(128))[value]
+                if model.ranges.takes(name, value):
+                    found[name] = value
         return found
 
 

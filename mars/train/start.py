@@ -18,7 +18,7 @@ from mars import checkpoint, config, lock, model, runtime
 from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError, DiskError
-from mars.files import probe, write_atomically
+from mars.files import new_folder, probe, write_atomically
 from mars.train import folder, loop
 from mars.train.compare import RUNS
 from mars.train.compiling import compile_blocks
@@ -345,8 +345,8 @@ def _open_run(
 
     The main process does so for all.
     """
-    default = RUNS / f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(world.same(str(out or default)))
+    name = f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(world.same(str(out or (new_folder(RUNS, name) if world.main else RUNS / name))))
     record = {
         "stage": stage_name,
         "preset": settings.preset,

@@ -16,6 +16,7 @@ from mars import checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
 from mars.data import Dataset
 from mars.errors import CheckpointError
+from mars.labels import level
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
@@ -219,20 +220,28 @@ def condition_ids(dataset: Dataset, attributes: tuple[str, ...]) -> Tensor:
 
 
 def ranges(dataset: Dataset) -> list[dict[str, Any]]:
-    """What the training notes hold, per family and source: count, pitches from-to (5th to 95th percentile)."""
+    """What the training notes hold, per family and source, as `mars.labels.Ranges` has it.
+
+    count; pitch: the 5th and 95th percentile; pitch_range: the lowest and the highest; velocity: the levels. Unknown
+    pitches are -1.
+    """
     train = dataset.split("train")
     family, source = dataset.column("family")[train], dataset.column("source")[train]
-    pitch = dataset.column("pitch")[train]
+    pitch, velocity = dataset.column("pitch")[train], dataset.column("velocity")[train]
     found = []
     for f, s in sorted({(int(a), int(b)) for a, b in zip(family, source, strict=True)}):
-        pitches = pitch[(family == f) & (source == s) & (pitch >= 0)]
+        alike = (family == f) & (source == s)
+        pitches = pitch[alike & (pitch >= 0)]
         low, high = np.percentile(pitches, (5, 95)).astype(int).tolist() if len(pitches) else (-1, -1)
+        lowest, highest = (int(pitches.min()), int(pitches.max())) if len(pitches) else (-1, -1)
         found.append(
             {
                 "family": FAMILIES[f] if f >= 0 else None,
                 "source": SOURCES[s] if s >= 0 else None,
-                "count": int(((family == f) & (source == s)).sum()),
+                "count": int(alike.sum()),
                 "pitch": [low, high],
+                "pitch_range": [lowest, highest],
+                "velocity": sorted({level(int(v)) for v in set(velocity[alike & (velocity >= 0)].tolist())}),
             }
         )
     return found

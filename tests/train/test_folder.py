@@ -309,6 +309,16 @@ def test_any_name_will_do(name, train, tmp_path, monkeypatch):
     assert model.load(tmp_path / name).config.preset == "smoke"
 
 
+def test_two_in_one_second_get_a_run_each(notes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "open_dataset", lambda path: notes)
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
+    settings = {"preset": "smoke", "overrides": tuple(SMALL), "device": "cpu", "max_steps": 1}
+    runs = [start.train("tokenizer", **settings, seed=seed) for seed in (1, 2)]
+    assert [run.name for run in runs] == [f"tokenizer-smoke-20260101-000000{suffix}" for suffix in ("", "-2")]
+    assert [json.loads((run / "run.json").read_text())["seed"] for run in runs] == [1, 2]
+
+
 def test_a_linked_run_folder(train, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real", target_is_directory=True)

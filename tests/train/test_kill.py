@@ -42,3 +42,10 @@ def test_nothing_is_lost(fault, trainer, rows):
     (row,) = [r for r in rows if r["fault"].startswith(fault) and trainer in r["fault"].split(", ")]
     assert row["trials"] >= LEAST[fault]
     assert row["failures"] == []
+
+
+@pytest.mark.parametrize(("command", "least"), [("mars-generate", 3)])
+def test_killed_commands_go_on(command, least, rows):
+    (row,) = [r for r in rows if command in r["fault"].split(", ")]
+    assert row["trials"] >= least
+    assert row["failures"] == []

@@ -315,8 +315,28 @@ def test_conditions_of_notes(notes):
 def test_ranges_count_the_training_notes(notes):
     found = ranges(notes)
     assert sum(entry["count"] for entry in found) == 8
-    assert found[0] == {"family": "bass", "source": "acoustic", "count": 1, "pitch": [40, 40]}
+    assert found[0] == {
+        "family": "bass", "source": "acoustic", "count": 1, "pitch": [40, 40], "pitch_range": [40, 40],
+        "velocity": [100],
+    }  # fmt: skip
     assert found[3]["source"] is None
+
+
+def test_ranges_say_what_is_known_of_pitches_and_velocities(notes):
+    before = notes.metadata.copy()
+    notes.metadata[:8, 1:3] = 0  # all of one family and source
+    notes.metadata[:8, 3] = [20, *[50] * 6, 90]
+    notes.metadata[:8, 4] = [-1, 30, 120, *[100] * 5]
+    try:
+        (entry,) = ranges(notes)
+        assert entry["pitch_range"] == [20, 90]
+        assert 20 < entry["pitch"][0] <= entry["pitch"][1] < 90
+        assert entry["velocity"] == [25, 100, 127]
+        notes.metadata[:8, 3:5] = -1
+        (entry,) = ranges(notes)
+        assert (entry["pitch"], entry["pitch_range"], entry["velocity"]) == ([-1, -1], [-1, -1], [])
+    finally:
+        notes.metadata[:] = before
 
 
 def test_tokens_do_not_depend_on_the_batch(smoke, notes):

@@ -1,0 +1,62 @@
+"""Arguments of the Python interface: what is taken for a number or a tensor, and one error for what is not."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mars.errors import ConfigError
+
+Array = Tensor | npt.NDArray[Any]
+
+
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number, of Python or NumPy.
+
+    Raises:
+        ConfigError: it is not one from `least` to `most`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        wanted = f"at least {least}" if most is None else f"{least}..{most}"
+        kind = "" if number is not None else "a whole number, "
+        raise ConfigError(f"{name} must be {kind}{wanted}, got {value!r:.80}")
+    return number
+
+
+def number(name: str, value: Any) -> float:
+    """A number, of Python or NumPy; NaN and infinity are some.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise ConfigError(f"{name} must be a number, got {value!r:.80}")
+
+
+def tensor(name: str, x: Array, wanted: str) -> Tensor:
+    """A tensor, or a NumPy array as one: its own copy, whatever its byte order and strides.
+
+    Raises:
+        ConfigError: it is something else, or of a dtype that PyTorch does not have; `wanted` is in the message.
+    """
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, np.ndarray | np.generic):
+        try:
+            return torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C"))
+        except TypeError:
+            raise ConfigError(f"{name}: want {wanted}, got a NumPy array of {x.dtype}") from None
+    raise ConfigError(f"{name}: want {wanted}, as a tensor or a NumPy array, got {type(x).__name__}")

@@ -1,0 +1,189 @@
+"""Generated notes: one of them, and a folder of them with a listing, which can be filled in several goes.
+
+    0000-brass-060.wav ...   16-bit WAV files
+    notes.json               with what and how they were made, and of each note its `file`, `condition` and `sha256`
+    spectrograms.png         a picture of the first of them, where that is wanted
+
+The listing is written first, without the sums of the files, and names them all: so the folder cannot be taken for a
+whole set before it is one, the same call goes on where it was interrupted, and any other is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mars import audio, lock
+from mars.config import CLASSES, AudioConfig
+from mars.data.notes import parse_json
+from mars.errors import ConfigError, DataError
+from mars.files import write_atomically
+from mars.labels import Condition
+from mars.picture import contact_sheet, write_png
+from mars.runtime import free_space
+
+LISTING = "notes.json"
+PICTURE = "spectrograms.png"
+PICTURED = 64  # notes at most
+SILENT = 1e-3  # peak, -60 dBFS
+_HEADER = 44  # bytes of a WAV file before its samples
+_FREE = ("model", "batch_size")  # settings that no note depends on
+
+
+@dataclass(frozen=True, eq=False)
+class Note:
+    """One generated note, on the CPU."""
+
+    index: int
+    waveform: Tensor  # (samples,) float32, at most full scale
+    spectrogram: Tensor  # (bins, frames) in [-1, 1], before its phase was made up
+    ids: Tensor  # int64 (L,)
+    condition: Condition
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What is in a folder that is whole."""
+
+    silent: int  # notes
+    full_scale: int  # notes that reach it, as those made quieter do
+
+
+class NoteFolder:
+    """A folder of notes that this process fills; see `fill`."""
+
+    def __init__(
+        self,
+        path: Path,
+        made: Mapping[str, Any],
+        files: Sequence[str],
+        conditions: Sequence[Condition],
+        config: AudioConfig,
+        *,
+        picture: bool = False,
+    ) -> None:
+        notes = [
+            {"index": i, "file": file, "condition": dict.fromkeys(CLASSES) | condition}
+            for i, (file, condition) in enumerate(zip(files, conditions, strict=True))
+        ]
+        self.path, self.files, self.config, self.picture = path, files, config, picture
+        self.document: dict[str, Any] = json.loads(json.dumps({**made, "notes": notes}))  # as it is read
+        self.bytes = _HEADER + 2 * config.samples  # of each file
+        self.missing: list[int] = []  # notes that are not there
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The missing notes as stretches without a gap: the first, and one past the last."""
+        for _, pairs in groupby(enumerate(self.missing), lambda pair: pair[1] - pair[0]):
+            stretch = [index for _, index in pairs]
+            yield stretch[0], stretch[-1] + 1
+
+    def add(self, index: int, waveform: Tensor) -> None:
+        """Write one of the missing notes."""
+        audio.write_wav(self.path / self.files[index], waveform, self.config.sample_rate)
+
+    def finish(self) -> Filled:
+        """Put the sums of the files in the listing, and draw the picture."""
+        silent = full_scale = 0
+        shown: list[Tensor] = []
+        for note in self.document["notes"]:
+            content = (self.path / note["file"]).read_bytes()
+            note["sha256"] = hashlib.sha256(content).hexdigest()
+            samples = np.frombuffer(content, "<i2", offset=_HEADER)
+            low, high = int(samples.min()), int(samples.max())
+            silent += max(-low, high) < SILENT * 32768
+            full_scale += high == 32767 or low == -32768
+            if self.picture and len(shown) < PICTURED:
+                shown.append(audio.spectrogram(torch.from_numpy(samples / np.float32(32768)), self.config))
+        if self.picture and (self.missing or not (self.path / PICTURE).is_file()):
+            labels = [Path(file).stem for file in self.files[: len(shown)]]
+            write_png(self.path / PICTURE, contact_sheet(torch.stack(shown), labels, height=256, width=128))
+        self._write_listing()
+        return Filled(silent, full_scale)
+
+    def begin(self) -> None:
+        """Make the folder ready, or see that it is the one; find what is missing. Only with the folder locked."""
+        listed = self._listed()
+        known = {LISTING, PICTURE if self.picture else LISTING, *self.files} if listed is not None else set()
+        for file in sorted(self.path.iterdir()):
+            if file.name.startswith("."):
+                if file.name.endswith(".tmp") and file.name[1:].rsplit(".", 2)[0] in {LISTING, PICTURE, *self.files}:
+                    file.unlink()  # a process was killed while it wrote
+            elif file.name not in known:
+                raise DataError(f"{self.path} holds {file.name}, which is none of these notes; name a new folder")
+        sums = [None] * len(self.files) if listed is None else [note.get("sha256") for note in listed["notes"]]
+        self.missing = [i for i, total in enumerate(sums) if not self._complete(self.path / self.files[i], total)]
+        free_space(self.path, self.space(len(self.missing)))
+        if listed is None:
+            self._write_listing()
+
+    def space(self, notes: int) -> int:
+        """Bytes that so many notes take, with their listing and picture."""
+        return notes * (self.bytes + 1024) + (2**24 if self.picture else 2**20)
+
+    def _listed(self) -> dict[str, Any] | None:
+        """The listing that is there; raises an error unless it is of this call."""
+        file = self.path / LISTING
+        if not file.is_file():
+            return None
+        there = parse_json(file.read_bytes(), str(file))
+        try:
+            plain = [{k: v for k, v in note.items() if k != "sha256"} for note in there["notes"]]
+        except (KeyError, TypeError, AttributeError):
+            raise DataError(f"{file} is not one that mars wrote; name a new folder") from None
+        for name, value in self.document.items():
+            found = plain if name == "notes" else there.get(name)
+            if found != value and name not in _FREE:
+                differs = "other notes" if name == "notes" else f"{name} {found}, not {value}"
+                raise ConfigError(f"{self.path} was begun with {differs}; name a new folder")
+        return dict(there)
+
+    def _complete(self, file: Path, total: str | None) -> bool:
+        if not file.is_file() or file.stat().st_size != self.bytes:
+            return False
+        return total is None or hashlib.sha256(file.read_bytes()).hexdigest() == total
+
+    def _write_listing(self) -> None:
+        content = (json.dumps(self.document, indent=1) + "\n").encode()
+        if not (self.path / LISTING).is_file() or (self.path / LISTING).read_bytes() != content:
+            write_atomically(self.path / LISTING, content)
+
+
+@contextmanager
+def fill(folder: NoteFolder, say: Callable[[str], None] = warnings.warn) -> Iterator[NoteFolder]:
+    """Have a folder of notes for oneself, new or begun by the same call, to make what is missing and finish it.
+
+    Raises:
+        ConfigError: it was begun with other settings, or another process has it.
+        DataError: something else is in it.
+        DiskError: there is no room for the files.
+    """
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is not a folder; name a new one")
+    if not path.exists():
+        free_space(path, folder.space(len(folder.files)))
+        path.mkdir(parents=True, exist_ok=True)  # by another process this very moment: then one of both gets the lock
+    with lock.claim(path, say):
+        try:
+            folder.begin()
+            yield folder
+        finally:
+            with suppress(OSError):
+                (path / lock.NAME).unlink()
+
+
+def stem(index: int, n: int, condition: Condition) -> str:
+    """Name of a note's file, `0007-brass-060`; "any" for what is not known. n: all notes."""
+    pitch = "any" if condition["pitch"] is None else f"{condition['pitch']:03d}"
+    return f"{index:0{max(4, len(str(n - 1)))}d}-{condition['family'] or 'any'}-{pitch}"

@@ -1,0 +1,173 @@
+"""Labels: what a model can be asked for, what it was not trained on, and what a note is chosen to be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mars.config import FAMILIES, VELOCITIES
+from mars.errors import ConfigError
+from mars.labels import Ranges, condition_ids
+
+ALL = ("family", "source", "pitch", "velocity")
+NOTES = [  # of a model whose lowest and highest pitches are not known
+    {"family": "brass", "source": "acoustic", "count": 8, "pitch": [42, 70]},
+    {"family": "brass", "source": "synthetic", "count": 9, "pitch": [40, 78]},
+    {"family": "flute", "source": "acoustic", "count": 16, "pitch": [58, 83]},
+]
+EXACT = [
+    {**NOTES[0], "pitch_range": [30, 90], "velocity": [50, 127]},
+    {**NOTES[1], "pitch_range": [40, 80], "velocity": [100]},
+    {**NOTES[2], "pitch_range": [50, 95], "velocity": []},
+]
+UNLABELLED = [{"family": None, "source": None, "count": 3, "pitch": [-1, -1], "pitch_range": [-1, -1], "velocity": []}]
+
+
+def drawn(asked, attributes=ALL, notes=NOTES, count=200):
+    asked = {"family": None, "source": None, "pitch": None, "velocity": None, **asked}
+    return [Ranges(attributes, notes).choose(asked, torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def test_conditions_are_drawn_from_what_was_trained_on():
+    found = drawn({})
+    assert {(c["family"], c["source"]) for c in found} == {("brass", "synthetic"), ("flute", "acoustic")}
+    assert {c["velocity"] for c in found} == set(VELOCITIES)
+    brass = [c["pitch"] for c in found if c["family"] == "brass"]
+    assert 60 < len(brass) < 140
+    assert min(brass) in (40, 41, 42)
+    assert max(brass) in (76, 77, 78)
+
+
+def test_what_is_asked_for_is_kept():
+    found = drawn({"source": "acoustic", "pitch": (50, 64), "velocity": 75})
+    assert {c["family"] for c in found} == {"brass", "flute"}
+    assert {(c["source"], c["velocity"]) for c in found} == {("acoustic", 75)}
+    assert {c["pitch"] for c in found if c["family"] == "flute"} == set(range(58, 65))
+    assert {c["pitch"] for c in found if c["family"] == "brass"} == set(range(50, 65))
+
+
+def test_a_range_outside_the_trained_one_is_taken_as_it_is():
+    assert {c["pitch"] for c in drawn({"pitch": (100, 102)})} == {100, 101, 102}
+
+
+def test_a_source_that_the_family_lacks_is_taken_as_it_is():
+    found = drawn({"family": "flute", "source": "synthetic"})
+    assert {(c["family"], c["source"]) for c in found} == {("flute", "synthetic")}
+    assert all(58 <= c["pitch"] <= 83 for c in found)
+
+
+def test_what_is_not_known_is_left_open():
+    nothing = {"family": None, "source": None, "pitch": None, "velocity": None}
+    assert drawn({}, notes=[], count=1) == [nothing]
+    assert drawn({"pitch": (60, 60)}, notes=[], count=1) == [{**nothing, "pitch": 60}]
+    (c,) = drawn({}, attributes=("pitch",), count=1)
+    assert c == {**nothing, "pitch": c["pitch"]}
+    unlabelled = [{"family": None, "source": None, "count": 3, "pitch": [-1, -1]}]
+    (c,) = drawn({}, notes=unlabelled, count=1)
+    assert c == {**nothing, "velocity": c["velocity"]}
+
+
+def test_condition_ids():
+    c = {"family": "flute", "source": None, "pitch": 60, "velocity": 127}
+    assert condition_ids([c], ("velocity", "source", "family", "pitch")).tolist() == [
+        [4, 3, FAMILIES.index("flute"), 60]
+    ]
+    assert condition_ids([c, c], ()).shape == (2, 0)
+
+
+def test_families_that_never_had_the_pitch_are_not_drawn():
+    assert {c["family"] for c in drawn({"pitch": (45, 50)})} == {"brass"}
+    found = drawn({"pitch": (93, 99)}, notes=EXACT)
+    assert {(c["family"], c["source"]) for c in found} == {("flute", "acoustic")}
+    assert {c["pitch"] for c in found} == {93, 94, 95}
+    assert {c["source"] for c in drawn({"family": "brass", "pitch": (85, 99)}, notes=EXACT)} == {"acoustic"}
+
+
+def test_velocities_are_those_trained_on():
+    velocities = {(c["family"], c["velocity"]) for c in drawn({}, notes=EXACT)}
+    assert velocities == {("brass", 100), ("flute", None)}
+    assert {c["source"] for c in drawn({"velocity": 50}, notes=EXACT)} == {"acoustic"}
+    assert drawn({}, notes=UNLABELLED, count=1) == [dict.fromkeys(ALL)]
+
+
+def test_what_can_be_asked_for():
+    ranges = Ranges(ALL, NOTES)
+    assert ranges.takes("family", "flute")
+    assert not ranges.takes("family", "vocal")
+    assert not ranges.takes("source", "electronic")
+    assert ranges.takes("pitch", 3)
+    assert ranges.takes("velocity", 1)
+    assert Ranges(ALL, []).takes("family", "vocal")
+    assert not Ranges(("family",), []).takes("pitch", 60)
+    assert not any(Ranges(ALL, UNLABELLED).takes(name, 60) for name in ("pitch", "velocity"))
+
+
+@pytest.mark.parametrize(
+    ("notes", "asked", "message"),
+    [
+        (NOTES, {"pitch": 5}, r"pitch 5: the notes that the model was trained on are known to have 40-83; ask for one"),
+        (NOTES, {"pitch": (100, 110)}, "pitch 100-110"),
+        (NOTES, {"pitch": 50, "family": "flute"}, r"the notes \(flute\) .* are known to have 58-83"),
+        (NOTES, {"pitch": 75, "family": "brass", "source": "acoustic"}, r"\(acoustic brass\) .* known to have 42-70"),
+        (NOTES, {"source": "synthetic", "family": "flute"}, r"source synthetic: .*\(flute\) .* known to have acoustic"),
+        (EXACT, {"velocity": 25}, "velocity 25: .* known to have 50, 100, 127"),
+        (EXACT, {"pitch": 96}, "known to have 30-95"),
+        (EXACT, {"pitch": 92, "velocity": 50}, "velocity 50: .* known to have"),
+    ],
+)
+def test_what_was_not_trained_on_has_to_be_allowed(notes, asked, message):
+    ranges = Ranges(ALL, notes)
+    with pytest.raises(ConfigError, match=message):
+        ranges.asked(**asked)
+    allowed = ranges.asked(**asked, allow_untrained=True)
+    chosen = ranges.choose(allowed, torch.Generator().manual_seed(0))
+    for name, value in asked.items():
+        low, high = value if isinstance(value, tuple) else (value, value)
+        assert low <= chosen[name] <= high
+    if not isinstance(asked.get("pitch"), tuple):
+        with pytest.raises(ConfigError, match="set allow_untrained"):
+            ranges.accepted(asked)
+        assert ranges.accepted(asked, allow_untrained=True) == dict.fromkeys(ALL) | asked
+
+
+def test_what_no_training_note_had():
+    exact = Ranges(ALL, EXACT)
+    known = {"family": "brass", "source": "acoustic", "pitch": 30, "velocity": 50}
+    for condition, name in (
+        (known, None),
+        ({**known, "pitch": 29}, "pitch"),
+        ({**known, "source": "synthetic"}, "pitch"),
+        ({**known, "velocity": 100}, "velocity"),
+        ({**known, "family": None, "pitch": 96, "velocity": None}, "pitch"),
+        (dict.fromkeys(ALL), None),
+    ):
+        assert exact.untrained(condition) == name
+        assert Ranges(ALL, NOTES).untrained(condition) is None
+
+
+@pytest.mark.parametrize("name", ["pitch", "velocity"])
+def test_labels_that_no_training_note_had_cannot_be_allowed(name):
+    for call in (Ranges(ALL, UNLABELLED).asked, lambda **c: Ranges(ALL, UNLABELLED).accepted(c)):
+        with pytest.raises(ConfigError, match=f"{name} 60: the model was trained on notes of unknown {name}"):
+            call(**{name: 60})
+    with pytest.raises(ConfigError, match="unknown"):
+        Ranges(ALL, UNLABELLED).asked(**{name: 60}, allow_untrained=True)
+
+
+def test_numbers_of_numpy_are_numbers():
+    ranges = Ranges(ALL, NOTES)
+    asked = ranges.asked(pitch=np.int64(60), velocity=np.uint8(110))
+    assert asked == {"family": None, "source": None, "pitch": (60, 60), "velocity": 100}
+    assert type(asked["pitch"][0]) is int
+    accepted = ranges.accepted({"pitch": np.int32(60), "family": np.str_("flute")})
+    assert {type(value) for value in accepted.values()} == {int, str, type(None)}
+    assert ranges.asked(pitch=[50, np.int8(60)])["pitch"] == (50, 60)
+
+
+@pytest.mark.parametrize(
+    "pitch", [60.5, "60", float("nan"), (60,), (50, 60, 70), (60.5, 70), np.array([50, 60]), -1, 128]
+)
+def test_pitches_that_are_none(pitch):
+    with pytest.raises(ConfigError, match=r"pitch .*must be"):
+        Ranges(ALL, NOTES).asked(pitch=pitch)
