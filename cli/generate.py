@@ -99,8 +99,7 @@ def _generate(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mars.files import new_folder
-    from mars.generate import Timing, choose, generate
-    from mars.model import DEFAULT, load
+    from mars.model import DEFAULT, Timing, load
     from mars.notes import NoteFolder, fill, stem
 
     if threads:
@@ -108,7 +107,7 @@ def _generate(
     model = load(name, device)
     asked = {label: settings[label] for label in ("pitch", "family", "source", "velocity")}
     drawn = {key: value for key, value in settings.items() if key not in asked}
-    conditions = choose(model, n, **asked, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
+    conditions = model.choose(n, **asked, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
     files = [f"{stem(i, n, condition)}.wav" for i, condition in enumerate(conditions)]
     made = {**model.record, "model": str(name or DEFAULT), "n": n, **settings}
     out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))
@@ -125,9 +124,8 @@ def _generate(
         task = bar.add_task("", total=n, completed=there, rate="")
         done = 0
         for start, stop in folder.runs():
-            for note in generate(
-                model, stop - start, start=start, conditions=conditions[start:stop], **drawn, timing=timing
-            ):
+            chosen = conditions[start:stop]
+            for note in model.iterate(stop - start, start=start, conditions=chosen, **drawn, timing=timing):
                 folder.add(note.index, note.waveform)
                 done += 1
                 bar.update(task, completed=there + done, rate=f"{done / (time.monotonic() - began):.1f} notes/s")

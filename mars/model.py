@@ -1,28 +1,80 @@
-"""A trained model: the front end's settings, the tokenizer and, if it can generate, the VAR transformer."""
+"""A trained model: the front end's settings, the tokenizer and, if it can generate, the VAR transformer.
+
+A generated note depends on its seed, index and condition alone: it has its own random stream, and the network always
+runs on whole tiles of notes, index i in slot i % tile of tile i // tile, because matrix products may round differently
+with the number of their rows. So on one machine a note has the same bytes whatever n, start, batch_size and the
+conditions of other notes are. Another device, number of threads or version of PyTorch may round differently, which can
+change a token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 import mars
 from mars import audio, checkpoint, config
-from mars.arguments import Array, integer, tensor
+from mars.arguments import Array, integer, number, tensor
 from mars.config import Config
 from mars.errors import CheckpointError, ConfigError
 from mars.files import sha256
-from mars.labels import Ranges
+from mars.labels import Condition, Ranges, condition_ids
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.runtime import pick_device
+from mars.notes import Note
+from mars.runtime import autocast, pick_device, stream
+from mars.sampling import sample, tile_size
 
 DEFAULT = "notes"  # the packaged model
+STREAM = 4  # tells the random streams of notes from those of training with the same seed
+
+
+@dataclass
+class Timing:
+    """Seconds spent so far, over all notes."""
+
+    transformer: float = 0.0
+    decoding: float = 0.0  # tokens to spectrogram
+    griffin_lim: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A note without its waveform."""
+
+    index: int
+    stream: torch.Generator
+    condition: Condition
+    ids: Tensor
+    spectrogram: Tensor  # on the model's device
+
+
+class Generation(TypedDict, total=False):
+    """Settings of `Model.iterate`."""
+
+    seed: int
+    start: int
+    pitch: int | tuple[int, int] | None
+    family: str | None
+    source: str | None
+    velocity: int | None
+    allow_untrained: bool
+    conditions: Sequence[Condition] | None
+    cfg: float
+    top_k: int
+    top_p: float
+    batch_size: int
+    iterations: int
+    progress: Callable[[int, int], None] | None
+    timing: Timing | None
 
 
 @dataclass
@@ -54,9 +106,18 @@ class Model:
         }
 
     @property
+    def transformer(self) -> VAR:
+        """The second stage; raises `CheckpointError` where there is none."""
+        if self.var is None:
+            raise CheckpointError(
+                "the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL"
+            )
+        return self.var
+
+    @property
     def ranges(self) -> Ranges:
-        """What it can be asked for; nothing if it has no second stage."""
-        return Ranges(self.var.config.condition if self.var is not None else (), self.notes)
+        """What it can be asked for; raises `CheckpointError` where there is no second stage."""
+        return Ranges(self.transformer.config.condition, self.notes)
 
     @torch.inference_mode()
     def encode(self, waveform: Array) -> Tensor:
@@ -121,11 +182,166 @@ class Model:
             if dtype is not None:
                 raise CheckpointError(f"{name}: want weights in float32, got {dtype}; go back: model.{name}.float()")
 
-    def generate(self, n: int, **settings: Any) -> list[Any]:
-        """New notes; the settings are those of `mars.generate.generate`."""
-        from mars.generate import generate
+    def generate(self, n: int, **settings: Unpack[Generation]) -> list[Note]:
+        """New notes, all at once; the settings are those of `iterate`, with the same defaults."""
+        return list(self.iterate(n, **settings))
 
-        return list(generate(self, n, **settings))
+    def iterate(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        pitch: int | tuple[int, int] | None = None,
+        family: str | None = None,
+        source: str | None = None,
+        velocity: int | None = None,
+        allow_untrained: bool = False,
+        conditions: Sequence[Condition] | None = None,
+        cfg: float = 2.0,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        batch_size: int = 16,
+        iterations: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+        timing: Timing | None = None,
+    ) -> Iterator[Note]:
+        """Notes `start` to `start + n - 1` of `seed`, in order.
+
+        What is not given of pitch, family, source and velocity is drawn for each note from what the model was
+        trained on (`model.notes`): any of its families, the source most common in it, one of its usual pitches,
+        any of its velocities, among the notes that go with what is given. It is left open if that is not known or the
+        model has no such condition.
+
+        Args:
+            pitch: MIDI number, or (lowest, highest); the usual pitches within that range if there are any.
+            velocity: counts as the nearest of VELOCITIES.
+            allow_untrained: take what is out of the range that the model was trained on; see
+                `mars.labels.Ranges.asked`.
+            conditions: n of them, what each note is to be, in place of the four labels; see
+                `mars.labels.Ranges.accepted`.
+            cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
+                none, at half the cost. Without effect if the model has no condition.
+            top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
+            batch_size: notes finished together, rounded up to whole tiles; of no effect on the notes.
+            iterations: of Griffin-Lim.
+            progress: called with the notes done and n.
+            timing: to which the seconds of each part are added.
+
+        Raises:
+            CheckpointError: the model is a tokenizer only or, later, gives numbers that are not finite.
+            ConfigError: a setting is out of range or asks for what the model was not trained on.
+        """
+        var, ranges, device = self.transformer, self.ranges, self.device
+        self.check_weights()
+        n, seed, start = integer("n", n, 1), integer("seed", seed, 0), integer("start", start, 0)
+        top_k, batch_size = integer("top_k", top_k, 1), integer("batch_size", batch_size, 1)
+        iterations, cfg, top_p = integer("iterations", iterations, 0), number("cfg", cfg), number("top_p", top_p)
+        if not 0 <= cfg < math.inf:
+            raise ConfigError(f"cfg must be at least 0 (no guidance), got {cfg}")
+        if not 0 < top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1 (no limit), got {top_p}")
+        asked = ranges.asked(
+            pitch=pitch, family=family, source=source, velocity=velocity, allow_untrained=allow_untrained
+        )
+        given: dict[int, Condition] = {}
+        if conditions is not None:
+            if any(value is not None for value in asked.values()):
+                raise ConfigError(
+                    "conditions say what each note is to be; leave out pitch, family, source and velocity"
+                )
+            if not isinstance(conditions, Sequence) or len(conditions) != n:
+                got = len(conditions) if isinstance(conditions, Sequence) else repr(conditions)[:80]
+                raise ConfigError(f"want a condition for each of {n} notes, got {got}")
+            accepted = [ranges.accepted(condition, allow_untrained=allow_untrained) for condition in conditions]
+            given = dict(enumerate(accepted, start))
+        timing = timing or Timing()
+        size = tile_size(device)
+        wanted = range(start, start + n)
+
+        def drafts(first: int) -> list[_Draft]:
+            """The tile of notes from `first`, whole even where fewer are wanted."""
+            streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
+            chosen = [ranges.choose(asked, s) for s in streams]
+            conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
+            uniforms = torch.stack([torch.rand(var.starts[-1], generator=s, dtype=torch.float32) for s in streams])
+            began = time.perf_counter()
+            classes = condition_ids(conditions, var.config.condition).to(device)
+            ids, latent = sample(
+                var,
+                self.tokenizer.quantizer,
+                classes,
+                uniforms.to(device),
+                cfg=cfg,
+                top_k=top_k,
+                top_p=top_p,
+                precision=self.config.train.var.precision,
+            )
+            ids = ids.cpu()
+            sampled = time.perf_counter()
+            with autocast(device, self.config.train.tokenizer.precision):
+                x = self.tokenizer.reconstruct(latent).clamp(-1, 1)
+            spectrograms = audio.demultiplexed(x, self.config.audio)
+            _synchronise(device)
+            timing.transformer += sampled - began
+            timing.decoding += time.perf_counter() - sampled
+            return [_Draft(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+
+        def notes() -> Iterator[Note]:
+            step = -(-batch_size // size) * size
+            for first in range(start - start % size, start + n, step):
+                with torch.no_grad():
+                    tiles = [drafts(t) for t in range(first, min(first + step, start + n), size)]
+                    if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
+                        tiles = [[d for tile in tiles for d in tile if d.index in wanted]]
+                    began = time.perf_counter()
+                    finished = [note for tile in tiles for note in finish(tile) if note.index in wanted]
+                    timing.griffin_lim += time.perf_counter() - began
+                if progress is not None:
+                    progress(finished[-1].index + 1 - start, n)
+                yield from finished
+
+        def finish(drafts: list[_Draft]) -> list[Note]:
+            """The same with waveforms."""
+            spectrograms = torch.stack([d.spectrogram for d in drafts])
+            magnitudes = audio.magnitudes(spectrograms, self.config.audio)
+            streams = [d.stream for d in drafts]
+            waveforms = audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=streams).cpu()
+            for d, finite in zip(drafts, waveforms.isfinite().all(dim=1).tolist(), strict=True):
+                if not finite:
+                    raise CheckpointError(
+                        f"note {d.index} of seed {seed} is not finite; the model's weights are unusable"
+                    )
+            return [
+                Note(d.index, w, s, d.ids, d.condition)
+                for d, w, s in zip(drafts, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
+            ]
+
+        return notes()
+
+    def choose(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        pitch: int | tuple[int, int] | None = None,
+        family: str | None = None,
+        source: str | None = None,
+        velocity: int | None = None,
+        allow_untrained: bool = False,
+    ) -> list[Condition]:
+        """The conditions that `iterate` chooses with these arguments, to be known before the notes.
+
+        Raises:
+            CheckpointError, ConfigError: see `iterate`.
+        """
+        ranges = self.ranges
+        n, seed, start = integer("n", n, 1), integer("seed", seed, 0), integer("start", start, 0)
+        asked = ranges.asked(
+            pitch=pitch, family=family, source=source, velocity=velocity, allow_untrained=allow_untrained
+        )
+        return [ranges.choose(asked, stream(seed, STREAM, index)) for index in range(start, start + n)]
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the model directory `path`, replacing one that is there.
@@ -221,3 +437,9 @@ def _data(path: Path) -> dict[str, str]:
     if isinstance(run, dict) and isinstance(run.get("stage"), str) and isinstance(run.get("data"), str):
         return {run["stage"]: run["data"]}
     return {}
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait until the device has finished, for the sake of `Timing`."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

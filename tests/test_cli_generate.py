@@ -17,7 +17,6 @@ from click.testing import CliRunner
 import mars
 from mars import config
 from mars.cli.generate import main
-from mars.generate import generate
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
@@ -121,13 +120,13 @@ def test_two_in_one_second_get_a_folder_each(folder, tmp_path, monkeypatch):
 def test_two_on_one_folder_do_not_mix(folder, tmp_path, monkeypatch):
     other = []
 
-    def meanwhile(*arguments, **settings):
+    def meanwhile(*arguments, iterate=Model.iterate, **settings):
         if not other:
             other.append(None)
             other[0] = invoke("-n", 2, "--model", folder, "--out", tmp_path / "out", "--iterations", 0)
-        return generate(*arguments, **settings)
+        return iterate(*arguments, **settings)
 
-    monkeypatch.setattr("mars.generate.generate", meanwhile)
+    monkeypatch.setattr(Model, "iterate", meanwhile)
     done = invoke("-n", 2, "--model", folder, "--out", tmp_path / "out", "--iterations", 0)
     assert done.exit_code == 0, done.output
     assert other[0].exit_code == 2
@@ -240,7 +239,7 @@ def test_silence_is_reported(folder, tmp_path, monkeypatch):
 def test_defaults_are_those_of_the_library():
     with main.make_context("mars-generate", []) as context:
         options = context.params
-    library = {p.name: p.default for p in inspect.signature(generate).parameters.values()}
+    library = {p.name: p.default for p in inspect.signature(Model.iterate).parameters.values()}
     shared = (options.keys() & library.keys()) - {"n", "model"}
     assert len(shared) >= 10
     assert {name: options[name] for name in shared} == {name: library[name] for name in shared}
@@ -252,7 +251,7 @@ def test_help_is_quick():
         "import sys, mars; has = 'torch' in sys.modules; from mars.cli.generate import main\n"
         "main(['--help'], standalone_mode=False)\n"
         "assert has or 'torch' not in sys.modules\n"
-        "late = {'mars.generate', 'mars.notes', 'mars.picture', 'mars.train.start', 'rich.progress'}\n"
+        "late = {'mars.model', 'mars.notes', 'mars.picture', 'mars.train.start', 'rich.progress'}\n"
         "assert not late & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

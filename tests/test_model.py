@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mars
-from mars import config, generate
+from mars import config
 from mars.errors import CheckpointError, ConfigError, MarsError
 from mars.model import Model, load
 from mars.models.tokenizer import Tokenizer
@@ -202,5 +202,5 @@ def test_without_a_gpu_there_is_no_cuda():
 
 
 def test_the_choice_can_be_known_before_the_notes(model):
-    chosen = generate.choose(model, 3, start=2, seed=4, pitch=(50, 60))
+    chosen = model.choose(3, start=2, seed=4, pitch=(50, 60))
     assert chosen == [note.condition for note in model.generate(3, start=2, seed=4, pitch=(50, 60), iterations=0)]

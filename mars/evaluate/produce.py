@@ -18,11 +18,11 @@ from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.baselines import phases
 from mars.evaluate.notes import SAMPLE_RATE, NoteSet
 from mars.evaluate.notes import stem as stem_of
-from mars.generate import generate, tile_size
 from mars.labels import Condition
 from mars.model import Model
 from mars.notes import Filled, Note, NoteFolder, fill, stem
 from mars.runtime import autocast
+from mars.sampling import tile_size
 
 Progress = Callable[[int, int], None]  # called with the notes that are there and all of them
 
@@ -52,7 +52,7 @@ def reconstruct(
     size, samples = tile_size(model.device), model.config.audio.samples
     with fill(_folder(model, out, settings, files, labels)) as folder:
         missing = set(folder.missing)
-        for first in range(0, len(notes), size):  # in whole tiles, for the reason that `mars.generate` gives
+        for first in range(0, len(notes), size):  # in whole tiles, for the reason that `mars.model` gives
             rows = range(first, min(first + size, len(notes)))
             if not missing.isdisjoint(rows):
                 tile = [*rows, *[first] * (size - len(rows))]
@@ -90,7 +90,7 @@ def generate_like(
     (`mars.labels.Ranges.takes`) is left open, as is one that is not known.
 
     Args:
-        seed, cfg, top_k, top_p, iterations: as for `mars.generate.generate`.
+        seed, cfg, top_k, top_p, iterations: as for `mars.model.Model.iterate`.
 
     Returns:
         `model_hash`; `settings`; `left_open`: how many labels of each kind the model could not be asked for;
@@ -115,7 +115,7 @@ def generate_like(
 
     def generated(start: int, stop: int) -> Iterator[Note]:
         chosen = conditions[start:stop]
-        return generate(model, stop - start, start=start, conditions=chosen, allow_untrained=True, **drawn)
+        return model.iterate(stop - start, start=start, conditions=chosen, allow_untrained=True, **drawn)
 
     generated(0, n)  # for its checks, before anything is written
     settings = {"made": "new notes", "n": n, **drawn, "like": real.fingerprint}

@@ -25,7 +25,6 @@ from mars.config import FAMILIES, SOURCES
 from mars.data import Dataset
 from mars.errors import CheckpointError
 from mars.files import write_atomically
-from mars.generate import generate
 from mars.model import Model
 from mars.picture import Picture, spectrogram_picture, write_png
 from mars.runtime import autocast
@@ -99,7 +98,7 @@ class Sampler:
         made = []
         for index, note in enumerate(self.notes):
             asked = self._condition(model, int(note))
-            (generated,) = generate(model, 1, seed=self.seed, start=index, allow_untrained=True, **asked)
+            (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **asked)
             c = generated.condition
             pitch = None if c["pitch"] is None else f"pitch {c['pitch']}"
             velocity = None if c["velocity"] is None else f"velocity {c['velocity']}"

@@ -17,10 +17,10 @@ from mars.errors import CheckpointError, ConfigError, DataError, DiskError
 from mars.evaluate.baselines import phases
 from mars.evaluate.notes import NoteSet, open_notes, pair
 from mars.evaluate.produce import generate_like, reconstruct
-from mars.generate import TILE, generate
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
+from mars.sampling import TILE
 
 SMALL = (
     *("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1"),
@@ -292,7 +292,7 @@ def test_a_new_note_is_that_of_generate(model, builtin, tmp_path):
     settings = {"seed": 2, "cfg": 1.5, "top_k": 20, "top_p": 0.9, "iterations": 1}
     generate_like(model, builtin, 3, tmp_path, **settings)
     for entry in json.loads((tmp_path / "notes.json").read_text())["notes"]:
-        (note,) = generate(model, 1, start=entry["index"], conditions=[entry["condition"]], **settings)
+        (note,) = model.generate(1, start=entry["index"], conditions=[entry["condition"]], **settings)
         pcm, _ = soundfile.read(tmp_path / entry["file"], dtype="int16")
         assert np.array_equal(pcm, (note.waveform * 32768).round().clamp(-32768, 32767).numpy())
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mars import config, generate
+from mars import audio, config, sampling
 from mars.errors import CheckpointError, ConfigError
-from mars.generate import TILE, Timing, draw
 from mars.labels import condition_ids
-from mars.model import Model
+from mars.model import Model, Timing
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
+from mars.sampling import TILE, draw
 
 NOTES = [
     {"family": "brass", "source": "acoustic", "count": 8, "pitch": [42, 70]},
@@ -38,7 +38,7 @@ def model() -> Model:
 
 
 def listed(model, n, **settings):
-    return list(generate.generate(model, n, **{"iterations": 1, **settings}))
+    return list(model.iterate(n, **{"iterations": 1, **settings}))
 
 
 def identical(a, b):
@@ -70,7 +70,7 @@ def test_notes_are_audible_and_at_most_full_scale(model):
 
 def test_a_loud_note_is_made_quieter_not_clipped(model, monkeypatch):
     loud = 3 * torch.rand(TILE, model.config.audio.samples)
-    monkeypatch.setattr(generate.audio, "griffin_lim", lambda m, *_, **__: loud[: len(m)])
+    monkeypatch.setattr(audio, "griffin_lim", lambda m, *_, **__: loud[: len(m)])
     for note, wave in zip(listed(model, 2), loud, strict=False):
         torch.testing.assert_close(note.waveform, wave / wave.max())
 
@@ -118,7 +118,7 @@ def test_guidance_grows_with_the_scale(model, monkeypatch):
     monkeypatch.setattr(
         model.var, "step", lambda *arguments: halves.append(step(*arguments).double()) or halves[-1].float()
     )
-    monkeypatch.setattr(generate, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
+    monkeypatch.setattr(sampling, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
     listed(model, 1, cfg=3.0)
     assert len(seen) == 3
     for k, (both, used) in enumerate(zip(halves, seen, strict=True)):
@@ -235,7 +235,7 @@ def test_conditions_that_the_model_lacks_are_ignored():
 )
 def test_mistaken_conditions_are_explained_at_once(model, settings, message):
     with pytest.raises(ConfigError, match=message):
-        generate.generate(model, **{"n": 1, **settings})
+        model.iterate(**{"n": 1, **settings})
 
 
 @pytest.mark.parametrize(
@@ -262,17 +262,17 @@ def test_mistaken_conditions_are_explained_at_once(model, settings, message):
 )
 def test_mistakes_are_explained_at_once(model, settings, message):
     with pytest.raises(ConfigError, match=message):
-        generate.generate(model, **{"n": 1, **settings})
+        model.iterate(**{"n": 1, **settings})
 
 
 def test_an_attribute_that_the_model_lacks():
     with pytest.raises(ConfigError, match="not trained with pitch"):
-        generate.generate(tiny('var.condition=["family"]'), 1, pitch=60)
+        tiny('var.condition=["family"]').iterate(1, pitch=60)
 
 
 def test_a_tokenizer_alone_cannot_generate(model):
     with pytest.raises(CheckpointError, match="mars-train var --tokenizer"):
-        generate.generate(Model(config=model.config, tokenizer=model.tokenizer), 1)
+        Model(config=model.config, tokenizer=model.tokenizer).iterate(1)
 
 
 @pytest.mark.parametrize("part", ["var", "tokenizer"])
