@@ -77,6 +77,24 @@ def functions() -> ctypes.CDLL:
     return lib
 
 
+def check_memory(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise ValueError where a tensor's memory does not hold its values: a fake one's, or a storage made smaller.
+
+    Kernels read by address, where PyTorch itself would not look either.
+    """
+    for x in tensors:
+        if x is None or x.numel() == 0:
+            continue
+        storage, last = x.untyped_storage(), x.storage_offset() + x.numel() - 1
+        if not x.is_contiguous():
+            last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        if storage.nbytes() < (last + 1) * x.itemsize or storage.device.type == "meta":
+            raise ValueError(
+                f"{op}: want tensors with their values in memory; one {tuple(x.shape)} of {x.dtype} has none, "
+                "or a storage that was made smaller"
+            )
+
+
 def check(status: int) -> None:
     """Raise MemoryError where a function of the library returned -1."""
     if status:

@@ -113,7 +113,7 @@ def _hybrid_backward_workspace(do: Tensor, q: Tensor, *rest: Any) -> int:
 
 def _slabs(q: Tensor, lengths: Sequence[int]) -> int:
     """Scores in float32 and in the dtype of q, and the rows of their heads, normalised."""
-    slabs = hybrid.Slabs(q, lengths)
+    slabs = hybrid.Slabs(q, backends.groups(lengths))
     rows = min(slabs.samples, len(q)) * slabs.heads * q.shape[2]
     return slabs.size * (4 + q.element_size()) + 24 * rows * q.shape[3]
 

@@ -30,9 +30,10 @@ def cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     Returns (..., r_f * r_t, F / r_f, T / r_t), contiguous; a view of x where factors (1, 1) allow it.
     Raises ValueError naming the factors and the sizes that would fit.
     """
-    r_f, r_t = _checked("cmx", factors)
-    _check_divides("cmx", "x", x, r_f, r_t)
-    return x.contiguous().unsqueeze(-3) if r_f == r_t == 1 else torch.ops.mars.cmx(x, r_f, r_t)
+    if tuple(factors) == (1, 1):
+        _check_divides("cmx", "x", x, 1, 1)
+        return x.contiguous().unsqueeze(-3)
+    return torch.ops.mars.cmx(x, *factors)
 
 
 def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
@@ -42,9 +43,10 @@ def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     Returns (..., F * r_f, T * r_t), contiguous; a view of x where factors (1, 1) allow it.
     Raises ValueError naming the factors that fit the channels of x.
     """
-    r_f, r_t = _checked("inverse_cmx", factors)
-    _check_channels("inverse_cmx", x, r_f, r_t)
-    return x.contiguous().squeeze(-3) if r_f == r_t == 1 else torch.ops.mars.inverse_cmx(x, r_f, r_t)
+    if tuple(factors) == (1, 1):
+        _check_channels("inverse_cmx", x, 1, 1)
+        return x.contiguous().squeeze(-3)
+    return torch.ops.mars.inverse_cmx(x, *factors)
 
 
 def spectrogram_cmx(spectrum: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
@@ -57,12 +59,7 @@ def spectrogram_cmx(spectrum: Tensor, factors: tuple[int, int], epsilon: float, 
     where its magnitude is epsilon * expm1(2 / scale) or more, which is clipped to 1.
     Raises ValueError.
     """
-    r_f, r_t = _checked("spectrogram_cmx", factors)
-    if spectrum.dtype not in (torch.complex64, torch.complex128):
-        raise ValueError(f"spectrogram_cmx: want a spectrum in complex64 or complex128, got {spectrum.dtype}")
-    _check_divides("spectrogram_cmx", "a spectrum", spectrum, r_f, r_t)
-    _check_normalisation("spectrogram_cmx", epsilon, scale)
-    return torch.ops.mars.spectrogram_cmx(spectrum, r_f, r_t, epsilon, scale)
+    return torch.ops.mars.spectrogram_cmx(spectrum, *factors, epsilon, scale)
 
 
 def inverse_spectrogram_cmx(
@@ -76,19 +73,13 @@ def inverse_spectrogram_cmx(
     element's bits depend on its value alone. The gradient is 0 outside [-1, 1].
     Raises ValueError.
     """
-    r_f, r_t = _checked("inverse_spectrogram_cmx", factors)
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"inverse_spectrogram_cmx: want x in float32 or float64, got {x.dtype}")
-    _check_channels("inverse_spectrogram_cmx", x, r_f, r_t)
-    _check_normalisation("inverse_spectrogram_cmx", epsilon, scale)
-    below, above = zeros
-    if below < 0 or above < 0:
-        raise ValueError(f"inverse_spectrogram_cmx: zeros (below, above) must be 0 or more, got ({below}, {above})")
-    return torch.ops.mars.inverse_spectrogram_cmx(x, r_f, r_t, epsilon, scale, below, above)
+    return torch.ops.mars.inverse_spectrogram_cmx(x, *factors, epsilon, scale, *zeros)
 
 
 @torch.library.custom_op("mars::cmx", mutates_args=())
 def _cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
+    _check_divides("cmx", "x", x, r_f, r_t)
+    _native.check_memory("cmx", x)
     backend = _backend.backend(x.device.type)
     if backend == "reference":
         return reference.cmx(x, (r_f, r_t))
@@ -107,11 +98,14 @@ def _cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
 
 @_cmx.register_fake
 def _cmx_fake(x: Tensor, r_f: int, r_t: int) -> Tensor:
+    _check_divides("cmx", "x", x, r_f, r_t)
     return x.new_empty(_multiplexed(x, r_f, r_t))
 
 
 @torch.library.custom_op("mars::inverse_cmx", mutates_args=())
 def _inverse_cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
+    _check_channels("inverse_cmx", x, r_f, r_t)
+    _native.check_memory("inverse_cmx", x)
     backend = _backend.backend(x.device.type)
     if backend == "reference":
         return reference.inverse_cmx(x, (r_f, r_t))
@@ -130,11 +124,14 @@ def _inverse_cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
 
 @_inverse_cmx.register_fake
 def _inverse_cmx_fake(x: Tensor, r_f: int, r_t: int) -> Tensor:
+    _check_channels("inverse_cmx", x, r_f, r_t)
     return x.new_empty(_demultiplexed(x, r_f, r_t))
 
 
 @torch.library.custom_op("mars::spectrogram_cmx", mutates_args=())
 def _spectrogram_cmx(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+    _check_spectrum("spectrogram_cmx", z, r_f, r_t, epsilon, scale)
+    _native.check_memory("spectrogram_cmx", z)
     backend = _backend.backend(z.device.type)
     if backend == "reference" or z.dtype == torch.complex128:
         return reference.spectrogram_cmx(z, (r_f, r_t), epsilon, scale)
@@ -154,11 +151,14 @@ def _spectrogram_cmx(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float
 
 @_spectrogram_cmx.register_fake
 def _spectrogram_cmx_fake(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+    _check_spectrum("spectrogram_cmx", z, r_f, r_t, epsilon, scale)
     return z.new_empty(_multiplexed(z, r_f, r_t), dtype=z.dtype.to_real())
 
 
 @torch.library.custom_op("mars::spectrogram_cmx_backward", mutates_args=())
 def _spectrogram_cmx_backward(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+    _check_gradient(grad, z, r_f, r_t, epsilon, scale)
+    _native.check_memory("spectrogram_cmx_backward", grad, z)
     backend = _backend.backend(z.device.type)
     grad_z = _empty_like(z)
     if backend == "reference" or z.dtype == torch.complex128:
@@ -178,6 +178,7 @@ def _spectrogram_cmx_backward(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsil
 
 @_spectrogram_cmx_backward.register_fake
 def _spectrogram_cmx_backward_fake(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+    _check_gradient(grad, z, r_f, r_t, epsilon, scale)
     return _empty_like(z)
 
 
@@ -185,6 +186,8 @@ def _spectrogram_cmx_backward_fake(grad: Tensor, z: Tensor, r_f: int, r_t: int, 
 def _inverse_spectrogram_cmx(
     x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int
 ) -> Tensor:
+    _check_inverse(x, r_f, r_t, epsilon, scale, below, above)
+    _native.check_memory("inverse_spectrogram_cmx", x)
     backend = _backend.backend(x.device.type)
     if backend == "reference" or x.dtype == torch.float64:
         return reference.inverse_spectrogram_cmx(x, (r_f, r_t), epsilon, scale, (below, above))
@@ -208,6 +211,7 @@ def _inverse_spectrogram_cmx(
 def _inverse_spectrogram_cmx_fake(
     x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int
 ) -> Tensor:
+    _check_inverse(x, r_f, r_t, epsilon, scale, below, above)
     return x.new_empty(_demultiplexed(x, r_f, r_t, below + above))
 
 
@@ -283,11 +287,37 @@ def _batched(z: Tensor) -> Tensor:
     return (z if z.stride(-1) == 1 else z.contiguous()).reshape(n, F, T)
 
 
-def _checked(name: str, factors: tuple[int, int]) -> tuple[int, int]:
-    r_f, r_t = factors
+def _check_spectrum(name: str, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> None:
+    if z.dtype not in (torch.complex64, torch.complex128):
+        raise ValueError(f"{name}: want a spectrum in complex64 or complex128, got {z.dtype}")
+    _check_divides(name, "a spectrum", z, r_f, r_t)
+    _check_normalisation(name, epsilon, scale)
+
+
+def _check_gradient(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> None:
+    name = "spectrogram_cmx_backward"
+    _check_spectrum(name, z, r_f, r_t, epsilon, scale)
+    want, dtype = _multiplexed(z, r_f, r_t), z.dtype.to_real()
+    if grad.shape != want or grad.dtype != dtype or grad.device != z.device:
+        raise ValueError(
+            f"{name}: want a gradient {tuple(want)} of {dtype} on {z.device}, "
+            f"got {tuple(grad.shape)} of {grad.dtype} on {grad.device}"
+        )
+
+
+def _check_inverse(x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int) -> None:
+    name = "inverse_spectrogram_cmx"
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name}: want x in float32 or float64, got {x.dtype}")
+    _check_channels(name, x, r_f, r_t)
+    _check_normalisation(name, epsilon, scale)
+    if below < 0 or above < 0:
+        raise ValueError(f"{name}: zeros (below, above) must be 0 or more, got ({below}, {above})")
+
+
+def _check_factors(name: str, r_f: int, r_t: int) -> None:
     if r_f < 1 or r_t < 1:
         raise ValueError(f"{name}: factors (r_f, r_t) must be 1 or more, got ({r_f}, {r_t})")
-    return r_f, r_t
 
 
 def _check_normalisation(name: str, epsilon: float, scale: float) -> None:
@@ -297,6 +327,7 @@ def _check_normalisation(name: str, epsilon: float, scale: float) -> None:
 
 
 def _check_divides(name: str, what: str, x: Tensor, r_f: int, r_t: int) -> None:
+    _check_factors(name, r_f, r_t)
     if x.ndim < 2:
         raise ValueError(f"{name}: want {what} (..., F, T), got shape {tuple(x.shape)}")
     for factor_name, factor, size_name, size in (("r_f", r_f, "F", x.shape[-2]), ("r_t", r_t, "T", x.shape[-1])):
@@ -310,6 +341,7 @@ def _check_divides(name: str, what: str, x: Tensor, r_f: int, r_t: int) -> None:
 
 
 def _check_channels(name: str, x: Tensor, r_f: int, r_t: int) -> None:
+    _check_factors(name, r_f, r_t)
     if x.ndim < 3:
         raise ValueError(f"{name}: want x (..., channels, F, T), got shape {tuple(x.shape)}")
     channels = x.shape[-3]

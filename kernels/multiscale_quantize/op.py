@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -60,8 +60,7 @@ def multiscale_quantize(
     Raises:
         ValueError: shapes, dtypes, devices, scales or keep do not fit, or the metric is unknown.
     """
-    _check(f, codebook, weight, bias, phi_index, scales, metric, keep)
-    flat = [size for scale in scales for size in scale]
+    flat = [size for h, w in scales for size in (h, w)]
     totals, ids = _quantize(f.detach(), codebook, weight, bias, list(phi_index), flat, metric, ratio, keep)
     return ids, totals
 
@@ -134,6 +133,8 @@ def _quantize(
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     grids = _pairs(scales)
+    _check(f, codebook, weight, bias, phi_index, grids, metric, keep)
+    _native.check_memory("multiscale_quantize", f, codebook, weight, bias, keep)
     if keep is not None and keep.device.type == "cpu" and ((keep < 0) | (keep > len(grids))).any():
         raise ValueError(f"multiscale_quantize: want keep in 0..{len(grids)}, got {keep.tolist()}")
     arguments: Any = (f, codebook, weight, bias, phi_index, grids, metric, ratio, keep)
@@ -166,7 +167,7 @@ def _on_cpu(
     packed = PackedCodebook(codebook, metric, "native")
     taps, bias = reference.fold(weight, ratio), (bias * ratio).contiguous()
     keep = None if keep is None else keep.to(torch.int64).contiguous()
-    totals, ids = _fake(f, codebook, weight, bias, phi_index, flat, metric, ratio, keep)
+    totals, ids = _outputs(f, scales)
     status = _native.functions().mars_multiscale_quantize(
         f.data_ptr(),
         *f.shape,
@@ -200,6 +201,12 @@ def _fake(
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     grids = _pairs(scales)
+    _check(f, codebook, weight, bias, phi_index, grids, metric, keep)
+    return _outputs(f, grids)
+
+
+def _outputs(f: Tensor, grids: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Uninitialised running sums and tokens."""
     ids = f.new_empty((len(f), sum(h * w for h, w in grids)), dtype=torch.int64)
     return f.new_empty((len(grids), *f.shape)), ids
 
@@ -257,15 +264,22 @@ def _shifted(like: Tensor, scales: Sequence[int]) -> Tensor:
 
     An operator, so that a compiled gradient finds them on the device, too, instead of copying them there.
     """
+    _check_sizes(scales)
     return _shifted_on(tuple(scales), like.dtype, like.device).clone()
 
 
 @_shifted.register_fake
 def _(like: Tensor, scales: Sequence[int]) -> Tensor:
+    _check_sizes(scales)
     return like.new_empty(sum(3 * size * out for s in _pairs(scales) for size, out in zip(s, scales[-2:], strict=True)))
 
 
-@cache
+def _check_sizes(scales: Sequence[int]) -> None:
+    if len(scales) < 2 or min(scales) < 1:
+        raise ValueError(f"shifted_bicubic_matrices: want scales of 1 or more cells each way, got {list(scales)}")
+
+
+@lru_cache(maxsize=64)
 def _shifted_on(scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     entries: list[float] = []
     for scale in _pairs(scales):
@@ -277,4 +291,6 @@ def _shifted_on(scales: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 
 def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
+    if len(flat) % 2:
+        raise ValueError(f"multiscale_quantize: want scales in pairs (h, w), got {len(flat)} numbers")
     return list(zip(flat[::2], flat[1::2], strict=True))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import lru_cache
 
 
-@cache
+@lru_cache(maxsize=256)
 def bicubic_matrix(size: int, out: int) -> tuple[tuple[float, ...], ...]:
     """(out, size): Keys' cubic convolution (1981, eq. 15) with A = -0.75 at half-pixel centres, the border repeated.
 

@@ -44,18 +44,19 @@ def nearest_code(x: Tensor, codebook: Tensor | PackedCodebook, metric: Metric = 
     """
     if isinstance(codebook, PackedCodebook):
         return codebook.search(x)
-    _check(x, codebook.shape, codebook.device)
-    _check_codebook(codebook, metric)
-    return _nearest_code(_plain(x), _plain(codebook), metric)
+    return _nearest_code(x.detach(), codebook.detach(), metric)
 
 
 @torch.library.custom_op("mars::nearest_code", mutates_args=())
 def _nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    return PackedCodebook(codebook, metric, backend(x.device.type)).search(x)
+    _check(x, codebook.shape, codebook.device)
+    return pack_codebook(codebook, metric).search(x)  # type: ignore[arg-type]  # checked there
 
 
 @_nearest_code.register_fake
 def _fake(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    _check(x, codebook.shape, codebook.device)
+    _check_codebook(codebook, metric)
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
@@ -66,6 +67,7 @@ def pack_codebook(codebook: Tensor, metric: Metric = "l2") -> PackedCodebook:
         ValueError: as `nearest_code`.
     """
     _check_codebook(codebook, metric)
+    _native.check_memory("nearest_code", codebook)
     return PackedCodebook(_plain(codebook), metric, backend(codebook.device.type))
 
 
@@ -99,6 +101,7 @@ class PackedCodebook:
         _check(x, self.shape, self.device)
         if torch.compiler.is_compiling():
             raise RuntimeError("nearest_code: a packed codebook cannot be compiled; give the codebook (V, D) itself")
+        _native.check_memory("nearest_code", x)
         x = _plain(x)
         if self.backend == "reference":
             return reference.nearest_code(x, self._packed, self.metric)

@@ -7,8 +7,9 @@ the scores, and returns (B, H, L, D).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
+from math import isfinite
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mars.kernels.scale_causal_attention import reference
 
+Group = tuple[int, int, tuple[int, ...]]  # first token, end, and the lengths of its scales
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int], float], Tensor]
 
 GROUP = 160  # tokens: scales are joined up to here, since many small calls cost more than a mask
@@ -81,15 +83,31 @@ def flex(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) 
     return out
 
 
-def groups(lengths: Sequence[int]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """(start, end, lengths of its scales) of consecutive groups of at least `GROUP` tokens, but for the last."""
-    found: list[tuple[int, ...]] = [()]
+def groups(lengths: Sequence[int], least: int | None = None) -> list[Group]:
+    """(start, end, lengths of its scales) of consecutive groups of `least` tokens (`GROUP`) or more, but for the last.
+
+    With 1 each scale is a group of its own.
+    """
+    least, found = GROUP if least is None else least, list[tuple[int, ...]]([()])
     for n in lengths:
-        if sum(found[-1]) >= GROUP:
+        if sum(found[-1]) >= least:
             found.append(())
         found[-1] += (n,)
     ends = (0, *accumulate(map(sum, found)))
     return [(start, end, group) for (start, end), group in zip(pairwise(ends), found, strict=True)]
+
+
+def finite(*tensors: Tensor) -> bool:
+    """Whether the sums of the tensors are. On a CPU only: elsewhere the answer would make the host wait."""
+    return all(isfinite(float(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))) for x in tensors)
+
+
+def hiding(lengths: Sequence[int], least: int | None = None) -> int:
+    """The rows, from the first on, whose group has keys that are hidden from them by a mask; 0: there is no mask.
+
+    A weight of 0 hides what is finite only: 0 times NaN is NaN, and so is NaN less infinity, PyTorch's own masking.
+    """
+    return max((end - group[-1] for _, end, group in groups(lengths, least) if len(group) > 1), default=0)
 
 
 @cache
@@ -99,7 +117,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _block_mask(lengths: tuple[int, ...], device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -8,6 +8,9 @@ are in float32, since scores rounded to bfloat16 would be off by 0.25 at the sha
 P is kept from the forward where it is small, and otherwise computed again. The normalisation of q and k is part of both
 passes, done on what lies in the cache: for x^ = x / |x| and the gradient u of x^, dx = (u - x^ (x^ . u)) / |x|.
 
+What is not finite in a finer scale would pass the masks inside a group of scales. It is looked for in the results, and
+if it is there they are computed again without masks, each scale by itself.
+
 Letters: B batch, H heads, L tokens, D values per head.
 """
 
@@ -41,8 +44,22 @@ def forward(
     if len(weights) == 0:
         if head_scale is not None:
             q, k = reference.normalize(q, k, head_scale)
-        return out.copy_(backends.grouped(q, k, v, lengths, scale)), weights
-    slabs, done = Slabs(q, lengths), 0
+        out.copy_(backends.grouped(q, k, v, lengths, scale))
+    else:
+        _forward(q, k, v, head_scale, lengths, scale, out, weights)
+    if (rows := backends.hiding(lengths)) and not backends.finite(out[:, :, :rows]):
+        if head_scale is not None and len(weights):
+            q, k = reference.normalize(q, k, head_scale)
+        out.copy_(backends.per_scale(q, k, v, lengths, scale))
+    return out, weights
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float,
+    out: Tensor, weights: Tensor,
+) -> None:  # fmt: skip
+    """Fill `out` and `weights`."""
+    slabs, done = Slabs(q, backends.groups(lengths)), 0
     with torch.autocast("cpu", enabled=False):
         for part in slabs:
             qh, kh, vh = slabs.of(part, q, k, v)
@@ -54,7 +71,6 @@ def forward(
                 outh[:, start:end] = torch.bmm(P, vh[:, :end])
                 done += S.numel()
             out[part] = outh.view(out[part].shape)
-    return out, weights
 
 
 def backward(
@@ -68,11 +84,21 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it); weights: of `forward`."""
+    found = _backward(do, q, k, v, head_scale, weights, backends.groups(lengths), scale)
+    if backends.hiding(lengths) and not backends.finite(*found[:3]):
+        return _backward(do, q, k, v, head_scale, weights[:0], backends.groups(lengths, least=1), scale)
+    return found
+
+
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, weights: Tensor,
+    groups: list[backends.Group], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     dgain = q.new_zeros(0 if head_scale is None else q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
     if q.numel() == 0:
         return dq, dk, dv, dgain
-    slabs, done = Slabs(q, lengths), 0
+    slabs, done = Slabs(q, groups), 0
     products = q.new_empty(slabs.size)
     with torch.autocast("cpu", enabled=False):
         for part in slabs:
@@ -128,8 +154,8 @@ _Step = tuple[int, int, Tensor]  # a group's queries start:end, which see the ke
 class Slabs:
     """A tensor (B, H, ...) cut into parts of a few heads, whose scores stay in the cache."""
 
-    def __init__(self, q: Tensor, lengths: Sequence[int]) -> None:
-        self.groups = backends.groups(lengths)[::-1]
+    def __init__(self, q: Tensor, groups: list[backends.Group]) -> None:
+        self.groups = groups[::-1]
         most = max((end - start) * end for start, end, _ in self.groups)
         heads = max(1, _SCORES.get(q.element_size(), 1 << 18) // most)
         self.shape = q.shape[:2]

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -41,7 +42,6 @@ _choice = os.environ.get("MARS_ATTENTION", "auto")
 if _choice not in _CHOICES:
     raise ValueError(f"MARS_ATTENTION: want one of {', '.join(_CHOICES)}, got {_choice!r}")
 
-_HEAD_SIZES = (16, 32, 64, 128)  # of the Triton kernels
 _PACKAGES = {"flash": ("flash_attn", "flash-attn"), "xformers": ("xformers", "xformers")}
 
 
@@ -56,6 +56,9 @@ def scale_causal_attention(
     backend: str | None = None,
 ) -> Tensor:
     """Each token attends to all tokens of its own and of coarser scales.
+
+    On a CPU the rows of a scale stay what they are when keys or values of a finer one are not finite; in a compiled
+    graph they do with "hybrid" and "per_scale". Elsewhere asking would make the host wait, and NaN can pass the masks.
 
     Args:
         q, k, v: (B, H, L, D), any strides, all of one float dtype; autocast casts them as for a matrix product.
@@ -87,11 +90,10 @@ def scale_causal_attention(
     if name == "hybrid":
         keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         return registered.hybrid_attention(q, k, v, head_scale, lengths, scale, keep)[0]
-    if name == "reference":
-        return reference.scale_causal_attention(q, k, v, lengths, scale, head_scale=head_scale)
     if head_scale is not None:
         q, k = reference.normalize(q, k, head_scale)
-    return _FUNCTIONS[name](q, k, v, lengths, scale)
+    out = (reference.scale_causal_attention if name == "reference" else _FUNCTIONS[name])(q, k, v, lengths, scale)
+    return backends.per_scale(q, k, v, lengths, scale) if _hidden_shows(name, out, lengths) else out
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
@@ -192,11 +194,6 @@ def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: 
     if name != "auto":
         if not torch.compiler.is_compiling() and (why := _missing(name, device, q.dtype)) is not None:
             raise RuntimeError(f"scale_causal_attention: {name} cannot run: {why}")
-        if name == "triton" and not _fits_triton(q):
-            raise ValueError(
-                f"scale_causal_attention: the Triton kernels want heads of {', '.join(map(str, _HEAD_SIZES))} values "
-                f"in float32, float16 or bfloat16; got {q.shape[3]} in {q.dtype}"
-            )
         return name
     kernels = _kernels(device)
     if kernels == "reference":
@@ -209,8 +206,16 @@ def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: 
     return "hybrid" if normalised or len(backends.groups(lengths)) > 1 else "grouped"
 
 
+def _hidden_shows(name: str, out: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether what is not finite in a finer scale may have passed a mask; not asked where the host would wait."""
+    if name not in _MASKS or torch.compiler.is_compiling() or type(out) is not Tensor or out.device.type != "cpu":
+        return False
+    rows = backends.hiding(lengths, _MASKS[name])
+    return rows > 0 and not backends.finite(out.detach()[:, :, :rows])
+
+
 def _fits_triton(q: Tensor) -> bool:
-    return q.shape[3] in _HEAD_SIZES and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return q.shape[3] in registered.HEAD_SIZES and q.dtype in registered.DTYPES
 
 
 def _kernels(device: str) -> str:
@@ -240,7 +245,7 @@ def _missing(name: str, device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@cache
+@lru_cache(maxsize=64)
 def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Call a backend forward and backward beside the reference; why it does not work, or None where it does."""
     generator = torch.Generator().manual_seed(0)
@@ -268,6 +273,7 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
     return None if worst <= allowed else f"it is off by {worst:.1e} from the reference, where {allowed:.1e} is rounding"
 
 
+_MASKS = {"grouped": None, "dense": sys.maxsize, "math": sys.maxsize, "reference": sys.maxsize}  # tokens of a group
 _FUNCTIONS: dict[str, backends.Attend] = {
     "grouped": backends.grouped,
     "per_scale": backends.per_scale,

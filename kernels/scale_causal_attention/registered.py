@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mars.kernels import _native
 from mars.kernels.scale_causal_attention import hybrid
+
+HEAD_SIZES = (16, 32, 64, 128)  # of the Triton kernels
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def empty_like_heads(x: Tensor) -> Tensor:
@@ -21,11 +25,53 @@ def empty_like_heads(x: Tensor) -> Tensor:
     return x.new_empty(B, L, H, D).transpose(1, 2)
 
 
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
+) -> None:
+    if q.ndim != 4 or not q.shape == k.shape == v.shape or min(lengths, default=0) < 1 or sum(lengths) != q.shape[2]:
+        raise ValueError(
+            f"{op}: want q, k, v (B, H, {sum(lengths)}, D) for scales of {list(lengths)} tokens, each 1 or more; "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"{op}: want q, k, v of one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device == (q if head_scale is None else head_scale).device:
+        raise ValueError(f"{op}: want all tensors on q's device, {q.device}")
+    if head_scale is not None and (head_scale.shape != q.shape[1:2] or not head_scale.is_floating_point()):
+        raise ValueError(
+            f"{op}: want head_scale ({q.shape[1]},) of a float dtype, got {tuple(head_scale.shape)} {head_scale.dtype}"
+        )
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"{op}: want a finite scale of 0 or more, got {scale}")
+
+
+def _check_fused(
+    op: str, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
+) -> None:
+    _check(op, q, k, v, head_scale, lengths, scale)
+    if q.shape[3] not in HEAD_SIZES or q.dtype not in DTYPES:
+        raise ValueError(
+            f"{op}: the Triton kernels want heads of {', '.join(map(str, HEAD_SIZES))} values in float32, float16 or "
+            f"bfloat16; got {q.shape[3]} in {q.dtype}"
+        )
+
+
+def _check_saved(op: str, q: Tensor, dtype: torch.dtype, saved: Sequence[Tensor], shape: Sequence[int]) -> None:
+    """Of what a backward is given beside the inputs of its forward."""
+    for x in saved:
+        if x.shape != tuple(shape) or x.dtype != dtype or x.device != q.device:
+            raise ValueError(
+                f"{op}: want {tuple(shape)} of {dtype} on {q.device}, got {tuple(x.shape)} of {x.dtype} on {x.device}"
+            )
+
+
 @torch.library.custom_op("mars::scale_causal_attention", mutates_args=())
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention, log-sum-exp of the scores over log 2, and, with head_scale, 1 / |q| and 1 / |k| (else empty)."""
+    _check_fused("scale_causal_attention", q, k, v, head_scale, lengths, scale)
+    _native.check_memory("scale_causal_attention", q, k, v, head_scale)
     from mars.kernels.scale_causal_attention import triton
 
     return triton.forward(q, k, v, head_scale, lengths, scale)
@@ -46,6 +92,15 @@ def fused_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, with head_scale, of that (else empty)."""
+    name, rows = "scale_causal_attention_backward", q.shape[:3]
+    _check_fused(name, q, k, v, head_scale, lengths, scale)
+    _check_saved(name, q, q.dtype, (do, out), q.shape)
+    _check_saved(name, q, torch.float32, (lse,), rows)
+    _check_saved(name, q, torch.float32, (q_inverse, k_inverse), (0,) if head_scale is None else rows)
+    _native.check_memory(name, do, q, k, v, head_scale, out, lse, q_inverse, k_inverse)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as `triton.forward` lays them out
+    lse, q_inverse, k_inverse = lse.contiguous(), q_inverse.contiguous(), k_inverse.contiguous()
+
     from mars.kernels.scale_causal_attention import triton
 
     return triton.backward(do, q, k, v, head_scale, out, lse, q_inverse, k_inverse, lengths, scale)
@@ -55,6 +110,7 @@ def fused_attention_backward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_fused("scale_causal_attention", q, k, v, head_scale, lengths, scale)
     rows = q.shape[:3]
     lse, *inverses = (q.new_empty(n, dtype=torch.float32) for n in (rows, *[0 if head_scale is None else rows] * 2))
     return empty_like_heads(q), lse, inverses[0], inverses[1]
@@ -89,6 +145,8 @@ def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention and, with keep and while they are small, its weights (else empty)."""
+    _check("hybrid_attention", q, k, v, head_scale, lengths, scale)
+    _native.check_memory("hybrid_attention", q, k, v, head_scale)
     return hybrid.forward(q, k, v, head_scale, lengths, scale, keep)
 
 
@@ -104,6 +162,11 @@ def hybrid_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, with head_scale, of that (else empty)."""
+    name = "hybrid_attention_backward"
+    _check(name, q, k, v, head_scale, lengths, scale)
+    _check_saved(name, q, q.dtype, (do,), q.shape)
+    _check_saved(name, q, q.dtype, (weights,), (hybrid.kept(q, lengths) if weights.numel() else 0,))
+    _native.check_memory(name, do, q, k, v, head_scale, weights)
     return hybrid.backward(do, q, k, v, head_scale, weights, lengths, scale)
 
 
@@ -111,6 +174,7 @@ def hybrid_attention_backward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
+    _check("hybrid_attention", q, k, v, head_scale, lengths, scale)
     return empty_like_heads(q), q.new_empty(hybrid.kept(q, lengths) if keep else 0)
 
 

@@ -24,9 +24,7 @@ from torch import Tensor
 
 from mars.kernels._triton import Compilation
 from mars.kernels.scale_causal_attention.reference import kv_end as kv_end_of
-from mars.kernels.scale_causal_attention.registered import empty_like_heads
-
-HEAD_SIZES = (16, 32, 64, 128)
+from mars.kernels.scale_causal_attention.registered import HEAD_SIZES, empty_like_heads
 
 _EPS: tl.constexpr = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
 _LOW: tl.constexpr = tl.constexpr(-1e20)  # below any score; finite, since a factor of 0 would make NaN of -inf

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def log_mel(waveform: Tensor) -> Tensor:
     return spectrograms
 
 
-@cache
+@lru_cache(maxsize=16)
 def filterbank(
     sample_rate: int = SAMPLE_RATE, n_fft: int = N_FFT, bands: int = BANDS, low: float = LOW, high: float = HIGH
 ) -> Tensor:
