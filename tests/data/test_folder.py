@@ -145,7 +145,7 @@ def test_bad_files_are_listed(notes, tmp_path):
     }  # fmt: skip
     assert bad.keys() == says.keys()
     assert all(says[name] in bad[name] for name in says)
-    with pytest.raises(TooManyBadError, match=r"\(.*2 cut short.*\).*--allow-bad"):
+    with pytest.raises(TooManyBadError, match=r"\(.*2 too short.*\).*--allow-bad"):
         pack_folder(notes, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
