@@ -1,4 +1,4 @@
-"""Faults, one in sixteen of those of `make reliability`: no checkpoint is lost, wrong or left half-written."""
+"""Faults, one in sixteen of those of `make reliability`: nothing is lost, wrong or left half-written."""
 
 from __future__ import annotations
 
@@ -41,4 +41,11 @@ def rows(tmp_path_factory):
 def test_nothing_is_lost(fault, trainer, rows):
     (row,) = [r for r in rows if r["fault"].startswith(fault) and trainer in r["fault"].split(", ")]
     assert row["trials"] >= LEAST[fault]
+    assert row["failures"] == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "nsynth"])
+def test_a_killed_packing_starts_again(kind, rows):
+    (row,) = [r for r in rows if r["fault"].startswith(f"SIGKILL at a random moment of mars-data {kind}")]
+    assert row["trials"] >= 6
     assert row["failures"] == []
