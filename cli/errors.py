@@ -67,9 +67,9 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def whole_imports() -> Iterator[None]:
-    """Let a Ctrl-C wait until the import that it meets is done; a second one ends the process at once.
+    """Let a Ctrl-C wait for the end of an import, or of a callback of soundfile; a second one does not wait.
 
-    In the middle of one, libraries in C take it for another error, or print it and go on.
+    In the middle of these, code in C takes it for another error, or prints it and goes on.
     """
     main = threading.current_thread() is threading.main_thread()
     if sys.platform == "win32" or not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -82,7 +82,7 @@ def whole_imports() -> Iterator[None]:
         os.kill(os.getpid(), signal.SIGINT)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        while frame is not None and not _called_from_c(frame):
             frame = frame.f_back
         if frame is None:
             raise KeyboardInterrupt
@@ -100,6 +100,13 @@ def whole_imports() -> Iterator[None]:
         for timer in waiting:
             timer.cancel()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _called_from_c(frame: FrameType) -> bool:
+    code = frame.f_code
+    return code.co_filename.startswith("<frozen importlib") or (
+        code.co_name.startswith("vio_") and os.path.basename(code.co_filename) == "soundfile.py"
+    )
 
 
 class _Told:

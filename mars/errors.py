@@ -49,7 +49,7 @@ class Diverged(MarsError, RuntimeError):
 
 
 class LostProcess(MarsError, RuntimeError):
-    """Another of the processes that train together is gone."""
+    """Another of the processes that work together is gone."""
 
 
 class DiskError(MarsError, OSError):

@@ -138,8 +138,6 @@ def _lock(folder: Path) -> tuple[int, OSError | None]:
             if not _is_at(path, descriptor):  # removed by its owner between the two
                 os.close(descriptor)
                 continue
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 return descriptor, error
@@ -149,6 +147,9 @@ def _lock(folder: Path) -> tuple[int, OSError | None]:
             raise ConfigError(
                 f"{folder} is in use by {_holder(path)}; wait for it to end or name another folder"
             ) from None
+        with contextlib.suppress(OSError):  # on a full disk it is as good a lock without a name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return descriptor, None
 
 

@@ -21,6 +21,7 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +32,11 @@ from typing import Any
 
 import click
 import numpy as np
+import soundfile
 import torch
 
 from mars import checkpoint, lock, model
+from mars.cli import data
 from mars.cli.generate import main as mars_generate
 from mars.errors import CheckpointError, DiskError, MarsError
 from mars.files import sha256
@@ -514,7 +517,7 @@ def rivals(lab: Laboratory, trainer: str) -> Row:
     return row
 
 
-def generation(lab: Laboratory) -> Row:
+def generation(lab: Laboratory) -> list[Row]:
     """SIGKILL of mars-generate at random moments; the same command goes on until it is done, then with a new folder."""
     row, rng = Row("SIGKILL at a random moment, mars-generate, then the same command"), lab.random(6)
 
@@ -547,7 +550,59 @@ def generation(lab: Laboratory) -> Row:
             shutil.rmtree(out)
             continue
         row.count(*problems)
-    return row
+    return [row]
+
+
+def sounds(folder: Path) -> tuple[Path, Path]:
+    """Two dozen notes as a folder and as an archive of NSynth."""
+    names = [f"{family}_acoustic_{i:03d}-060-100" for family in ("brass", "flute") for i in range(12)]
+    (folder / "audio").mkdir(parents=True)
+    for i, name in enumerate(names):
+        tone = 0.5 * np.sin(np.arange(64_000) / (9 + i))
+        soundfile.write(folder / "audio" / f"{name}.wav", tone, 16_000, subtype="PCM_16")
+    archive = folder.with_name("nsynth.tar.gz")
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(folder, "nsynth-train")
+    return folder, archive
+
+
+def packed(out: Path) -> Sums:
+    """Of every file of a dataset."""
+    return {p.name: sha256(p) for p in out.iterdir()}
+
+
+def kills_of_packing(lab: Laboratory) -> list[Row]:
+    """SIGKILL at random moments of `mars-data`, which starts again, with process ids that repeat as in a container."""
+    rows = []
+    for number, (kind, source) in enumerate(zip(("folder", "nsynth"), sounds(lab.new("sounds")), strict=True)):
+        row, rng = Row(f"SIGKILL at a random moment, mars-data {kind}, started again"), lab.random(7, number)
+
+        def pack(out: Path, kind: str = kind, source: Path = source) -> None:
+            os.getpid = lambda: 1
+            data.main([kind, str(source), "--out", str(out)], prog_name="mars-data")
+
+        whole = lab.new("packed") / "out"
+        began = time.monotonic()
+        status = wait(fork(partial(pack, whole), lab.output))
+        assert status == 0, lab.said()
+        seconds, right = time.monotonic() - began, packed(whole)
+        while row.trials < lab.trials(100):
+            out = lab.new("packing") / "out"
+            child = fork(partial(pack, out), lab.output)
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+            problems = [] if wait(child) in (0, -signal.SIGKILL) else [f"killed: {lab.said()}"]
+            done = out.exists()
+            status = wait(fork(partial(pack, out), lab.output))  # refused if it was done
+            if status != (2 if done else 0) or (done and "exists" not in lab.said()):
+                problems.append(f"started again: exit code {status}: {lab.said()}")
+            if not out.exists() or packed(out) != right:
+                problems.append("other bytes than undisturbed")
+            if left := [p.name for p in out.parent.iterdir() if p != out]:
+                problems.append(f"left over: {', '.join(left)}")
+            row.count(*problems)
+        rows.append(row)
+    return rows
 
 
 CAMPAIGNS: dict[str, Callable[[Laboratory, str], Row | list[Row]]] = {
@@ -559,7 +614,7 @@ CAMPAIGNS: dict[str, Callable[[Laboratory, str], Row | list[Row]]] = {
     "infinities": infinities,
     "rivals": rivals,
 }
-COMMANDS: dict[str, Callable[[Laboratory], Row]] = {"generation": generation}
+COMMANDS: dict[str, Callable[[Laboratory], list[Row]]] = {"generation": generation, "packing": kills_of_packing}
 
 
 @click.command()
@@ -579,7 +634,8 @@ def main(share: float, seed: int, only: tuple[str, ...], report: Path | None) ->
             for trainer in TRAINERS if not only or name in only else ():
                 found = campaign(lab, trainer)
                 rows += found if isinstance(found, list) else [found]
-        rows += [strike(lab) for name, strike in COMMANDS.items() if not only or name in only]
+        for name, strike in COMMANDS.items():
+            rows += strike(lab) if not only or name in only else []
     print("| fault | trials | failures |\n|---|---|---|")
     for row in rows:
         print(f"| {row.fault} | {row.trials:,} | {len(row.failures)} |")

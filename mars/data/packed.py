@@ -49,6 +49,8 @@ ALLOW_BAD = 0.01  # of the files; more points at a wrong folder or a broken down
 _FILES = ("audio.i16", "metadata.npy", "names.txt", "instruments.txt", "dataset.json", "bad_files.jsonl")
 _LARGEST_JSON = 1 << 24  # bytes
 _BLOCK = 1 << 24  # bytes that are hashed at a time
+_NPY = b"\x93NUMPY\x01\x00"  # how a .npy file begins, version 1.0; the length of its header follows
+_SHAPE = re.compile(rb"\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+), 6\), \} *\n")
 _LIMITS = (None, len(FAMILIES), len(SOURCES), 128, 128, len(SPLITS))  # of COLUMNS; exclusive
 
 
@@ -184,17 +186,19 @@ class Dataset:
         try:
             count, samples, rate = (int(info[key]) for key in ("count", "samples", "sample_rate"))
             origin, packing = dict(info["origin"]), Packing.of(info)
-            metadata = np.load(path / "metadata.npy", allow_pickle=False)
+            bytes_wanted = count * samples * 2
+            if min(count, samples, rate) < 1 or (path / "audio.i16").stat().st_size != bytes_wanted:
+                raise DataError(f"{path}/audio.i16: want {count} x {samples} int16, got another size; {again}")
+            metadata = _read_metadata(path / "metadata.npy", count)
             names, instruments = (
                 (path / f"{file}.txt").read_text("utf-8").splitlines() for file in ("names", "instruments")
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError) as error:
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
-        bytes_wanted = count * samples * 2
-        if min(count, samples, rate) < 1 or (path / "audio.i16").stat().st_size != bytes_wanted:
-            raise DataError(f"{path}/audio.i16: want {count} x {samples} int16, got another size; {again}")
-        if metadata.dtype != np.int32 or metadata.shape != (count, len(COLUMNS)) or len(names) != count:
-            raise DataError(f"{path}: names.txt and metadata.npy do not describe {count} notes; {again}")
+        if len(names) != count:
+            raise DataError(f"{path}/names.txt: want {count} names, got {len(names)}; {again}")
         for column, limit, values in zip(COLUMNS, _LIMITS, metadata.T, strict=True):
             least = 0 if column in ("instrument", "split") else -1
             if values.min() < least or values.max() >= (limit or len(instruments)):
@@ -299,15 +303,12 @@ class Writer:
         # os.path: a dangling link is in the way as well
         if os.path.lexists(out):
             raise DataError(f"{self.out} exists; name a new folder or remove it first")
-        parent.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            parent.mkdir(parents=True, exist_ok=True)
         need = self.expected * (self.samples * 2 + 256) + (1 << 20)
         if (free := shutil.disk_usage(parent).free) < need:
-            raise DiskError(
-                errno.ENOSPC,
-                f"{need:,} bytes wanted for {self.expected:,} notes, {free:,} free; make room",
-                str(parent),
-            )
-        with contextlib.ExitStack() as stack:
+            raise DiskError(f"{parent}: {need:,} bytes wanted for {self.expected:,} notes, {free:,} free; make room")
+        with self._writing(), contextlib.ExitStack() as stack:
             self._temp = stack.enter_context(lock.scratch(out))
             self._audio = (self._temp / "audio.i16").open("w+b", buffering=1 << 20)
             self._stack = stack.pop_all()
@@ -319,6 +320,18 @@ class Writer:
         with contextlib.suppress(OSError):  # a full disk also fails the last flush
             self._audio.close()
         self._stack.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise DataError(f"{self.out}: the name is too long; choose a shorter one") from None
+            raise DiskError(
+                f"{self.out} cannot be written after {self._written:,} notes ({error.strerror or error}); "
+                "make room or name another place"
+            ) from error
 
     def add(self, name: str, audio: Audio, labels: Labels, split: int = -1, *, changes: Collection[str] = ()) -> bool:
         """One note, (samples,) float, with what was done to it; split -1 lets `commit` decide. False if it was bad.
@@ -337,7 +350,8 @@ class Writer:
         if (peak := np.abs(audio).max()) > 1:
             audio, changes = audio / peak, {*changes, "scaled"}
         self._changes[name] = frozenset(changes)
-        self._audio.write(np.clip(np.rint(audio * 32768.0), -32768, 32767).astype("<i2").tobytes())
+        with self._writing():
+            self._audio.write(np.clip(np.rint(audio * 32768.0), -32768, 32767).astype("<i2").tobytes())
         self._rows[name] = (self._written, labels, split)
         self._written += 1
         self._tell()
@@ -372,7 +386,8 @@ class Writer:
         seen = len(self._rows) + len(self._bad)
         if len(self._bad) > allow_bad * seen:
             listing = self.out.with_name(self.out.name + ".bad_files.jsonl")
-            listing.write_text(bad, "utf-8")
+            with self._writing():
+                listing.write_text(bad, "utf-8")
             first = next(iter(self._bad.items()))
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in _kinds(self._bad.values()).most_common())
             raise TooManyBadError(
@@ -382,7 +397,6 @@ class Writer:
         if not self._rows:
             raise DataError(f"there is no note for {self.out}; check the path of the source")
         rows = list(self._rows.values())
-        self._compact([place for place, _, _ in rows])
         instruments = sorted({labels.instrument for _, labels, _ in rows})
         index = {name: i for i, name in enumerate(instruments)}
         free = [(name, labels.instrument) for name, (_, labels, split) in self._rows.items() if split < 0]
@@ -405,16 +419,18 @@ class Writer:
         }  # fmt: skip
         buffer = io.BytesIO()
         np.save(buffer, metadata, allow_pickle=False)
-        self._put("metadata.npy", buffer.getvalue())
-        self._put("names.txt", _lines(self._rows))
-        self._put("instruments.txt", _lines(instruments))
-        self._put("dataset.json", json.dumps(info, indent=1).encode())
-        self._put("bad_files.jsonl", bad.encode())
-        manifest = {name: _digest(self._temp / name) for name in _FILES}
-        self._put("manifest.json", json.dumps({"files": manifest}, indent=1).encode())
-        sync(self._temp)
-        self._temp.rename(self.out)
-        sync(self.out.absolute().parent)
+        with self._writing():
+            self._compact([place for place, _, _ in rows])
+            self._put("metadata.npy", buffer.getvalue())
+            self._put("names.txt", _lines(self._rows))
+            self._put("instruments.txt", _lines(instruments))
+            self._put("dataset.json", json.dumps(info, indent=1).encode())
+            self._put("bad_files.jsonl", bad.encode())
+            manifest = {name: _digest(self._temp / name) for name in _FILES}
+            self._put("manifest.json", json.dumps({"files": manifest}, indent=1).encode())
+            sync(self._temp)
+            self._temp.rename(self.out)
+            sync(self.out.absolute().parent)
         return Dataset.open(self.out)
 
     def _compact(self, places: list[int]) -> None:
@@ -444,6 +460,19 @@ def _lines(names: Iterable[str]) -> bytes:
 
 def _digest(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _read_metadata(path: Path, count: int) -> npt.NDArray[np.int32]:
+    """(count, 6) int32. NumPy's own reader makes room for whatever the file claims, and compiles its header."""
+    with path.open("rb") as file:
+        start = file.read(len(_NPY) + 2)
+        header = file.read(int.from_bytes(start[-2:], "little"))
+        content = file.read(count * len(COLUMNS) * 4)
+    shape = _SHAPE.fullmatch(header)
+    right = start.startswith(_NPY) and shape is not None and shape[1] == b"%d" % count
+    if not right or len(content) < count * len(COLUMNS) * 4:
+        raise DataError(f"{path} is damaged: want {count} x {len(COLUMNS)} int32; pack the dataset again")
+    return np.frombuffer(bytearray(content), np.dtype("<i4")).reshape(count, len(COLUMNS))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

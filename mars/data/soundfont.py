@@ -12,8 +12,11 @@ import itertools
 import multiprocessing
 import signal
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from mars.config import FAMILIES, SOURCES, VELOCITIES
 from mars.data.notes import SILENT, Audio, Labels, fit
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
 from mars.data.splits import HoldOut
-from mars.errors import DataError
+from mars.errors import DataError, LostProcess
 from mars.files import sha256
 
 SAMPLE_RATE = 16_000  # Hz
@@ -345,8 +348,28 @@ def render(file: str | Path, jobs: list[Job], processes: int = 1) -> Iterator[Au
     spawn = multiprocessing.get_context("spawn")  # a fork would copy threads and locks of torch
     with ProcessPoolExecutor(processes, spawn, _start_worker, (str(file),)) as pool:
         ahead = 64 * processes  # not all at once: finished notes wait in memory
-        for start in range(0, len(jobs), ahead):
-            yield from pool.map(_work, jobs[start : start + ahead], chunksize=8)
+        try:
+            for start in range(0, len(jobs), ahead):
+                with _interrupts_held():  # the first call starts the processes
+                    notes = pool.map(_work, jobs[start : start + ahead], chunksize=8)
+                yield from notes
+        except BrokenProcessPool:
+            raise LostProcess(
+                f"a process that renders {file} was ended, perhaps for want of memory; start again with fewer processes"
+            ) from None
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C is held back, and for good from the processes that start meanwhile: it is the parent's business."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def pack_soundfont(
@@ -366,7 +389,7 @@ def pack_soundfont(
 
     `hold_out`: see `mars.data.splits.hold_out`.
 
-    Raises `DataError` for the soundfont or missing libraries, `TooManyBadError`, `DiskError`.
+    Raises `DataError` for the soundfont or missing libraries, `TooManyBadError`, `DiskError`, `LostProcess`.
     """
     library()
     jobs = choose(read_presets(file), notes, seed, pitches)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -197,6 +198,56 @@ def test_labels_out_of_range_and_pickles_are_refused(tmp_path):
     list_again(out, "metadata.npy")
     with pytest.raises(DataError, match="damaged"):
         Dataset.open(out)
+
+
+def npy(header: str) -> bytes:
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "huge": npy("{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000, 6), }"),
+        "negative": npy("{'descr': '<i4', 'fortran_order': False, 'shape': (-20, -6), }"),
+        "wide": npy("{'descr': '<U100000000', 'fortran_order': False, 'shape': (20, 6), }"),
+        "turned": npy("{'descr': '<i4', 'fortran_order': True, 'shape': (20, 6), }") + bytes(480),
+        "swapped": npy("{'descr': '>i4', 'fortran_order': False, 'shape': (20, 6), }") + bytes(480),
+        "cut": npy("{'descr': '<i4', 'fortran_order': False, 'shape': (20, 6), }") + bytes(100),
+        "nested": npy("{'descr': " + "[" * 9000 + ", 'fortran_order': False, 'shape': (20, 6), }"),
+        "deep": npy("-" * 9000 + "1"),
+        "long": npy("{'descr': '<i4', " + " " * 60_000 + "'fortran_order': False, 'shape': (20, 6), }"),
+        "no header": b"\x93NUMPY\x01\x00\xff\xff",
+        "another version": b"\x93NUMPY\x03\x00\x00\x00\x00\x00",
+        "zip": b"PK\x03\x04" + bytes(100),
+        "empty zip": b"PK\x05\x06" + bytes(18),
+        "nothing": b"",
+    }.values(),
+    ids=lambda content: None,
+)
+def test_hostile_tables_are_refused(tmp_path, content):
+    out = tmp_path / "packed"
+    write(out)
+    (out / "metadata.npy").write_bytes(content)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["files"]["metadata.npy"]["size"] = len(content)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"metadata.npy is damaged: want 20 x 6 int32; pack the dataset again"):
+        Dataset.open(out)
+
+
+def test_a_disk_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(DataError, match="the name is too long; choose a shorter one"):
+        write(tmp_path / ("a" * 300))
+    for owner, call in ((Path, "mkdir"), (os, "fsync"), (Path, "rename")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, call, refuse)
+            with pytest.raises(DiskError, match=r"packed cannot be written after \d+ notes \(Read-only file system\)"):
+                write(tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_raw_audio_and_nothing_are_explained(tmp_path):

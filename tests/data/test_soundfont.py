@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import builtins
+import os
+import signal
 import struct
+import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from mars.config import FAMILIES, SOURCES, VELOCITIES
 from mars.data import soundfont
 from mars.data.notes import labels_of
 from mars.data.soundfont import Preset, Renderer, choose, pack_soundfont, read_presets, render
-from mars.errors import DataError
+from mars.errors import DataError, LostProcess
 
 FONTS = sorted(Path("/usr/share/sounds/sf2").glob("*.sf2"))
 
@@ -316,3 +321,20 @@ def test_what_fluidsynth_cannot_read_is_explained(font, tmp_path):
     with pytest.raises(DataError, match="FluidSynth cannot read it"):
         pack_soundfont(file, tmp_path / "out", notes=5)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_process_is_told(monkeypatch):
+    monkeypatch.setattr(soundfont, "Renderer", lambda file: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(soundfont, "_start_worker", str)
+    monkeypatch.setattr(soundfont, "_work", os._exit)
+    with pytest.raises(LostProcess, match=r"a process that renders x\.sf2 was ended.*fewer processes"):
+        list(render("x.sf2", [9, 9, 9], 2))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no masks of signals")
+def test_interrupts_are_held_back_from_processes(monkeypatch):
+    monkeypatch.setattr(soundfont, "Renderer", lambda file: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(soundfont, "_start_worker", str)
+    monkeypatch.setattr(soundfont, "_work", partial(signal.pthread_sigmask, signal.SIG_BLOCK))
+    assert [signal.SIGINT in mask for mask in render("x.sf2", [[]], 2)] == [True]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
