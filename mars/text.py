@@ -1,0 +1,24 @@
+"""Text that others wrote, such as the names of files, made safe for a terminal and for one line of a file."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_JOINERS = "\u200c\u200d"  # in words of Persian and Hindi, and in emoji made of several
+
+
+def printable(text: str) -> str:
+    r"""Text with every character that is not for print as Python escapes it: `\x1b`, `\n`, `\u202e`.
+
+    So no name can move the cursor, colour what follows, start a line or turn it round. Spaces of all kinds and the
+    joiners of letters stay; a byte of a file's name that is no UTF-8 shows as `\xe9`.
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs":
+        return character
+    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte that is no UTF-8
+        return rf"\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
