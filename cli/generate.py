@@ -92,9 +92,9 @@ def main(n: int, model: str | None, out: Path | None, threads: int | None, devic
 
 def _generate(n: int, name: str | None, out: Path, threads: int | None, device: str, settings: dict[str, Any]) -> None:
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from mars import terminal
     from mars.audio import write_wav
     from mars.files import sha256, write_atomically
     from mars.generate import Timing, generate, listing, stem
@@ -113,8 +113,8 @@ def _generate(n: int, name: str | None, out: Path, threads: int | None, device: 
     records: list[dict[str, Any]] = []
     pictures: list[torch.Tensor] = []
     silent = 0
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    console = terminal.console()
+    columns = (BarColumn(), MofNCompleteColumn(), terminal.PlainColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=n, rate="")
         for done, note in enumerate(notes, 1):

@@ -108,6 +108,27 @@ def read_json(path: Path, error: type[MarsError], largest: int = LARGEST) -> Any
     return parse_json(read_bytes(path, error, largest), str(path), error)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number:.20} is too large a number")
+    return value
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+
+
 def parse_json(text: bytes | str, where: str, error: type[MarsError]) -> Any:
     """Strict JSON: no NaN, no infinity, no key twice, at most `DEEPEST` lists and objects inside one another.
 
@@ -115,24 +136,9 @@ def parse_json(text: bytes | str, where: str, error: type[MarsError]) -> Any:
         MarsError: of the kind `error`, naming `where`.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            raise ValueError("a key appears twice")
-        return result
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
-    def finite(number: str) -> float:
-        value = float(number)
-        if math.isinf(value):
-            raise ValueError(f"{number:.20} is too large a number")
-        return value
-
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
-        value = json.loads(decoded, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        value = STRICT.decode(decoded)
     except RecursionError:
         raise _too_deep(where, error) from None
     except ValueError as problem:

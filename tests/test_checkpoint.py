@@ -347,9 +347,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def saved_model(path: Path) -> Path:
     c = preset("smoke", SMALL)
-    model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=HEARD, card="# c").save(
-        path
-    )
+    model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=HEARD, card="# c").save(path)
     return path
 
 

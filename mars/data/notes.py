@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mars import files
 from mars.config import FAMILIES, SOURCES
 from mars.errors import BadFileError, DataError
 
@@ -118,19 +118,5 @@ def read_audio(
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
-    """Strict JSON: no NaN, no key twice, no endless nesting. Raises `DataError` naming `where`."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            raise ValueError("a key appears twice")
-        return result
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
-    try:
-        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(decoded, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON ({error}); fetch or write the file again") from None
+    """Strict JSON, see `mars.files.parse_json`. Raises `DataError` naming `where`."""
+    return files.parse_json(text, where, DataError)

@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mars.config import FAMILIES, SOURCES
-from mars.data.notes import Audio, Labels, fault, parse_json
+from mars.data.notes import Audio, Labels, fault
 from mars.errors import DataError, DiskError, TooManyBadError
-from mars.files import sha256, sync
+from mars.files import read_bytes, read_json, read_text, sha256, sync
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ ALLOW_BAD = 0.01  # of the files; more points at a wrong folder or a broken down
 
 _FILES = ("audio.i16", "metadata.npy", "names.txt", "instruments.txt", "dataset.json", "bad_files.jsonl")
 _LARGEST_JSON = 1 << 24  # bytes
+_LARGEST_NAME = 1 << 14  # bytes; what the paths of a file system may have, at most four bytes a letter
 _LIMITS = (None, len(FAMILIES), len(SOURCES), 128, 128, len(SPLITS))  # of COLUMNS; exclusive
 
 log = logging.getLogger(__name__)
@@ -84,11 +85,14 @@ class Dataset:
         try:
             count, samples, rate = (int(info[key]) for key in ("count", "samples", "sample_rate"))
             origin = dict(info["origin"])
-            metadata = np.load(path / "metadata.npy", allow_pickle=False)
+            metadata = _metadata(path / "metadata.npy", count)
             names, instruments = (
-                (path / f"{file}.txt").read_text("utf-8").splitlines() for file in ("names", "instruments")
+                read_text(path / f"{file}.txt", DataError, _LARGEST_NAME * count).splitlines()
+                for file in ("names", "instruments")
             )
-        except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
         bytes_wanted = count * samples * 2
         if min(count, samples, rate) < 1 or (path / "audio.i16").stat().st_size != bytes_wanted:
@@ -331,10 +335,25 @@ def _digest(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
+def _metadata(path: Path, count: int) -> npt.NDArray[np.int32]:
+    """The table of `count` notes, whose header is held against that before anything is made of it."""
+    content = io.BytesIO(read_bytes(path, DataError, count * len(COLUMNS) * 4 + 4096))
+    try:
+        if np.lib.format.read_magic(content) != (1, 0):
+            raise ValueError("another version of the format")
+        shape, transposed, dtype = np.lib.format.read_array_header_1_0(content)
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
+        raise DataError(f"{path} is no table of numpy ({' '.join(str(error).split()):.200}); pack it again") from None
+    values = content.read()
+    if (shape, transposed, dtype) != ((count, len(COLUMNS)), False, np.dtype("<i4")) or len(values) != count * len(
+        COLUMNS
+    ) * 4:
+        raise DataError(f"{path} does not describe {count:,} notes; pack it again")
+    return np.frombuffer(values, dtype).reshape(shape).copy()  # which may be written to
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
-        raise DataError(f"{path}: want a file of at most {_LARGEST_JSON:,} bytes; pack the dataset again")
-    content = parse_json(path.read_bytes(), str(path))
+    content = read_json(path, DataError, _LARGEST_JSON)
     if not isinstance(content, dict):
         raise DataError(f"{path}: want a JSON object, got {type(content).__name__}; pack the dataset again")
     return content

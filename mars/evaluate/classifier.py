@@ -23,12 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from safetensors.torch import save
 from torch import Tensor
 
 import mars
-from mars import checkpoint, runtime
+from mars import checkpoint, runtime, terminal
 from mars.config import FAMILIES, SOURCES, from_document
 from mars.data import SPLITS, Dataset
 from mars.errors import CheckpointError, ConfigError, DataError, Diverged
@@ -355,7 +355,7 @@ def train(
         OSError: `out` cannot be written.
     """
     began = time.monotonic()
-    device, console = device or torch.device("cpu"), console or Console(stderr=True, soft_wrap=True)
+    device, console = device or torch.device("cpu"), console or terminal.console(soft_wrap=True)
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     if out.exists():
@@ -415,7 +415,7 @@ def _learn(fit: _Fit, max_time: float | None, console: Console) -> tuple[dict[st
     best: dict[str, Any] = {"accuracy": -1.0, "epoch": 0}
     weights: dict[str, Tensor] = {}
     began = last_line = time.monotonic()
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), terminal.PlainColumn("{task.fields[info]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task("", total=fit.steps, info="")
         late = False

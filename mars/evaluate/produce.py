@@ -19,12 +19,11 @@ from torch import Tensor
 
 from mars import audio
 from mars.config import CLASSES, FAMILIES, SOURCES
-from mars.data.notes import parse_json
 from mars.errors import CheckpointError, ConfigError, DataError
 from mars.evaluate.baselines import phases
 from mars.evaluate.notes import SAMPLE_RATE, NoteSet
 from mars.evaluate.notes import stem as stem_of
-from mars.files import sha256, write_atomically
+from mars.files import read_json, sha256, write_atomically
 from mars.generate import Condition, Note, accepted, generate, listing, stem, takes, tile_size
 from mars.model import Model
 from mars.runtime import autocast, free_space
@@ -190,7 +189,7 @@ class _Folder:
     def _check(self) -> None:
         """Raise an error unless the listing that is there is of this call."""
         file = self.path / LISTING
-        there = parse_json(file.read_bytes(), str(file))
+        there = read_json(file, DataError)
         try:
             there["notes"] = [{k: v for k, v in note.items() if k != "sha256"} for note in there["notes"]]
         except (KeyError, TypeError, AttributeError):
