@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mars import files
 from mars.config import FAMILIES, SOURCES
 from mars.errors import BadFileError, DataError
+from mars.optional import needed
 
 Audio = npt.NDArray[np.float32]  # (samples,), 1.0 is full scale
 
@@ -73,7 +74,7 @@ def read_audio(
 
     No more is read than is needed, whatever length the file claims. `exact` wants a mono file of just that
     rate and length. Raises `BadFileError` for a file that will not do or lasts under `shortest` seconds, and
-    `DataError` where soxr is needed and missing.
+    `MissingPackage` where soxr is needed and missing.
     """
     import soundfile
 
@@ -107,12 +108,8 @@ def read_audio(
     if len(audio) < shortest * rate:
         raise BadFileError(f"too short: {len(audio) / rate:.3f} s, want at least {shortest} s")
     if rate != sample_rate:
-        try:
+        with needed(f"a file at {rate} Hz, where {sample_rate} are wanted,", "soxr"):
             import soxr
-        except ImportError:
-            raise DataError(
-                f"a file has {rate} Hz and {sample_rate} are wanted; run: pip install 'mars-audio[data]'"
-            ) from None
         audio = soxr.resample(audio, rate, sample_rate)
     return fit(audio, samples)
 

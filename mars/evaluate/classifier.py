@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -188,9 +189,29 @@ def _placed(network: Network, device: str | torch.device) -> Network:
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
 
 
+def weights_dir() -> Path | None:
+    """The folder that $MARS_WEIGHTS_DIR names, which need not be there yet; None where it is not set.
+
+    Raises:
+        ConfigError: it names something else.
+    """
+    name = os.environ.get(WEIGHTS_DIR)
+    if not name:
+        return None
+    try:
+        usable = stat.S_ISDIR(os.stat(name).st_mode)
+    except FileNotFoundError:
+        usable = True
+    except OSError:  # too long a name, or one below a file
+        usable = False
+    if not usable:
+        raise ConfigError(f"{WEIGHTS_DIR}: want a folder, got {name!r:.200}")
+    return Path(name)
+
+
 def folder() -> Path:
     """Where classifiers are kept: the folder that $MARS_WEIGHTS_DIR names, or else classifiers/."""
-    return Path(os.environ.get(WEIGHTS_DIR, "classifiers"))
+    return weights_dir() or Path("classifiers")
 
 
 def locate(task: Task, preset: str, path: Path | None = None) -> Path:

@@ -331,7 +331,7 @@ def test_reports_that_are_none_are_refused(generated, tmp_path):
     path.write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         report.read(path)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="does not exist"):
         report.read(tmp_path / "absent.json")
 
 

@@ -174,7 +174,7 @@ def test_the_command_shows_reports_side_by_side(tmp_path):
         (["a.json"], "give two reports or more"),
         (["a.json", "a.json"], "give two reports or more"),
         (["a.json", "v.json"], "want reports of one profile"),
-        (["a.json", "none.json"], "cannot be read"),
+        (["a.json", "none.json"], "none.json does not exist"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(files, message, tmp_path):
