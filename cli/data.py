@@ -23,10 +23,11 @@ _QUIET_EVERY = 30.0  # s between lines where there is no terminal
 @contextmanager
 def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a callback (notes done, notes expected): a bar on a terminal, else a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from mars import terminal
+
+    console = terminal.console()
     start = last = time.monotonic()
     if not console.is_terminal:
 
@@ -41,8 +42,8 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield line
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+        terminal.PlainColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        terminal.PlainColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(label, total=None, rate="")

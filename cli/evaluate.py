@@ -162,8 +162,7 @@ def generate(n: int, **options: Any) -> None:
 def compare(reports: tuple[Path, ...]) -> None:
     """Show the figures of reports side by side, and warn of what makes them hard to compare."""
     with user_errors():
-        from rich.console import Console
-
+        from mars import terminal
         from mars.evaluate import report, table
 
         files = dict.fromkeys(reports)
@@ -171,7 +170,7 @@ def compare(reports: tuple[Path, ...]) -> None:
             raise click.UsageError("give two reports or more: the files that --json names")
         names = [file.name for file in files]
         found = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
-        table.print_comparison(found, Console(), Console(stderr=True))
+        table.print_comparison(found, terminal.console(stderr=False), terminal.console())
 
 
 @main.command()
@@ -392,8 +391,7 @@ def _score(
     **context: Any,
 ) -> None:
     """Evaluate, print, write."""
-    from rich.console import Console
-
+    from mars import terminal
     from mars.evaluate import page, report, table
     from mars.evaluate.score import evaluate
 
@@ -412,7 +410,7 @@ def _score(
         report.write(json_file, found.report)
     if html is not None:
         page.write(html, found.report, [page.Pair(title, sounds) for title, sounds in found.shown])
-    table.print_report(found.report, Console())
+    table.print_report(found.report, terminal.console(stderr=False))
     for path in (json_file, html):
         if path is not None:
             click.echo(printable(f"written: {path}"), err=True)
@@ -421,11 +419,12 @@ def _score(
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar for each thing that is done, on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    from mars import terminal
+
+    console = terminal.console()
+    columns = terminal.PlainColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 

@@ -95,9 +95,9 @@ def _generate(
     n: int, name: str | None, out: Path | None, threads: int | None, device: str, settings: dict[str, Any]
 ) -> None:
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from mars import terminal
     from mars.files import new_folder
     from mars.model import DEFAULT, Timing, load
     from mars.notes import NoteFolder, fill, stem
@@ -112,8 +112,8 @@ def _generate(
     made = {**model.record, "model": str(name or DEFAULT), "n": n, **settings}
     out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))
     timing, began = Timing(), time.monotonic()
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    console = terminal.console()
+    columns = (BarColumn(), MofNCompleteColumn(), terminal.PlainColumn("{task.fields[rate]}"), TimeRemainingColumn())
     say = partial(click.echo, err=True)
     with (
         fill(NoteFolder(out, made, files, conditions, model.config.audio, picture=True), say) as folder,

@@ -7,6 +7,7 @@ from typing import get_args
 
 import torch
 
+from mars.errors import ConfigError, KernelError
 from mars.kernels import _backend, _native
 from mars.kernels._backend import Backend
 from mars.kernels.scale_causal_attention.op import availability
@@ -15,10 +16,11 @@ from mars.kernels.scale_causal_attention.op import availability
 def main() -> None:
     write = sys.stdout.write
     devices = ["cpu"] + [d for d in ("cuda", "mps") if getattr(torch, d).is_available()]
+    _backend.choice()
     for device in devices:
         try:
             write(f"{device}: {_backend.backend(device)}\n")
-        except RuntimeError as error:  # MARS_KERNELS asks for one that is missing
+        except KernelError as error:  # MARS_KERNELS asks for one that is missing
             write(f"{device}: {error}\n")
         for backend in get_args(Backend):
             write(f"  {backend:<10} {_backend.missing(backend, device) or 'yes'}\n")
@@ -35,4 +37,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:  # an environment variable has a wrong value
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(error.code)

@@ -16,6 +16,7 @@ from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal, get_args
 
+from mars.errors import ConfigError, KernelError
 from mars.kernels import _native
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ _CHOICES = ("auto", *get_args(Backend))
 _FAST: dict[str, Backend] = {"cpu": "native", "cuda": "triton"}  # what "auto" takes on a device type
 
 _choice = os.environ.get("MARS_KERNELS", "auto")
-if _choice not in _CHOICES:
-    raise ValueError(f"MARS_KERNELS: want one of {', '.join(_CHOICES)}, got {_choice!r}")
 
 
 @contextmanager
@@ -63,7 +62,12 @@ def device_type(x: Tensor) -> str:
 
 
 def choice() -> str:
-    """What MARS_KERNELS or `use` asks for, "auto" included: for an op with implementations of its own."""
+    """What MARS_KERNELS or `use` asks for, "auto" included: for an op with implementations of its own.
+
+    Raises ConfigError where MARS_KERNELS is none of them.
+    """
+    if _choice not in _CHOICES:  # not when it is read: an error of an import could not be told as one line
+        raise ConfigError(f"MARS_KERNELS: want one of {', '.join(_CHOICES)}, got {_choice!r}")
     return _choice
 
 
@@ -103,9 +107,9 @@ def _minor(version: str) -> tuple[int, int]:
 def backend(device: str) -> Backend:
     """The implementation for tensors of a device type ("cpu", "cuda", "mps", ...).
 
-    Raises RuntimeError where MARS_KERNELS asks for one that cannot run here.
+    Raises ConfigError where MARS_KERNELS is unknown, KernelError where it asks for one that cannot run here.
     """
-    if _choice == "auto":
+    if choice() == "auto":
         fast = _FAST.get(device)
         if fast is None:
             return "reference"
@@ -116,7 +120,7 @@ def backend(device: str) -> Backend:
         return "reference"
     chosen: Backend = _choice  # type: ignore[assignment]
     if (why := missing(chosen, device)) is not None:
-        raise RuntimeError(f"MARS_KERNELS={chosen}: {why}")
+        raise KernelError(f"MARS_KERNELS={chosen}: {why}")
     return chosen
 
 

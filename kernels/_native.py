@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch  # its OpenMP runtime must be there first, so that the library shares it
 
+from mars.errors import ConfigError, KernelError
+
 ABI = 2  # MARS_ABI of native/mars_native.h
 LEVELS = ("portable", "avx2", "avx512", "bf16", "vnni", "amx")  # enum Level of native/simd.h
 _NAMES = ("libmars_native.so", "libmars_native.dylib", "mars_native.dll")
@@ -46,14 +48,14 @@ def library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     path = _path()
     if path is None:
-        return "not built: this installation found no C++17 compiler (reinstall mars-audio where there is one)"
+        return "not built: this installation found no C++17 compiler (install mars again where there is one)"
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} does not load: {error}"
     lib.mars_abi.restype = _I32
     if (found := lib.mars_abi()) != ABI:
-        return f"{path} has ABI {found}, want {ABI}: reinstall mars-audio"
+        return f"{path} has ABI {found}, want {ABI}: install mars again"
     for name, (restype, argtypes) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = restype, argtypes
@@ -70,10 +72,10 @@ def _path() -> Path | None:
 
 
 def functions() -> ctypes.CDLL:
-    """The library. Raises RuntimeError where there is none."""
+    """The library. Raises KernelError where there is none."""
     lib = library()
     if isinstance(lib, str):
-        raise RuntimeError(f"no native kernels: {lib}")
+        raise KernelError(f"no native kernels: {lib}")
     return lib
 
 
@@ -119,7 +121,7 @@ def level() -> str:
 
 @contextmanager
 def use_level(name: str) -> Iterator[None]:
-    """Compute with another instruction set meanwhile. Raises ValueError where the processor lacks it."""
+    """Compute with another instruction set meanwhile. Raises ConfigError where the processor lacks it."""
     lib = functions()
     before = lib.mars_level()
     _set_level(lib, name)
@@ -132,4 +134,4 @@ def use_level(name: str) -> Iterator[None]:
 def _set_level(lib: ctypes.CDLL, name: str) -> None:
     if name not in LEVELS or lib.mars_set_level(LEVELS.index(name)):
         have = ", ".join(n for i, n in enumerate(LEVELS) if lib.mars_level_supported(i))
-        raise ValueError(f"MARS_NATIVE_LEVEL: want one of {have} on this processor, got {name!r}")
+        raise ConfigError(f"MARS_NATIVE_LEVEL: want one of {have} on this processor, got {name!r}")

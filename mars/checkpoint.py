@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mars import lock
+from mars import files, lock
 from mars.errors import CheckpointError
 from mars.files import sha256, sync, write_new
 
@@ -44,10 +44,10 @@ def write_directory(
     if path.exists():
         raise FileExistsError(f"{path} exists")
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {name: [text.encode()] for name, text in (texts or {}).items()}
-    files |= {f"{name}.json": [_json(document)] for name, document in documents.items()}
+    contents = {name: [text.encode()] for name, text in (texts or {}).items()}
+    contents |= {f"{name}.json": [_json(document)] for name, document in documents.items()}
     with lock.scratch(path) as new:
-        listed = {name: write_new(new / name, parts) for name, parts in files.items()}
+        listed = {name: write_new(new / name, parts) for name, parts in contents.items()}
         for name, group in tensors.items():
             listed[f"{name}.safetensors"] = write_new(new / f"{name}.safetensors", _safetensors(group))
         write_new(new / MANIFEST, [_json({"files": dict(sorted(listed.items()))})])
@@ -139,22 +139,24 @@ def verify(path: Path) -> None:
         CheckpointError: a file is missing, changed or not listed, or the manifest cannot be read.
     """
     manifest = read_json(path / MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not files:
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{path / MANIFEST} lists no files; the directory is damaged")
-    for name, entry in files.items():
+    for name, entry in listed.items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{file} is missing; the directory is damaged")
         try:
+            if Path(name).name != name or name == ".." or "\0" in name:
+                raise FileNotFoundError
             intact = isinstance(entry, dict) and file.stat().st_size == entry.get("bytes")
             intact = intact and sha256(file) == entry.get("sha256")
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is missing; the directory is damaged") from None
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
         if not intact:
             raise CheckpointError(f"{file} does not match its checksum; the file is damaged")
     for file in sorted(path.iterdir()):
-        if file.suffix in (".safetensors", ".json") and file.name not in (*files, MANIFEST):
+        if file.suffix in (".safetensors", ".json") and file.name not in (*listed, MANIFEST):
             raise CheckpointError(f"{file} is not listed in the manifest; move it elsewhere")
 
 
@@ -162,27 +164,51 @@ def read_json(path: Path) -> Any:
     """The JSON document at `path`.
 
     Raises:
-        CheckpointError: it is missing or not JSON.
+        CheckpointError: it is missing, not a regular file, too large, or not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    return files.read_json(path, CheckpointError)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or holds numbers of a kind that mars does not write, such as float8.
     """
+    with _tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+
+
+def check_shapes(module: nn.Module, path: Path) -> None:
+    """See that the safetensors file at `path` holds the tensors of `module`, by its header alone.
+
+    The module may be on the meta device, so that no memory is taken for a configuration that its weights belie.
+
+    Raises:
+        CheckpointError: naming the first tensor that does not fit.
+    """
+    with _tensors(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a dict
+    _check_shapes(_shapes(module.state_dict()), shapes, path)
+
+
+@contextmanager
+def _tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file whose header has been read and whose dtypes are known."""
     try:
-        return load_file(path)
+        with files.opened(path):
+            pass
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                dtype, known = file.get_slice(name).get_dtype(), _DTYPES.values()
+                if dtype not in known:
+                    raise CheckpointError(f"{path}: tensor {name} is of dtype {dtype}; want one of {', '.join(known)}")
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
 
@@ -197,15 +223,25 @@ def load_weights(
         CheckpointError: naming the first tensor that does not fit.
     """
     own = module.state_dict()
-    for name in sorted(own.keys() ^ tensors.keys()):
-        side = "lacks" if name in own else "has an unknown"
-        raise CheckpointError(f"{source} {side} tensor {name}; it belongs to another configuration")
+    _check_shapes(_shapes(own), _shapes(tensors), source)
     for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
+        if tensor.is_floating_point() != own[name].is_floating_point():
             raise CheckpointError(
-                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, "
-                f"the configuration wants {tuple(own[name].shape)}"
+                f"{source}: tensor {name} is of {tensor.dtype}, the configuration wants {own[name].dtype}"
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: tensor {name} holds values that are not finite")
         own[name].copy_(part(tensor, own[name]))
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    for name in sorted(wanted.keys() ^ found.keys()):
+        side = "lacks" if name in wanted else "has an unknown"
+        raise CheckpointError(f"{source} {side} tensor {name}; it belongs to another configuration")
+    for name, shape in found.items():
+        if shape != wanted[name]:
+            raise CheckpointError(f"{source}: tensor {name} has shape {shape}, the configuration wants {wanted[name]}")

@@ -5,6 +5,7 @@ No other module reads settings. A wrong key or value raises `ConfigError` with a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -20,8 +21,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mars.errors import ConfigError
-from mars.files import write_atomically
+from mars.errors import ConfigError, MarsError
+from mars.files import read_json, write_atomically
 
 Pair = tuple[int, int]
 T = TypeVar("T")
@@ -33,6 +34,11 @@ SOURCES = ("acoustic", "electronic", "synthetic")
 VELOCITIES = (25, 50, 75, 100, 127)  # NSynth's five; any other velocity counts as the nearest of them
 
 
+# Far above what can be trained: so that settings of strangers cannot take the machine.
+LARGEST_GRID = 1 << 24  # bins times frames of a note's spectrogram: 8 min with the settings below
+LARGEST_WIDTH, DEEPEST, MOST_SCALES, LARGEST_SCALE, MOST_CODES = 1 << 16, 256, 64, 1024, 1 << 24
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -41,6 +47,13 @@ def _require(condition: bool, message: str) -> None:
 def _positive(config: Any, where: str, *names: str) -> None:
     for name in names:
         _require(getattr(config, name) > 0, f"{where}.{name} must be positive, got {getattr(config, name)}")
+
+
+def _at_most(config: Any, where: str, **limits: int) -> None:
+    for name, limit in limits.items():
+        _require(
+            getattr(config, name) <= limit, f"{where}.{name} must be at most {limit:,}, got {getattr(config, name)}"
+        )
 
 
 def _within(config: Any, where: str, *names: str) -> None:
@@ -71,6 +84,11 @@ class AudioConfig:
         )
         _require(0 < self.bins <= self.n_fft // 2, f"audio.bins must be 1..{self.n_fft // 2}, got {self.bins}")
         _require(self.min_db < self.max_db, f"audio: min_db {self.min_db} is not below max_db {self.max_db}")
+        _at_most(self, "audio", sample_rate=384_000, n_fft=1 << 16)
+        _require(
+            self.n_fft // 2 * self.frames <= LARGEST_GRID,
+            f"audio: n_fft / 2 x frames must be at most {LARGEST_GRID:,}, got {self.n_fft // 2} x {self.frames}",
+        )
         _require(
             abs(self.min_db) <= 400
             and self.max_db - self.min_db <= 340,  # beyond float32, and `kernels.spectrogram_cmx`
@@ -107,6 +125,11 @@ def _scales(config: Any, name: str) -> None:
     ordered = all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(scales))
     _require(ordered, f"{name}.scales must not shrink, got {scales}")
     _require(scales[0][0] > 0 and scales[0][1] > 0, f"{name}.scales must be positive, got {scales}")
+    _require(
+        len(scales) <= MOST_SCALES and max(scales[-1]) <= LARGEST_SCALE,
+        f"{name}.scales must be at most {MOST_SCALES} of at most {LARGEST_SCALE} x {LARGEST_SCALE}, "
+        f"got {len(scales)}, the last {scales[-1]}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +159,9 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         _scales(self, "tokenizer")
         _positive(self, "tokenizer", "width", "depth", "heads", "code_dim")
+        _at_most(
+            self, "tokenizer", width=LARGEST_WIDTH, depth=DEEPEST, code_dim=LARGEST_WIDTH, codebook_size=MOST_CODES
+        )
         _within(self, "tokenizer", "phi_ratio", "quantizer_dropout", "restart_dead_codes")
         _require(self.kmeans_init >= 0, f"tokenizer.kmeans_init must not be negative, got {self.kmeans_init}")
         _require(0 <= self.codebook_decay < 1, f"tokenizer.codebook_decay must be in [0, 1), got {self.codebook_decay}")
@@ -187,6 +213,7 @@ class VARConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "condition", tuple(self.condition))
         _positive(self, "var", "width", "depth", "heads")
+        _at_most(self, "var", width=LARGEST_WIDTH, depth=DEEPEST)
         _within(self, "var", "condition_dropout")
         _require(0 <= self.drop_path < 1, f"var.drop_path must be in [0, 1), got {self.drop_path}")
         _require(self.width % self.heads == 0, f"var.width {self.width} is not a multiple of heads {self.heads}")
@@ -336,10 +363,25 @@ def from_dict(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
             hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown setting {where}{key}; {hint}")
         arguments[key] = _convert(hints[key], value, where + key)
+    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{f.name} is missing")
+    return kind(**arguments)
+
+
+def from_document(kind: type[T], document: Any, where: object, error: type[MarsError]) -> T:
+    """Build the dataclass `kind` from those keys of a JSON document that it has as fields; the rest are passed over.
+
+    Raises:
+        MarsError: of the kind `error`, naming `where` and the key that is missing or of another type.
+    """
+    if not isinstance(document, Mapping):
+        raise error(f"{where} must hold a JSON object, got {type(document).__name__}")
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"{where or kind.__name__}: {error}") from None
+        return from_dict(kind, {key: value for key, value in document.items() if key in names})
+    except ConfigError as problem:
+        raise error(f"{where} cannot be used: {problem}") from None
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -351,19 +393,36 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return from_dict(typing.cast(type, kind), value, where + ".")
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"{where} must be one of {', '.join(map(str, arguments))}; got {value!r}")
+            raise ConfigError(f"{where} must be one of {', '.join(map(str, arguments))}; got {value!r:.80}")
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, where)
     if origin in (types.UnionType, typing.Union):
+        return _convert_union(arguments, value, where)
+    if kind is Any:
         return value
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a JSON object, got {value!r:.80}")
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 1 << 1000 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} must be {'an' if kind is int else 'a'} {kind.__name__}, got {value!r}")
+        raise ConfigError(f"{where} must be {'an' if kind is int else 'a'} {kind.__name__}, got {value!r:.80}")
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{where} must be finite, got {value!r}")
     return value
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """`value` as the first of the types that it can be."""
+    if value is None and types.NoneType in kinds:
+        return None
+    *others, last = (kind for kind in kinds if kind is not types.NoneType)
+    for kind in others:
+        with contextlib.suppress(ConfigError):
+            return _convert(kind, value, where)
+    return _convert(last, value, where)
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
@@ -371,7 +430,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
         arguments = arguments[:1]
     if isinstance(value, str) or not isinstance(value, Sequence):
         if not (kind_is_list or isinstance(value, int)):
-            raise ConfigError(f"{where} must be a list, got {value!r}")
+            raise ConfigError(f"{where} must be a list, got {value!r:.80}")
         value = [value] if kind_is_list else [value] * len(arguments)  # 8 stands for (8, 8)
     if kind_is_list:
         item = arguments[0]
@@ -379,7 +438,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
             return tuple(_convert_tuple((int, int), v, where) for v in value)
         return tuple(_convert(item, v, where) for v in value)
     if len(value) != len(arguments):
-        raise ConfigError(f"{where} must have {len(arguments)} values, got {list(value)}")
+        raise ConfigError(f"{where} must have {len(arguments)} values, got {list(value)!s:.80}")
     return tuple(_convert(item, v, where) for item, v in zip(arguments, value, strict=True))
 
 
@@ -453,12 +512,10 @@ def load(path: Path) -> Config:
     Raises:
         ConfigError: the file is missing, not JSON, or holds an unknown setting.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    values = read_json(path, ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a JSON object")
-    return from_dict(Config, values)
+    try:
+        return from_dict(Config, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

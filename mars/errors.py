@@ -48,6 +48,16 @@ class Diverged(MarsError, RuntimeError):
     code = 5
 
 
+class KernelError(MarsError, RuntimeError):
+    """An implementation of the ops that was asked for and cannot run here."""
+
+    code = 2
+
+
+class MissingPackage(ConfigError):
+    """A package that something asked for needs, and that is not installed."""
+
+
 class LostProcess(MarsError, RuntimeError):
     """Another of the processes that work together is gone."""
 

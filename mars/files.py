@@ -5,12 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
+import json
+import math
 import os
 import secrets
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
+
+from mars.errors import MarsError
+
+LARGEST = 1 << 26  # bytes of JSON or text that are read; the listing of a million notes has a quarter of that
+DEEPEST = 64  # lists and objects inside one another; more would exhaust the stack of whoever walks over them
 
 
 class Entry(TypedDict):
@@ -68,9 +77,103 @@ def new_folder(parent: Path, name: str) -> Path:
             return path
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """A regular file, open for reading. A pipe could be waited for, and a device read, without end.
+
+    Raises:
+        OSError: it is missing, cannot be opened, or is no regular file.
+    """
+    # Without O_NONBLOCK the open itself waits for the writer of a pipe.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags | getattr(os, "O_CLOEXEC", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield file
+
+
+def read_bytes(path: Path, error: type[MarsError], largest: int = LARGEST) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        MarsError: of the kind `error`: it is missing, cannot be read, or is over `largest` bytes.
+    """
+    try:
+        with opened(path) as file:
+            content = file.read(largest + 1)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror or problem}") from None
+    if len(content) > largest:
+        raise error(f"{path} is over {largest:,} bytes, the most that such a file may have")
+    return content
+
+
+def read_text(path: Path, error: type[MarsError], largest: int = LARGEST) -> str:
+    """The UTF-8 text in a regular file. Raises as `read_bytes`."""
+    try:
+        return read_bytes(path, error, largest).decode()
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} cannot be read as UTF-8 text: {problem.reason} at byte {problem.start:,}") from None
+
+
+def read_json(path: Path, error: type[MarsError], largest: int = LARGEST) -> Any:
+    """The JSON document in a regular file. Raises as `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path, error, largest), str(path), error)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number:.20} is too large a number")
+    return value
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+
+
+def parse_json(text: bytes | str, where: str, error: type[MarsError]) -> Any:
+    """Strict JSON: no NaN, no infinity, no key twice, at most `DEEPEST` lists and objects inside one another.
+
+    Raises:
+        MarsError: of the kind `error`, naming `where`.
+    """
+
+    try:
+        decoded = text.decode() if isinstance(text, bytes) else text
+        value = STRICT.decode(decoded)
+    except RecursionError:
+        raise _too_deep(where, error) from None
+    except ValueError as problem:
+        raise error(f"{where} cannot be read as JSON: {problem}") from None
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inside = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
+        level = [x for values in inside for x in values]
+    if level:
+        raise _too_deep(where, error)
+    return value
+
+
+def _too_deep(where: str, error: type[MarsError]) -> MarsError:
+    return error(f"{where} cannot be read as JSON: more than {DEEPEST} lists and objects inside one another")
+
+
 def sha256(path: Path) -> str:
-    """Hex sum of a file."""
-    with path.open("rb") as file:
+    """Hex sum of a regular file. Raises `OSError`."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

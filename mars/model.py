@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from torch import Tensor
 import mars
 from mars import audio, checkpoint, config
 from mars.arguments import Array, integer, number, tensor
-from mars.config import Config
+from mars.config import FAMILIES, SOURCES, Config
 from mars.errors import CheckpointError, ConfigError
-from mars.files import sha256
+from mars.files import read_text, sha256
 from mars.labels import Condition, Ranges, condition_ids
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
@@ -33,6 +33,7 @@ from mars.notes import Note
 from mars.runtime import autocast, pick_device, stream
 from mars.sampling import sample, tile_size
 
+M = TypeVar("M", bound=torch.nn.Module)
 DEFAULT = "notes"  # the packaged model
 STREAM = 4  # tells the random streams of notes from those of training with the same seed
 
@@ -368,6 +369,42 @@ def _state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in module.state_dict().items()}
 
 
+def _loaded(build: Callable[[], M], weights: Path, device: str | torch.device) -> M:
+    """The module with its weights, built only once a copy without memory has shown that these are its own."""
+    with torch.device("meta"):
+        checkpoint.check_shapes(build(), weights)
+    module = build()
+    checkpoint.load_weights(module, checkpoint.read_tensors(weights), weights)
+    return module.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Range:
+    """An entry of notes.json, as `mars.train.var.ranges` makes them."""
+
+    family: str | None
+    source: str | None
+    count: int
+    pitch: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        low, high = self.pitch
+        if not (self.count >= 0 and -1 <= low <= high < 128):
+            raise ConfigError(f"want a count and pitches from -1 to 127, got {self.count:,} and {self.pitch}")
+        for name, value, known in (("family", self.family, FAMILIES), ("source", self.source, SOURCES)):
+            if value not in (None, *known):
+                raise ConfigError(f"{name} must be null or one of {', '.join(known)}; got {value!r:.80}")
+
+
+def _ranges(path: Path) -> list[dict[str, Any]]:
+    entries = checkpoint.read_json(path)
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{path} must hold a list, got {type(entries).__name__}")
+    for i, entry in enumerate(entries):
+        config.from_document(_Range, entry, f"{path}: entry {i}", CheckpointError)
+    return entries
+
+
 def locate(name: str | Path | None) -> Path:
     """The model directory meant by a packaged name, a run folder or a model directory; None: the packaged default.
 
@@ -404,23 +441,18 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
     path = locate(name)
     checkpoint.verify(path)
     settings = config.load(path / "config.json")
-    tokenizer = Tokenizer(settings)
-    checkpoint.load_weights(
-        tokenizer, checkpoint.read_tensors(path / "tokenizer.safetensors"), path / "tokenizer.safetensors"
-    )
+    tokenizer: Tokenizer = _loaded(lambda: Tokenizer(settings), path / "tokenizer.safetensors", device)
     var = None
-    if (path / "var.safetensors").is_file():
-        var = VAR(settings.var, settings.tokenizer)
-        checkpoint.load_weights(var, checkpoint.read_tensors(path / "var.safetensors"), path / "var.safetensors")
-        var = var.to(device).eval().requires_grad_(False)
+    if (path / "var.safetensors").exists():
+        var = _loaded(lambda: VAR(settings.var, settings.tokenizer), path / "var.safetensors", device)
     card = path / "README.md"
     return Model(
         config=settings,
-        tokenizer=tokenizer.to(device).eval().requires_grad_(False),
+        tokenizer=tokenizer,
         var=var,
-        notes=checkpoint.read_json(path / "notes.json"),
+        notes=_ranges(path / "notes.json"),
         data=_data(path),
-        card=card.read_text(encoding="utf-8") if card.is_file() else "",
+        card=read_text(card, CheckpointError) if card.exists() else "",
         hash=sha256(path / checkpoint.MANIFEST),
     )
 

@@ -25,6 +25,7 @@ TENSORS = {
     "b": {"z": torch.ones(4, dtype=torch.bfloat16)},
 }
 DOCUMENTS = {"state": {"step": 5}}
+HEARD = [{"family": "brass", "source": "acoustic", "count": 3, "pitch": [40, 50]}]
 SMALL = ("tokenizer.width=8", "tokenizer.codebook_size=8", "tokenizer.code_dim=4", "var.width=8", "var.depth=1")
 
 
@@ -346,15 +347,13 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def saved_model(path: Path) -> Path:
     c = preset("smoke", SMALL)
-    model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=[{"count": 3}], card="# c").save(
-        path
-    )
+    model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=HEARD, card="# c").save(path)
     return path
 
 
 def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     c = preset("smoke", SMALL)
-    saved = model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=[{"count": 3}], card="# c")
+    saved = model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=HEARD, card="# c")
     saved.save(tmp_path / "m")
     found = model.load(tmp_path / "m")
     assert found.config == c

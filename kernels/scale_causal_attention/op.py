@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mars.errors import ConfigError, KernelError
 from mars.kernels import _backend
 from mars.kernels.scale_causal_attention import backends, reference, registered
 
@@ -39,8 +40,6 @@ BACKENDS: tuple[AttentionBackend, ...] = get_args(AttentionBackend)
 _CHOICES = ("auto", *BACKENDS)
 
 _choice = os.environ.get("MARS_ATTENTION", "auto")
-if _choice not in _CHOICES:
-    raise ValueError(f"MARS_ATTENTION: want one of {', '.join(_CHOICES)}, got {_choice!r}")
 
 _PACKAGES = {"flash": ("flash_attn", "flash-attn"), "xformers": ("xformers", "xformers")}
 
@@ -74,7 +73,8 @@ def scale_causal_attention(
     Raises:
         ValueError: the shapes or dtypes differ or do not fit, a length is below 1, scale is negative or not finite, or
             there is no such backend.
-        RuntimeError: the backend asked for by name cannot run here, and why.
+        ConfigError: MARS_ATTENTION is none of them.
+        KernelError: the backend asked for by name cannot run here, and why.
     """
     lengths = tuple(lengths)
     _check("scale_causal_attention", q, k, v, scale, head_scale)
@@ -102,7 +102,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     With n = m it is `scale_causal_attention` of a single scale, else PyTorch's fused attention.
 
     Raises:
-        ValueError, RuntimeError: as `scale_causal_attention`.
+        ValueError, ConfigError, KernelError: as `scale_causal_attention`.
     """
     _check("attention", q, k, v, scale, None)
     if 0 < q.shape[2] == k.shape[2]:
@@ -190,10 +190,12 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: bool) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
+    if _choice not in _CHOICES:  # not when it is read: an error of an import could not be told as one line
+        raise ConfigError(f"MARS_ATTENTION: want one of {', '.join(_CHOICES)}, got {_choice!r}")
     name, device = backend or _choice, _backend.device_type(q)
     if name != "auto":
         if not torch.compiler.is_compiling() and (why := _missing(name, device, q.dtype)) is not None:
-            raise RuntimeError(f"scale_causal_attention: {name} cannot run: {why}")
+            raise KernelError(f"scale_causal_attention: {name} cannot run: {why}")
         return name
     kernels = _kernels(device)
     if kernels == "reference":

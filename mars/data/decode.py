@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from mars.data import mpeg
 from mars.data.notes import SHORTEST, Audio, fit
-from mars.errors import BadFileError, DataError
+from mars.errors import BadFileError
+from mars.optional import needed
 
 SUFFIXES = (
     *(".wav", ".wave", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
@@ -93,7 +94,7 @@ def decode(source: Path | bytes, *, sample_rate: int, samples: int, shortest: fl
 
     Raises:
         BadFileError: the file will not do, or lasts under `shortest` seconds.
-        DataError: soxr is needed and missing.
+        MissingPackage: soxr is needed and missing.
     """
     return convert(record(source, samples / sample_rate), sample_rate=sample_rate, samples=samples, shortest=shortest)
 
@@ -122,12 +123,8 @@ def convert(recording: Recording, *, sample_rate: int, samples: int, shortest: f
     elif len(recording.audio) < want:
         changes.add("padded")
     if rate != sample_rate:
-        try:
+        with needed(f"a file at {rate} Hz, where {sample_rate} are wanted,", "soxr"):
             import soxr
-        except ImportError:
-            raise DataError(
-                f"a file has {rate} Hz and {sample_rate} are wanted; run: pip install 'mars-audio[data]'"
-            ) from None
         audio = soxr.resample(audio, rate, sample_rate)
         changes.add("resampled")
     return Sound(fit(audio, samples), frozenset(changes))

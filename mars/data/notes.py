@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mars import files
 from mars.config import FAMILIES, SOURCES
 from mars.errors import DataError
 
@@ -72,23 +72,6 @@ def fault(audio: Audio) -> str | None:
     return f"silent (peak {peak:.1e})" if peak < SILENT else None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a key appears twice")
-    return result
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
-
-
-STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)  # no NaN, no key twice
-
-
 def parse_json(text: bytes | str, where: str) -> Any:
-    """Strict JSON: no NaN, no key twice, no endless nesting. Raises `DataError` naming `where`."""
-    try:
-        return STRICT.decode(text.decode("utf-8") if isinstance(text, bytes) else text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON ({error}); fetch or write the file again") from None
+    """Strict JSON, see `mars.files.parse_json`. Raises `DataError` naming `where`."""
+    return files.parse_json(text, where, DataError)

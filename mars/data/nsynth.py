@@ -17,10 +17,11 @@ from typing import IO, Any, BinaryIO, cast
 from mars.config import FAMILIES, SOURCES
 from mars.data.decode import exactly
 from mars.data.kinds import TAR, kind
-from mars.data.notes import STRICT, Labels, labels_of
+from mars.data.notes import Labels, labels_of
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
 from mars.data.splits import SPLITS
 from mars.errors import BadFileError, DataError
+from mars.files import STRICT
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
 LICENCE = "CC BY 4.0, Google Inc. (the NSynth dataset, magenta.tensorflow.org/datasets/nsynth)"

@@ -34,10 +34,10 @@ import numpy.typing as npt
 from mars import lock
 from mars.config import FAMILIES, SOURCES
 from mars.data.kinds import not_a_folder
-from mars.data.notes import Audio, Labels, fault, one_line, parse_json
+from mars.data.notes import Audio, Labels, fault, one_line
 from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
-from mars.files import sha256, sync
+from mars.files import opened, parse_json, read_json, read_text, sha256, sync
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,7 @@ _LARGEST_JSON = 1 << 24  # bytes
 _BLOCK = 1 << 24  # bytes that are hashed at a time
 _NPY = b"\x93NUMPY\x01\x00"  # how a .npy file begins, version 1.0; the length of its header follows
 _SHAPE = re.compile(rb"\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+), 6\), \} *\n")
+_LARGEST_NAME = 1 << 14  # bytes; what the paths of a file system may have, at most four bytes a letter
 _LIMITS = (None, len(FAMILIES), len(SOURCES), 128, 128, len(SPLITS))  # of COLUMNS; exclusive
 
 
@@ -191,7 +192,8 @@ class Dataset:
                 raise DataError(f"{path}/audio.i16: want {count} x {samples} int16, got another size; {again}")
             metadata = _read_metadata(path / "metadata.npy", count)
             names, instruments = (
-                (path / f"{file}.txt").read_text("utf-8").splitlines() for file in ("names", "instruments")
+                read_text(path / f"{file}.txt", DataError, _LARGEST_NAME * count).splitlines()
+                for file in ("names", "instruments")
             )
         except DataError:
             raise
@@ -260,7 +262,7 @@ def left_out(path: Path) -> Counter[str]:
     """How many files the packing of the dataset at `path` left out, by the kind of reason. Raises `DataError`."""
     listing, reasons = path / "bad_files.jsonl", []
     for line in listing.read_bytes().splitlines():
-        entry = parse_json(line, str(listing))
+        entry = parse_json(line, str(listing), DataError)
         if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str):
             raise DataError(f"{listing}: want a reason on every line; pack the dataset again")
         reasons.append(entry["reason"])
@@ -464,7 +466,7 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def _read_metadata(path: Path, count: int) -> npt.NDArray[np.int32]:
     """(count, 6) int32. NumPy's own reader makes room for whatever the file claims, and compiles its header."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         start = file.read(len(_NPY) + 2)
         header = file.read(int.from_bytes(start[-2:], "little"))
         content = file.read(count * len(COLUMNS) * 4)
@@ -476,9 +478,7 @@ def _read_metadata(path: Path, count: int) -> npt.NDArray[np.int32]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
-        raise DataError(f"{path}: want a file of at most {_LARGEST_JSON:,} bytes; pack the dataset again")
-    content = parse_json(path.read_bytes(), str(path))
+    content = read_json(path, DataError, _LARGEST_JSON)
     if not isinstance(content, dict):
         raise DataError(f"{path}: want a JSON object, got {type(content).__name__}; pack the dataset again")
     return content

@@ -29,9 +29,11 @@ from mars.data.packed import ALLOW_BAD, Dataset, Writer
 from mars.data.splits import HoldOut
 from mars.errors import DataError, LostProcess
 from mars.files import sha256
+from mars.optional import needed
 
 SAMPLE_RATE = 16_000  # Hz
 HELD, RELEASED = 3, 1  # s
+PACKAGES = ("soxr", "pyfluidsynth")
 PITCHES = (21, 108)  # MIDI; a piano's keys
 # Level: every note to one peak, as in NSynth, where velocity is timbre and not loudness; 0.9 leaves room for
 # what a model adds to it.
@@ -256,27 +258,26 @@ def _share(total: int | None, limits: list[int], rng: np.random.Generator) -> li
 
 
 def library() -> Any:
-    """The module `fluidsynth`. Raises `DataError` that says what to install."""
-    try:
-        import fluidsynth
-    except ModuleNotFoundError:
-        raise DataError("soundfonts need pyfluidsynth; run: pip install 'mars-audio[data]'") from None
-    except ImportError:  # pyfluidsynth is there, the library it binds is not
-        raise DataError(
-            "soundfonts need the FluidSynth library; install it (Debian: apt install libfluidsynth3)"
-        ) from None
+    """The module `fluidsynth`. Raises `MissingPackage` or, for the library, `DataError`, that say what to install."""
+    with needed("a soundfont", *PACKAGES):
+        try:
+            import fluidsynth
+        except ModuleNotFoundError:
+            raise
+        except ImportError:  # pyfluidsynth is there, the library it binds is not
+            raise DataError(
+                "soundfonts need the FluidSynth library; install it (Debian: apt install libfluidsynth3)"
+            ) from None
     return fluidsynth
 
 
 class Renderer:
-    """Renders notes of one soundfont. Raises `DataError` for a missing library or an unreadable file."""
+    """Renders notes of one soundfont. Raises `MissingPackage` or, for an unreadable file, `DataError`."""
 
     def __init__(self, file: str | Path) -> None:
         self._fluidsynth, self._file = library(), str(file)
-        try:
+        with needed("a soundfont", *PACKAGES):
             import soxr
-        except ImportError:
-            raise DataError("soundfonts need soxr; run: pip install 'mars-audio[data]'") from None
         self._resample: Callable[..., Audio] = soxr.resample
         # pyfluidsynth's get_samples gives 16 bits with a dither; the library itself can write floats.
         self._write = self._fluidsynth._fl.fluid_synth_write_float

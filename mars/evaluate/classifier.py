@@ -11,6 +11,8 @@ import copy
 import hashlib
 import math
 import os
+import re
+import stat
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,19 +24,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from safetensors.torch import save
 from torch import Tensor
 
 import mars
-from mars import checkpoint, runtime
-from mars.config import FAMILIES, SOURCES, from_dict
+from mars import checkpoint, runtime, terminal
+from mars.config import FAMILIES, SOURCES, from_document
 from mars.data import SPLITS, Dataset
 from mars.errors import CheckpointError, ConfigError, DataError, Diverged
 from mars.evaluate.bootstrap import SEED
 from mars.evaluate.features import Embedding
 from mars.evaluate.frontend import PUBLISHED, SAMPLE_RATE, WHOLE_NOTE, FrontEnd
-from mars.evaluate.networks import Network, build, initialise
+from mars.evaluate.networks import Network, build, initialise, outline
 from mars.evaluate.notes import NoteSet
 from mars.evaluate.weights import git_blob, read_weights
 from mars.runtime import stream
@@ -51,6 +53,7 @@ PUBLISHED_BLOBS: dict[str, Task] = {
     "6d78ccef109fd8298eef380df9b396a2c482f602": "instrument",
 }
 PUBLISHED_PITCHES = 27
+MOST_CLASSES = 10_000
 BATCH_VINAY2022 = 50  # notes that the published scripts look at together
 _LINE_EVERY = 30.0  # s between lines where there is no terminal
 
@@ -186,9 +189,29 @@ def _placed(network: Network, device: str | torch.device) -> Network:
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
 
 
+def weights_dir() -> Path | None:
+    """The folder that $MARS_WEIGHTS_DIR names, which need not be there yet; None where it is not set.
+
+    Raises:
+        ConfigError: it names something else.
+    """
+    name = os.environ.get(WEIGHTS_DIR)
+    if not name:
+        return None
+    try:
+        usable = stat.S_ISDIR(os.stat(name).st_mode)
+    except FileNotFoundError:
+        usable = True
+    except OSError:  # too long a name, or one below a file
+        usable = False
+    if not usable:
+        raise ConfigError(f"{WEIGHTS_DIR}: want a folder, got {name!r:.200}")
+    return Path(name)
+
+
 def folder() -> Path:
     """Where classifiers are kept: the folder that $MARS_WEIGHTS_DIR names, or else classifiers/."""
-    return Path(os.environ.get(WEIGHTS_DIR, "classifiers"))
+    return weights_dir() or Path("classifiers")
 
 
 def locate(task: Task, preset: str, path: Path | None = None) -> Path:
@@ -210,6 +233,43 @@ def locate(task: Task, preset: str, path: Path | None = None) -> Path:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Format:
+    """What of classifier.json says how to read the rest."""
+
+    format: str
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Document:
+    """What of classifier.json is needed to use the classifier."""
+
+    id: str
+    task: Task
+    network: str
+    outputs: int
+    classes: tuple[str, ...] | None
+    front_end: FrontEnd
+    sha256: str
+    gate: float | None
+    validation: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]{1,100}", self.id, re.ASCII):  # the cache has a folder of that name
+            raise ConfigError(f"id must be of letters, digits and hyphens, got {self.id!r:.80}")
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ConfigError(f"sha256 must be 64 hex digits, got {self.sha256!r:.80}")
+        if not 1 <= self.outputs <= MOST_CLASSES:
+            raise ConfigError(f"outputs must be 1 to {MOST_CLASSES:,}, got {self.outputs}")
+        if self.classes is not None and len(set(self.classes)) != self.outputs:
+            raise ConfigError(f"want {self.outputs:,} different classes, got {len(set(self.classes)):,}")
+        if self.task == "pitch" and not all(c in map(str, range(128)) for c in self.classes or ()):
+            raise ConfigError("the classes of a pitch classifier must be MIDI numbers")
+        if self.gate is not None and not isinstance((self.validation or {}).get("accuracy"), int | float):
+            raise ConfigError("there is a gate and no validation.accuracy to hold against it")
+
+
 def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False) -> Classifier:
     """The classifier in the directory `path`; `force` takes one that its gate refuses.
 
@@ -219,34 +279,28 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
     if not (path / "classifier.json").is_file():
         raise CheckpointError(f"{path} is not a classifier (no classifier.json)")
     checkpoint.verify(path)
-    document = checkpoint.read_json(path / "classifier.json")
+    listing, weights = path / "classifier.json", path / "network.safetensors"
+    document = checkpoint.read_json(listing)
+    known = from_document(_Format, document, listing, CheckpointError)
+    if (known.format, known.version) != (FORMAT, VERSION):
+        raise CheckpointError(f"{path}: want {FORMAT} version {VERSION}, got {known.format} version {known.version}")
+    told = from_document(_Document, document, listing, CheckpointError)
     try:
-        if (document["format"], document["version"]) != (FORMAT, VERSION):
-            raise CheckpointError(
-                f"{path}: want {FORMAT} version {VERSION}, got {document['format']} version {document['version']}"
-            )
-        task, classes, outputs = document["task"], document["classes"], document["outputs"]
-        identity, gate = document["id"], document["gate"]
-        if gate is not None:
-            float(document["validation"]["accuracy"])
-        pipeline = from_dict(FrontEnd, document["front_end"], "front_end.")
-        network = build(document["network"], outputs)
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path / 'classifier.json'} cannot be used ({error}); make the classifier again"
-        ) from None
-    if task not in TASKS or not (classes is None or len(classes) == outputs):
-        raise CheckpointError(f"{path / 'classifier.json'}: its task or classes are wrong; make the classifier again")
-    weights = path / "network.safetensors"
+        shapes = outline(told.network, told.outputs)
+        checkpoint.check_shapes(shapes, weights)
+        shapes.eval()(torch.empty(1, 1, *told.front_end.picture, device="meta"))
+    except (ConfigError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{listing} cannot be used: its network does not fit: {reason}") from None
+    network = build(told.network, told.outputs)
     checkpoint.load_weights(network, checkpoint.read_tensors(weights), weights)
-    network = _placed(network, device).eval().requires_grad_(False)
     made = Classifier(
-        id=identity,
-        task=task,
-        classes=None if classes is None else tuple(classes),
-        pipeline=pipeline,
-        network=network,
-        sha256=document["sha256"],
+        id=told.id,
+        task=told.task,
+        classes=told.classes,
+        pipeline=told.front_end,
+        network=_placed(network, device).eval().requires_grad_(False),
+        sha256=told.sha256,
         document=document,
     )
     if made.below_gate and not force:
@@ -322,7 +376,7 @@ def train(
         OSError: `out` cannot be written.
     """
     began = time.monotonic()
-    device, console = device or torch.device("cpu"), console or Console(stderr=True, soft_wrap=True)
+    device, console = device or torch.device("cpu"), console or terminal.console(soft_wrap=True)
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     if out.exists():
@@ -383,7 +437,7 @@ def _learn(fit: _Fit, max_time: float | None, console: Console) -> tuple[dict[st
     best: dict[str, Any] = {"accuracy": -1.0, "epoch": 0}
     weights: dict[str, Tensor] = {}
     began = last_line = time.monotonic()
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), terminal.PlainColumn("{task.fields[info]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task("", total=fit.steps, info="")
         late = False

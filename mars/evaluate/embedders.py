@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def load(
 
 def _vggish(path: Path | None, framing: vggish.Framing, device: str | torch.device) -> Embedder | str:
     if path is None:
-        folder = os.environ.get(WEIGHTS_DIR)
+        folder = classifier.weights_dir()
         places = [Path(folder, name) for name in (vggish.PUBLISHED, "vggish.safetensors")] if folder else []
         path = next((place for place in places if place.is_file()), None)
     if path is None:

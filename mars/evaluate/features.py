@@ -142,12 +142,17 @@ def _read(folder: Path, wanted: set[str]) -> dict[str, Embedding]:
     for part in sorted(folder.glob("part-*")):
         try:
             keys = checkpoint.read_json(part / "notes.json")
+            if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+                raise CheckpointError(f"{part / 'notes.json'} does not list notes")
             if wanted.isdisjoint(keys):
                 continue
             checkpoint.verify(part)
+            tensors = checkpoint.read_tensors(part / "features.safetensors")
+            if "frames" not in tensors or any(t.ndim == 0 or len(t) != len(keys) for t in tensors.values()):
+                raise CheckpointError(f"{part} does not hold the features of {len(keys)} notes")
         except CheckpointError as error:
             raise CheckpointError(f"{error}; remove {part}, and its features will be computed again") from None
-        rows = _rows(keys, checkpoint.read_tensors(part / "features.safetensors"))
+        rows = _rows(keys, tensors)
         found |= {key: rows[key] for key in wanted & rows.keys()}
     return found
 

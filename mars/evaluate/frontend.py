@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mars.errors import ConfigError
 from mars.evaluate import mel
 from mars.runtime import float64_device
 
 SAMPLE_RATE = 16_000  # Hz
+LONGEST, LARGEST = 1 << 20, 1 << 12  # samples; pixels of a side. Settings of strangers cannot take more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +37,27 @@ class FrontEnd:
     mels: int  # Slaney bands from 20 Hz to 8 kHz; 0: the linear bins without DC
     scale: Literal["ln", "db"]  # ln(x + 1e-10); or 20 log10(x) - 20, with -100..0 dB mapped to 0..1 and clipped
     square: int = 0  # stretched to this height and width by repeating the nearest; 0: left as it is
+
+    def __post_init__(self) -> None:
+        if not (
+            0 < self.n_fft // 2 < self.samples <= LONGEST
+            and 0 < self.window <= self.n_fft
+            and 0 < self.hop <= self.n_fft
+            and 0 <= self.mels <= self.n_fft // 2
+            and 0 <= self.fade <= 1
+            and 0 <= self.square <= LARGEST
+        ):
+            raise ConfigError(
+                f"want n_fft / 2 < samples <= {LONGEST:,}, window, hop and mels within n_fft, fade in 0..1 and square "
+                f"at most {LARGEST:,}; got {self}"
+            )
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """Height and width of what it makes."""
+        if self.square:
+            return self.square, self.square
+        return self.mels or self.n_fft // 2, 1 + self.samples // self.hop
 
     @property
     def hash(self) -> str:

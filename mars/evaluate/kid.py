@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mars.errors import ConfigError, DataError
+from mars.errors import DataError
 from mars.evaluate.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.mmd import mmd2, polynomial, squared_distances
 from mars.evaluate.samples import canonical, checked
+from mars.optional import needed
 
 BLOCK = 5000  # notes that the published scripts compare at a time
 
@@ -55,14 +56,12 @@ def kid(
     Raises:
         ValueError: real and fake have other shapes than these.
         DataError: fewer than subset_size (or 10) notes on a side, or features that are not finite.
-        ConfigError: torchmetrics is not installed.
+        MissingPackage: torchmetrics is not installed.
     """
     least = max(subset_size, 10)
     real, fake = _pair("kid", real, fake, "features", least)
-    try:
+    with needed("KID", "torchmetrics"):
         from torchmetrics.image.kid import KernelInceptionDistance
-    except ModuleNotFoundError:
-        raise ConfigError("KID needs torchmetrics; run: pip install 'mars-audio[eval]'") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save", UserWarning)
         metric = KernelInceptionDistance(torch.nn.Identity(), subsets=subsets, subset_size=subset_size)

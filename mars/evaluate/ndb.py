@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mars.errors import ConfigError, DataError
+from mars.errors import DataError
 from mars.evaluate.bootstrap import SEED
 from mars.evaluate.samples import canonical_order, checked
+from mars.optional import needed
 from mars.runtime import stream
 
 ALPHA = 0.05  # level of the test
@@ -71,7 +72,7 @@ def fit_bins(reference: Tensor, k: int = 100, *, runs: int = 5, seed: int = SEED
     Raises:
         ValueError: another shape.
         DataError: fewer notes, or fewer different ones, than bins; notes that are not finite.
-        ConfigError: scikit-learn is not installed.
+        MissingPackage: scikit-learn is not installed.
     """
     reference = checked("fit_bins", reference, "notes", "features", minimum=max(k, 2))
     order = canonical_order(reference)
@@ -92,7 +93,7 @@ def fit_bins_vinay2022(reference: Tensor, k: int = 100, *, seed: int = SEED) -> 
     Raises:
         ValueError: another shape.
         DataError: fewer notes, or fewer different ones, than bins; notes that are not finite.
-        ConfigError: scikit-learn is not installed.
+        MissingPackage: scikit-learn is not installed.
     """
     reference = checked("fit_bins_vinay2022", reference, "notes", "features", minimum=max(k, 2))
     d = reference.shape[1]
@@ -155,12 +156,10 @@ def jensen_shannon(counts_a: Tensor, counts_b: Tensor) -> Tensor:
 
 def _kmeans(samples: Tensor, k: int, *, starts: int, seed: int) -> tuple[Tensor, Tensor]:
     """Centres (k, e) and labels (n,) of samples (n, e)."""
-    try:
+    with needed("NDB", "scikit-learn"):
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
         from threadpoolctl import threadpool_limits
-    except ModuleNotFoundError:
-        raise _missing() from None
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("error", ConvergenceWarning)
         try:
@@ -178,10 +177,8 @@ def _principal(samples: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor] | Tens
     n, d = samples.shape
     if d <= COMPONENTS:
         return torch.arange(d), 1.0
-    try:
+    with needed("NDB", "scikit-learn"):
         from sklearn.decomposition import PCA
-    except ModuleNotFoundError:
-        raise _missing() from None
     pca = PCA(min(COMPONENTS, n - 1), svd_solver="randomized", random_state=_integer(seed, 0))
     with np.errstate(invalid="ignore"):  # notes that are all alike, which are refused when there are no bins of them
         pca.fit(samples.numpy())
@@ -204,7 +201,3 @@ def _choice(n: int, size: int, seed: int) -> Tensor:
 def _integer(seed: int, key: int) -> int:
     """A seed for scikit-learn."""
     return int(torch.randint(2**31, (), generator=stream(seed, 1, key)))
-
-
-def _missing() -> ConfigError:
-    return ConfigError("NDB needs scikit-learn; run: pip install 'mars-audio[eval]'")

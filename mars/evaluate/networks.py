@@ -226,17 +226,25 @@ class Tiny(Network):
 NETWORKS: dict[str, type[Network]] = {"inception": Inception, "tiny": Tiny}
 
 
+def outline(name: str, classes: int) -> Network:
+    """A network on the meta device: its shapes, and no memory.
+
+    Raises:
+        ConfigError: there is no network of that name.
+    """
+    if name not in NETWORKS:
+        raise ConfigError(f"unknown network {name!r:.80}; known: {', '.join(NETWORKS)}")
+    with torch.device("meta"):
+        return NETWORKS[name](classes)
+
+
 def build(name: str, classes: int) -> Network:
     """A network on the CPU whose weights hold anything; load some, or `initialise` them.
 
     Raises:
         ConfigError: there is no network of that name.
     """
-    if name not in NETWORKS:
-        raise ConfigError(f"unknown network {name!r}; known: {', '.join(NETWORKS)}")
-    with torch.device("meta"):  # drawing weights that are thrown away would take seconds
-        network = NETWORKS[name](classes)
-    return network.to_empty(device="cpu")
+    return outline(name, classes).to_empty(device="cpu")  # drawing weights that are thrown away would take seconds
 
 
 def initialise(network: Network, seed: int) -> Network:

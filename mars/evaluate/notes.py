@@ -25,8 +25,9 @@ from mars.data import SPLITS, open_dataset
 from mars.data.decode import SUFFIXES, convert, record
 from mars.data.folder import find
 from mars.data.kinds import not_a_folder
-from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of, parse_json
+from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of
 from mars.errors import BadFileError, DataError, TooManyBadError
+from mars.files import read_json
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
@@ -355,9 +356,9 @@ def _again(path: Path, known: _File) -> Audio:
 def _conditions(path: Path) -> dict[str, dict[str, Any]]:
     """What `notes.json` says that each file was to be; empty where there is none."""
     listing = path / "notes.json"
-    if not listing.is_file():
+    if not listing.exists():
         return {}
-    content = parse_json(listing.read_bytes(), str(listing))
+    content = read_json(listing, DataError)
     try:
         found = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
         numbers = [(name, condition.get(name)) for condition in found.values() for name in ("pitch", "velocity")]

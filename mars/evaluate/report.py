@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mars.config import from_document
 from mars.errors import DataError
-from mars.files import write_atomically
+from mars.files import read_json, write_atomically
 
 FORMAT, VERSION = "mars-evaluation", 1
 Profile = Literal["standard", "vinay2022"]
@@ -119,37 +119,25 @@ def read(path: Path) -> Report:
     Raises:
         DataError: it is missing or something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error})") from None
+    content = read_json(path, DataError)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path} is not a report of mars-eval; want the file that --json names")
     if content.get("version") != VERSION:
         raise DataError(f"{path}: want {FORMAT} version {VERSION}, got {content.get('version')}; evaluate again")
+    _without_points(content)
+    report = from_document(Report, content, path, DataError)
+    if not {"real", "fake"} <= report.sets.keys():
+        raise DataError(f"{path} is damaged (it lacks the real or the evaluated notes); evaluate again")
     try:
-        fields: dict[str, Any] = {name: content[name] for name in Report.__dataclass_fields__}
-        fields["metrics"] = _metrics(content["metrics"])
-        fields["baselines"] = {name: _metrics(row) for name, row in content["baselines"].items()}
-        fields["sets"] = {
-            name: Sounds(**s | {"refused": tuple(map(tuple, s["refused"]))}) for name, s in content["sets"].items()
-        }
-        report = Report(**fields)
-        if report.profile not in PROFILES or not {"real", "fake"} <= report.sets.keys() or not report.fingerprint:
-            raise KeyError("profile or sets")
-        return report
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); evaluate again") from None
+        report.fingerprint  # noqa: B018  # of what all embedders must say
+    except KeyError as error:
+        raise DataError(f"{path} is damaged (an embedder lacks {error}); evaluate again") from None
+    return report
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, Metric]:
-    found = {}
-    for name, metric in row.items():
-        if metric.pop("point", None) is not None:  # of an older report: the interval is not of the value
-            metric |= {"low": None, "high": None}
-        found[str(name)] = Metric(**metric)
-    for name, metric in found.items():
-        for value in (metric.value, metric.low, metric.high):
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                raise TypeError(f"{name}: {value!r:.40}")
-    return found
+def _without_points(content: Any) -> None:
+    """Take out of an older report the intervals that are not of the value shown, and what they are of."""
+    rows = [content.get("metrics"), *(v for v in [content.get("baselines")] if isinstance(v, dict) for v in v.values())]
+    for metric in [m for row in rows if isinstance(row, dict) for m in row.values() if isinstance(m, dict)]:
+        if metric.pop("point", None) is not None:
+            metric.pop("low", None), metric.pop("high", None)

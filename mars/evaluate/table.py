@@ -15,6 +15,7 @@ from rich.text import Text
 from mars.errors import ConfigError
 from mars.evaluate.report import METRICS, Metric, Report, Sounds
 from mars.html import duration, number, text
+from mars.text import printable
 
 EVALUATED = "evaluated"  # the row that is not a baseline
 DIGITS = 12  # shown of a hex sum
@@ -223,5 +224,4 @@ def _plain(line: str, console: Console) -> str:
     """The line without what would control a terminal, in characters that the console has."""
     if console.options.ascii_only:
         line = line.translate(_ASCII)
-    printable = "".join(c if c.isprintable() else "?" for c in line)
-    return printable.encode(console.encoding, "replace").decode(console.encoding)
+    return printable(line).encode(console.encoding, "replace").decode(console.encoding)

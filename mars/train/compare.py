@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mars.errors import ConfigError
-from mars.files import size_of
+from mars.errors import ConfigError, MarsError
+from mars.files import read_json, size_of
+from mars.text import printable
 from mars.train.log import JUDGED_BY, read_log
+from mars.train.record import read_record
 
 RUNS = Path("runs")
 
@@ -49,34 +50,43 @@ def summaries(runs: Sequence[Path]) -> list[Summary]:
 
 def summary(run: Path) -> Summary:
     """Name, stage, preset, state, steps, losses, speed and size of a run."""
-    found: Summary = {"run": str(run), "problem": None, "bytes": size_of(run), **dict.fromkeys(FIELDS)}
+    found: Summary = {"run": str(run), "problem": None, "bytes": 0, **dict.fromkeys(FIELDS)}
+    if not (run / "run.json").exists():
+        return {**found, "problem": "no run.json"}
     try:
-        record, settings = (_object(run / name) for name in ("run.json", "config.json"))
+        found["bytes"] = size_of(run)
+        record = read_record(run)
+        steps = _steps(run / "config.json", record.stage)
         log = read_log(run)
-        stage, created = record["stage"], record["created"]
-        steps = settings["train"][stage]["steps"]
-        if not isinstance(created, (int, float)) or not isinstance(steps, int):
-            raise ValueError("run.json or config.json is not of a run")
-    except (KeyError, TypeError) as error:
-        return {**found, "problem": f"run.json or config.json is not of a run: {type(error).__name__} {error}"}
-    except (OSError, ValueError, RecursionError) as error:
+    except (MarsError, OSError) as error:
         return {**found, "problem": str(error)}
     best = log.best()
     name = best[0] if best else next((n for n in JUDGED_BY if log.series(n)), None)
     return found | {
-        "stage": stage,
-        "preset": record.get("preset"),
+        "stage": record.stage,
+        "preset": record.preset,
         "state": log.state(),
         "step": log.step,
         "steps": steps,
-        "loss": log.last("loss"),
+        "loss": log.value("loss"),
         "validated_by": name,
-        "validation": log.last(name) if name else None,
+        "validation": log.value(name) if name else None,
         "best": best and best[2],
         "best_step": best and best[1],
-        "notes_per_s": log.last("notes_per_s"),
-        "created": created,
+        "notes_per_s": log.value("notes_per_s"),
+        "created": record.created,
     }
+
+
+def _steps(path: Path, stage: str) -> int:
+    """How many steps the settings ask for, whatever else this version does not know in them."""
+    try:
+        steps = read_json(path, ConfigError)["train"][stage]["steps"]
+    except (KeyError, TypeError):
+        steps = None
+    if type(steps) is not int:
+        raise ConfigError(f"{path} does not say how many steps the run has")
+    return steps
 
 
 def table(found: Sequence[Summary]) -> str:
@@ -90,7 +100,7 @@ def table(found: Sequence[Summary]) -> str:
             cells = zip(row, widths, strict=True)
             lines.append("  ".join(c.ljust(n) if i < 4 else c.rjust(n) for i, (c, n) in enumerate(cells)))
     lines += [f"{s['run']}: {s['problem']}" for s in bad]
-    return "\n".join("".join(c if c.isprintable() else "?" for c in line).rstrip() for line in lines)
+    return "\n".join(printable(line).rstrip() for line in lines)
 
 
 def _row(s: Summary) -> tuple[str, ...]:
@@ -103,16 +113,3 @@ def _row(s: Summary) -> tuple[str, ...]:
         f"{s['bytes'] / 1e9:.1f} GB" if s["bytes"] >= 1e9 else f"{s['bytes'] / 1e6:.1f} MB",
         time.strftime("%Y-%m-%d %H:%M", time.localtime(s["created"])),
     )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no {path.name}") from None
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return found

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import mars
 from mars import checkpoint
-from mars.errors import CheckpointError, DiskError, Diverged
+from mars.config import from_document
+from mars.errors import CheckpointError, ConfigError, DiskError, Diverged
 from mars.files import size_of, write_atomically
 from mars.train.log import JUDGED_BY
 from mars.train.stage import Stage
@@ -217,7 +218,7 @@ def _step(line: bytes) -> float:
     """The step of a line of the log; infinite if it is damaged."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return float("inf")
 
 
@@ -231,18 +232,29 @@ def _check_finite(state: Mapping[str, Mapping[str, Tensor]], step: int, path: Pa
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What of state.json is needed to go on."""
+
+    format: int
+    step: int
+    skipped: int
+    best: Best | None
+    versions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ConfigError(f"want format {FORMAT}, got {self.format}")
+        if min(self.step, self.skipped) < 0:
+            raise ConfigError(f"step and skipped must not be negative, got {self.step} and {self.skipped}")
+
+
 def _position(document: Any, path: Path) -> Position:
     """What state.json says of the position; CheckpointError if it cannot be that of `path`."""
-    try:
-        if document["format"] != FORMAT:
-            raise CheckpointError(f"{path}: want state.json of format {FORMAT}, got {document['format']}")
-        best = Best(**document["best"]) if document["best"] is not None else None
-        position = Position(int(document["step"]), int(document["skipped"]), best)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / 'state.json'} does not say how far the run was ({error!r})") from None
-    if path.name != f"step-{position.step:08d}":
-        raise CheckpointError(f"{path} holds step {position.step}; it was renamed")
-    return position
+    state = from_document(_State, document, path / "state.json", CheckpointError)
+    if path.name != f"step-{state.step:08d}":
+        raise CheckpointError(f"{path} holds step {state.step}; it was renamed")
+    return Position(state.step, state.skipped, state.best)
 
 
 def difference(found: Any, wanted: Any, where: str) -> str | None:

@@ -15,9 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mars.errors import ConfigError
+from mars.files import read_bytes
 from mars.lock import held
 
 FILE = "log.jsonl"
+LARGEST = 1 << 30  # bytes: a line for each of some million steps
 JUDGED_BY = ("val_mse", "val_loss")  # the tokenizer's validation, the VAR's: the lowest is the best
 ENDS = ("finished", "stopped", "diverged")  # the events that end a sitting
 
@@ -52,6 +55,10 @@ class Log:
         """The newest value of that name that is not None; None without one."""
         return next((r[name] for r in reversed(self.records) if r.get(name) is not None), None)
 
+    def value(self, name: str) -> float | None:
+        """The newest finite number of that name; None without one."""
+        return next((v for _, v in reversed(self.series(name)) if v is not None), None)
+
     def best(self) -> tuple[str, int, float] | None:
         """(name, step, value) of the lowest validation."""
         found = [(value, step, name) for name in JUDGED_BY for step, value in self.series(name) if value is not None]
@@ -78,13 +85,14 @@ def read_log(path: Path) -> Log:
     """The log of the run folder `path`; an empty one if it has none yet.
 
     Raises:
-        OSError: it is there but cannot be read.
+        ConfigError: it is there but cannot be read.
+        OSError: so it is with the lock of the run.
     """
     log, previous = Log(locked=held(path)), None
     file = path / FILE
-    if not file.is_file():
+    if not file.exists():
         return log
-    *lines, torn = file.read_bytes().split(b"\n")
+    *lines, torn = read_bytes(file, ConfigError, LARGEST).split(b"\n")
     for line in [*lines, torn]:
         try:
             record = json.loads(line)

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from mars import terminal
 from mars.errors import CheckpointError
 from mars.runtime import stream, thread_pool
 from mars.train.deadline import Deadline
@@ -75,7 +76,7 @@ def run(
         DiskError: a checkpoint or the log could not be written.
     """
     world = folder.world
-    train, console = stage.train, console or Console(stderr=True, soft_wrap=True)
+    train, console = stage.train, console or terminal.console(soft_wrap=True)
     watch = watch or Watch(folder, train, console.print, device=torch.device("cpu"))
     deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
     mine = world.share(train.accumulate)
@@ -185,7 +186,7 @@ def _progress(console: Console) -> Progress:
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[info]}"),
+        terminal.PlainColumn("{task.fields[info]}"),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,

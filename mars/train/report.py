@@ -6,7 +6,7 @@ the file, the newest first, up to `EMBEDDED` bytes; what does not fit is linked,
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import time
 from dataclasses import dataclass, field
@@ -17,9 +17,11 @@ from typing import Any, Literal
 from mars import config, html
 from mars.charts import Curve, heat_map, line_chart
 from mars.errors import ConfigError
+from mars.files import read_bytes, read_json
 from mars.html import duration, number, section
 from mars.train import samples
 from mars.train.log import Log, read_log
+from mars.train.record import Record, read_record
 
 FILE = "report.html"
 EMBEDDED = 2 << 20  # bytes of sounds and pictures, before base64 makes them a third longer
@@ -56,7 +58,9 @@ class Media:
     def source(self, path: Path) -> str:
         """The value of a `src` attribute: a data URI (PNG or FLAC), or the path relative to the run."""
         if path not in self._sources:
-            kind, data = ("image/png", path.read_bytes()) if path.suffix == ".png" else ("audio/flac", _flac(path))
+            kind, data = (
+                ("image/png", read_bytes(path, ConfigError)) if path.suffix == ".png" else ("audio/flac", _flac(path))
+            )
             if len(data) <= self.room:
                 self.room -= len(data)
                 self._sources[path] = html.data_uri(kind, data)
@@ -78,6 +82,19 @@ class Shown:
     nyquist: float  # Hz
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Listing:
+    """`samples.json` of a step."""
+
+    names: tuple[str, ...]
+    sample_rate: int  # Hz
+    samples: int  # of a sound
+
+    def __post_init__(self) -> None:
+        if self.sample_rate < 1 or self.samples < 1:
+            raise ConfigError(f"want a rate and samples above 0, got {self.sample_rate} and {self.samples}")
+
+
 def write(run: Path) -> Path:
     """Make the report of the run folder `run`; returns its path.
 
@@ -92,10 +109,10 @@ def write(run: Path) -> Path:
 
 def render(run: Path) -> str:
     """The report as HTML; see `write`."""
-    record = _run_record(run)
+    record = read_record(run)
     settings = config.load(run / "config.json")
     log = read_log(run)
-    stage = str(record.get("stage"))
+    stage = record.stage
     steps = settings.train.var.steps if stage == "var" else settings.train.tokenizer.steps
     name, state = run.resolve().name, log.state()
     labels = [f"{h}x{w}" for h, w in settings.tokenizer.scales]
@@ -134,26 +151,14 @@ def alarms(log: Log, labels: list[str]) -> list[str]:
     return found
 
 
-def _run_record(run: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{run} is not a run folder (no run.json)") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{run / 'run.json'} cannot be read as JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{run / 'run.json'} must hold a JSON object")
-    return record
-
-
-def _facts(record: dict[str, Any], log: Log, steps: int) -> str:
+def _facts(record: Record, log: Log, steps: int) -> str:
     """What the run is and how far it has come."""
     started: dict[str, Any] = next(reversed([*log.events("started")]), {})
-    best, created = log.best(), record.get("created")
-    rate, memory, epoch = (log.last(name) for name in ("notes_per_s", "memory_mb", "epoch"))
+    best = log.best()
+    rate, memory, epoch = (log.value(name) for name in ("notes_per_s", "memory_mb", "epoch"))
     facts = {
-        "Stage": record.get("stage"),
-        "Preset": record.get("preset"),
+        "Stage": record.stage,
+        "Preset": record.preset,
         "Steps": f"{log.step:,} of {steps:,}",
         "Epochs": None if epoch is None else number(epoch),
         "Time": duration(log.seconds),
@@ -161,12 +166,12 @@ def _facts(record: dict[str, Any], log: Log, steps: int) -> str:
         "Speed": rate and f"{number(rate)} notes/s",
         "Memory, peak": memory and f"{memory / 1000:.2f} GB",
         "Device": started.get("device"),
-        "Notes": f"{record.get('notes')}, {record.get('train_notes')} of them for training",
-        "Data": str(record.get("data", ""))[:12],
-        "Seed": record.get("seed"),
-        "Tokenizer": record.get("tokenizer"),
+        "Notes": f"{record.notes:,}, {record.train_notes:,} of them for training",
+        "Data": record.data[:12],
+        "Seed": record.seed,
+        "Tokenizer": record.tokenizer,
         "Versions": started and f"mars {started.get('mars')}, PyTorch {started.get('torch')}",
-        "Begun": created and time.strftime("%Y-%m-%d %H:%M", time.localtime(created)),
+        "Begun": time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created)),
     }
     return html.facts(facts)
 
@@ -234,10 +239,11 @@ def _sounds(run: Path, log: Log, stage: str) -> str:
 def _shown(path: Path, step: int) -> Shown | None:
     """The samples in a directory; None if they have been removed."""
     try:
-        document = json.loads((path / "samples.json").read_text(encoding="utf-8"))
-        names, rate, count = [str(n) for n in document["names"]], document["sample_rate"], document["samples"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        listing = path / "samples.json"
+        found = config.from_document(_Listing, read_json(listing, ConfigError), listing, ConfigError)
+    except ConfigError:
         return None
+    names, rate, count = list(found.names), found.sample_rate, found.samples
     files = [path / f"{i}.{kind}" for i in range(len(names)) for kind in ("png", "wav")]
     return Shown(path, step, names, count / rate, rate / 2) if all(file.is_file() for file in files) else None
 
@@ -259,12 +265,17 @@ def _flac(path: Path) -> bytes:
     """A WAV file as FLAC."""
     import soundfile
 
-    return html.flac(*soundfile.read(path, dtype="int16"))
+    try:
+        return html.flac(*soundfile.read(io.BytesIO(read_bytes(path, ConfigError)), dtype="int16"))
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} cannot be read as a sound ({error}); remove its folder") from None
 
 
-def _settings(settings: config.Config, record: dict[str, Any]) -> str:
+def _settings(settings: config.Config, record: Record) -> str:
     """The settings that are not the preset's, of the stage at hand; all of them folded away."""
-    other = "train.tokenizer." if record.get("stage") == "var" else "train.var."
+    other = "train.tokenizer." if record.stage == "var" else "train.var."
     known = settings.preset in config.preset_names()
     plain = html.flat(config.to_dict(config.preset(settings.preset))) if known else {}
     values = html.flat(config.to_dict(settings))

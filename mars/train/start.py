@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from mars import checkpoint, config, lock, model, runtime
+from mars import checkpoint, config, lock, model, runtime, terminal
 from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError, DiskError
@@ -23,6 +23,7 @@ from mars.train import folder, loop
 from mars.train.compare import RUNS
 from mars.train.compiling import compile_blocks
 from mars.train.profiling import profile_steps
+from mars.train.record import read_record
 from mars.train.samples import Sampler
 from mars.train.stage import StageName
 from mars.train.tensorboard import check_installed
@@ -75,7 +76,7 @@ def train(
     began = time.monotonic() if began is None else began
     seconds = parse_time(max_time)
     world = _prepare(device, threads)
-    console = Console(stderr=True, soft_wrap=True, quiet=not world.main)
+    console = terminal.console(soft_wrap=True, quiet=not world.main)
     if profile is not None and world.size > 1:
         raise ConfigError("--profile looks at one process; start it without torchrun")
     if shard and world.size == 1:
@@ -185,11 +186,14 @@ def newest_tokenizer(preset: str | None = None) -> Path:
     """
     found = []
     for path in RUNS.glob("*/run.json"):
-        record = checkpoint.read_json(path)
+        try:
+            record = read_record(path.parent)
+        except ConfigError:  # one that is damaged does not keep anybody from the others
+            continue
         exported = checkpoint.current(path.parent / "model") / "config.json"
-        usable = record.get("stage") == "tokenizer" and exported.is_file()
-        if usable and preset in (None, record.get("preset")):
-            found.append((record.get("created", 0), path.parent))
+        usable = record.stage == "tokenizer" and exported.is_file()
+        if usable and preset in (None, record.preset):
+            found.append((record.created, path.parent))
     if not found:
         kind = f"tokenizer run of preset {preset}" if preset else "tokenizer run"
         raise ConfigError(
@@ -247,10 +251,10 @@ def _settings(out: Path | None, preset: str | None, overrides: tuple[str, ...], 
 def _source(tokenizer: Path | None, out: Path | None, preset: str | None, console: Console, world: World) -> Path:
     """The tokenizer to train on: the one named, else that of the run to go on with, else the newest run."""
     if tokenizer is None and out is not None and (out / "run.json").is_file():
-        record = checkpoint.read_json(out / "run.json")
-        if record.get("stage") != "var":
-            raise ConfigError(f"--out {out} is a run with stage {record.get('stage')}, not var; name a new folder")
-        tokenizer = Path(record["tokenizer"])
+        record = read_record(out)
+        if record.stage != "var":
+            raise ConfigError(f"--out {out} is a run with stage {record.stage}, not var; name a new folder")
+        tokenizer = Path(record.tokenizer)
     if tokenizer is not None:
         return tokenizer
     newest = Path(world.same(str(newest_tokenizer(preset))))
@@ -394,6 +398,7 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str
     """ConfigError unless the run folder `path` is of this run and may be gone on with."""
     if resume == "never":
         raise ConfigError(f"--out {path} is a run already; name a new folder or leave out --resume never")
+    read_record(path)  # which sees that it is a record
     known = checkpoint.read_json(path / "run.json")
     if known.get("data") != record["data"]:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The log and the samples for TensorBoard, in `tensorboard/` of the run folder; needs the extra `tensorboard`."""
+"""The log and the samples for TensorBoard, in `tensorboard/` of the run folder; needs the package tensorboard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mars.errors import ConfigError
+from mars.optional import needed
 from mars.train.log import kind
 from mars.train.samples import Sample
 
@@ -45,8 +45,6 @@ class Board:
 
 
 def check_installed() -> None:
-    """Raise ConfigError if the package is missing."""
-    try:
+    """Raise `MissingPackage` if the package is missing."""
+    with needed("TensorBoard", "tensorboard"):
         import tensorboard  # noqa: F401
-    except ModuleNotFoundError:
-        raise ConfigError("--tensorboard needs the package: pip install 'mars-audio[tensorboard]'") from None

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 import mars
 from mars.config import TrainConfig
@@ -137,7 +136,7 @@ class Watch:
             if full or isinstance(error, DiskError):
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.say(escape(f"warning: no {what} of step {self.step:,}, training goes on: {reason}"))
+            self.say(f"warning: no {what} of step {self.step:,}, training goes on: {reason}")
             self.event("failed", what=what, reason=reason)
 
 

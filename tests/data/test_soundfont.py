@@ -19,7 +19,7 @@ from mars.config import FAMILIES, SOURCES, VELOCITIES
 from mars.data import soundfont
 from mars.data.notes import labels_of
 from mars.data.soundfont import Preset, Renderer, choose, pack_soundfont, read_presets, render
-from mars.errors import DataError, LostProcess
+from mars.errors import DataError, LostProcess, MissingPackage
 
 FONTS = sorted(Path("/usr/share/sounds/sf2").glob("*.sf2"))
 
@@ -247,7 +247,7 @@ def test_names_do_not_depend_on_what_is_asked_for():
     assert names(notes=200, seed=3, pitches=(60, 70)).items() <= everything.items()
 
 
-@pytest.mark.parametrize(("missing", "says"), [(True, "pip install"), (False, "libfluidsynth3")])
+@pytest.mark.parametrize(("missing", "says"), [(True, "pip install soxr pyfluidsynth$"), (False, "libfluidsynth3")])
 def test_missing_libraries_are_named(monkeypatch, missing, says):
     original = builtins.__import__
 
@@ -257,7 +257,7 @@ def test_missing_libraries_are_named(monkeypatch, missing, says):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", fail)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(MissingPackage if missing else DataError, match=says):
         soundfont.library()
 
 

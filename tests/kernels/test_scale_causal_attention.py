@@ -474,7 +474,7 @@ def test_the_environment_chooses():
     refused = in_a_process(code, MARS_ATTENTION="fast")
     assert "MARS_ATTENTION: want one of auto, triton, hybrid, grouped" in refused.stderr
     missing = in_a_process(code, MARS_ATTENTION="triton", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
-    assert "RuntimeError: scale_causal_attention: triton cannot run: " in missing.stderr
+    assert "KernelError: scale_causal_attention: triton cannot run: " in missing.stderr
     code += "; import sys; print('triton' in sys.modules)"
     found = in_a_process(code, MARS_ATTENTION="per_scale")
     assert (found.stdout, found.returncode) == ("False\n", 0)
