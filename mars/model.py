@@ -386,11 +386,15 @@ class _Range:
     source: str | None
     count: int
     pitch: tuple[int, int]
+    pitch_range: tuple[int, int] = (-1, -1)  # older models lack this and the next
+    velocity: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        low, high = self.pitch
-        if not (self.count >= 0 and -1 <= low <= high < 128):
-            raise ConfigError(f"want a count and pitches from -1 to 127, got {self.count:,} and {self.pitch}")
+        spans = self.pitch, self.pitch_range
+        if self.count < 0 or not all(-1 <= low <= high < 128 for low, high in spans):
+            raise ConfigError(f"want a count and pitches from -1 to 127, got {self.count:,}, {spans[0]} and {spans[1]}")
+        if not all(0 <= level < 128 for level in self.velocity):
+            raise ConfigError(f"want velocities from 0 to 127, got {self.velocity}")
         for name, value, known in (("family", self.family, FAMILIES), ("source", self.source, SOURCES)):
             if value not in (None, *known):
                 raise ConfigError(f"{name} must be null or one of {', '.join(known)}; got {value!r:.80}")
