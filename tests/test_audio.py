@@ -84,7 +84,8 @@ def test_short_audio_is_padded_and_long_audio_cut():
 
 def test_leading_dimensions():
     wave = torch.stack([note(SMALL, seed) for seed in range(6)]).reshape(2, 3, -1)
-    assert torch.equal(audio.spectrogram(wave, SMALL)[1, 2], audio.spectrogram(wave[1, 2], SMALL))
+    alone = audio.spectrogram(wave[1, 2], SMALL)
+    torch.testing.assert_close(audio.spectrogram(wave, SMALL)[1, 2], alone, rtol=0, atol=1e-5)  # other FFTs at once
     assert audio.spectrogram(wave[:0], SMALL).shape == (0, 3, 128, 64)
 
 

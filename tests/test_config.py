@@ -201,6 +201,67 @@ def test_wrong_overrides_say_what_is_wanted(text, message):
     assert "\n" not in str(caught.value)
 
 
+LIMITS = (  # of preset `smoke`: the first or last value that is allowed, the next that is not
+    ("tokenizer.codebook_size", 2, 1),
+    ("tokenizer.depth", 1, 0),
+    ("tokenizer.code_dim", 1, 0),
+    ("tokenizer.phi", 1, 0),
+    ("tokenizer.phi", 3, 4),
+    ("tokenizer.dropout_start", 1, 0),
+    ("tokenizer.dropout_start", 3, 4),
+    ("tokenizer.phi_ratio", 0, -0.01),
+    ("tokenizer.phi_ratio", 1, 1.01),
+    ("tokenizer.quantizer_dropout", 0, -0.01),
+    ("tokenizer.quantizer_dropout", 1, 1.01),
+    ("tokenizer.restart_dead_codes", 0, -0.01),
+    ("tokenizer.restart_dead_codes", 1, 1.01),
+    ("tokenizer.kmeans_init", 0, -1),
+    ("tokenizer.codebook_decay", 0, -0.01),
+    ("tokenizer.codebook_decay", 0.999, 1),
+    ("tokenizer.drop_path", 0, -0.01),
+    ("tokenizer.drop_path", 0.999, 1),
+    ("var.drop_path", 0, -0.01),
+    ("var.drop_path", 0.999, 1),
+    ("var.condition_dropout", 0, -0.01),
+    ("var.condition_dropout", 1, 1.01),
+    ("audio.min_db", -292, -293),  # 340 dB below max_db
+    ("audio.min_db", 47.9, 48),
+    ("audio.frames", 251, 250),  # the first holds exactly the samples
+    ("audio.hop", 512, 513),
+    ("train.var.epochs", 0, -0.01),
+    ("train.var.lr_batch", 0, -1),
+    ("train.var.steps", 1, 0),
+    ("train.var.batch_size", 1, 0),
+    ("train.var.keep", 1, 0),
+    ("train.var.workers", 0, -1),
+    ("train.var.sample_every", 0, -1),
+    ("train.var.warmup", 0, -0.01),
+    ("train.var.warmup", 1, 1.01),
+    ("train.var.final_lr", 0, -0.01),
+    ("train.var.final_lr", 1, 1.01),
+    ("train.tokenizer.adversarial_start", 0, -0.01),
+    ("train.tokenizer.adversarial_start", 1, 1.01),
+    ("train.tokenizer.adversarial_ramp", 0, -0.01),
+    ("train.tokenizer.adversarial_ramp", 1, 1.01),
+    ("train.tokenizer.discriminator_warmup", 1, 1.01),
+    ("train.tokenizer.discriminator_weight_decay", 0, -0.01),
+    ("train.var.weight_decay", 0, -0.01),
+    ("train.var.grad_clip", 0, -0.01),
+    ("train.var.ema", 0, -0.01),
+    ("train.var.ema", 0.9999, 1),
+    ("train.var.betas", [0, 0.999], [0, 1]),
+    ("train.var.betas", [0.9, 0], [0.9, -0.01]),
+)
+
+
+@pytest.mark.parametrize(("key", "allowed", "refused"), LIMITS, ids=lambda value: str(value))
+def test_limits_belong_to_the_ranges(key, allowed, refused):
+    more = ("audio.cmx=1", "tokenizer.patch=16,1") if key == "audio.frames" else ()  # any number of frames
+    preset("smoke", (f"{key}={allowed}", *more))
+    with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
+        preset("smoke", (f"{key}={refused}", *more))
+
+
 def test_grids_too_small_for_the_discriminator_are_refused():
     small = ("audio.cmx=32,1", "tokenizer.patch=16")
     assert preset("smoke", small).audio.shape == (32, 16, 256)
