@@ -71,7 +71,15 @@ class Dataset:
 
         Raises `DataError` for anything but a complete dataset of a version this code knows.
         """
-        path = Path(path)
+        try:
+            return cls._open(Path(path), verify)
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror or error}); check the path and its rights"
+            ) from None
+
+    @classmethod
+    def _open(cls, path: Path, verify: bool) -> Dataset:
         if not (path / "dataset.json").is_file():
             if not path.exists():
                 raise DataError(f"{path} does not exist; pack notes first: mars-data folder PATH --out {path}")
