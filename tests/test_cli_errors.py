@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -190,6 +189,8 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no limits on the size of files")
 @pytest.mark.parametrize("limit", [0, 20_000])
 def test_a_limit_on_the_size_of_files_exits_6(tmp_path, limit):
+    import resource
+
     (tmp_path / "notes").mkdir()
     soundfile.write(tmp_path / "notes" / "a.wav", 0.5 * np.sin(0.1 * np.arange(16_000)), 16_000)
     command = [sys.executable, "-m", "mars.cli.data", "folder", "notes", "--out", "out"]

@@ -167,7 +167,15 @@ class Dataset:
 
         Raises `DataError` for anything but a complete dataset of a version this code knows.
         """
-        path = Path(path)
+        try:
+            return cls._open(Path(path), verify)
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror or error}); check the path and its rights"
+            ) from None
+
+    @classmethod
+    def _open(cls, path: Path, verify: bool) -> Dataset:
         if not (path / "dataset.json").is_file():
             if path.is_file():
                 raise DataError(not_a_folder(path, "give the folder that mars-data wrote"))

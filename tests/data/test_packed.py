@@ -236,6 +236,18 @@ def test_hostile_tables_are_refused(tmp_path, content):
         Dataset.open(out)
 
 
+@pytest.mark.parametrize("call", ["is_file", "stat", "read_bytes"])
+def test_a_folder_without_permission_is_told(tmp_path, monkeypatch, call):
+    write(tmp_path / "packed")
+
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", "packed")
+
+    monkeypatch.setattr(Path, call, refuse)
+    with pytest.raises(DataError, match=r"packed cannot be read \(Permission denied\)"):
+        Dataset.open(tmp_path / "packed")
+
+
 def test_a_disk_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.EROFS, "Read-only file system")
