@@ -100,7 +100,8 @@ def read_bytes(path: Path, error: type[MarsError], largest: int = LARGEST) -> by
     """
     try:
         with opened(path) as file:
-            content = file.read(largest + 1)
+            size = os.fstat(file.fileno()).st_size  # room is made for as much as is asked for
+            content = file.read(min(size, largest) + 1)
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
     except OSError as problem:

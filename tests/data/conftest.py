@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from mars.config import FAMILIES, SOURCES
 from mars.data.notes import labels_of
 
 RATE, SAMPLES = 16_000, 64_000
+
+
+def list_again(out: Path, name: str) -> None:
+    """Let the manifest say of a file that was changed what is true of it now."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    content = (out / name).read_bytes()
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (out / "manifest.json").write_text(json.dumps(manifest))
 
 
 def tone(pitch: int = 60, samples: int = SAMPLES, rate: int = RATE) -> np.ndarray:

@@ -15,6 +15,7 @@ from mars.data.folder import pack_folder, read_csv
 from mars.data.notes import one_line
 from mars.data.packed import Packing, left_out
 from mars.errors import BadFileError, DataError, MissingPackage, TooManyBadError
+from tests.data.conftest import list_again
 
 RATE = 16_000
 
@@ -226,12 +227,10 @@ def test_a_dataset_of_before_says_nothing_of_its_packing(notes, tmp_path):
     soundfile.write(notes / "a.wav", tone(RATE), RATE)
     pack_folder(notes, tmp_path / "out")
     info = json.loads((tmp_path / "out/dataset.json").read_text())
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     for key in ("changes", "ignored", "held_out"):
         del info[key]
     (tmp_path / "out/dataset.json").write_text(json.dumps(info))
-    manifest["files"]["dataset.json"]["size"] = (tmp_path / "out/dataset.json").stat().st_size
-    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    list_again(tmp_path / "out", "dataset.json")
     assert Dataset.open(tmp_path / "out").packing == Packing()
 
 
@@ -240,10 +239,8 @@ def test_nonsense_about_the_packing_is_damage(notes, tmp_path, nonsense):
     soundfile.write(notes / "a.wav", tone(RATE), RATE)
     pack_folder(notes, tmp_path / "out")
     info = json.loads((tmp_path / "out/dataset.json").read_text()) | nonsense
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     (tmp_path / "out/dataset.json").write_text(json.dumps(info))
-    manifest["files"]["dataset.json"]["size"] = (tmp_path / "out/dataset.json").stat().st_size
-    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    list_again(tmp_path / "out", "dataset.json")
     with pytest.raises(DataError, match="is damaged"):
         Dataset.open(tmp_path / "out")
 
