@@ -100,10 +100,9 @@ def _generate(n: int, name: str | None, out: Path, threads: int | None, device: 
     from mars.generate import Timing, generate, listing, stem
     from mars.model import DEFAULT, load
     from mars.picture import contact_sheet, write_png
-    from mars.runtime import free_space, pick_device
+    from mars.runtime import free_space, pick_device, set_threads
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     model = load(name, pick_device(device))
     timing, began = Timing(), time.monotonic()
     notes = generate(model, n, **settings, timing=timing)
