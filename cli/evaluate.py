@@ -210,15 +210,12 @@ def train_classifier(
     same seed, device and number of threads give the same weights on a CPU.
     """
     with user_errors():
-        import torch
-
         from mars.data import open_dataset
         from mars.evaluate import classifier
-        from mars.runtime import pick_device
+        from mars.runtime import pick_device, set_threads
         from mars.train.start import parse_time
 
-        if threads:
-            torch.set_num_threads(threads)
+        set_threads(threads)
         seconds, where = parse_time(max_time), pick_device(device)
         classifier.train(
             open_dataset(data),
@@ -286,16 +283,13 @@ def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[st
 
     Sets the threads, and the device in place of its name.
     """
-    import torch
-
     from mars.errors import ConfigError
     from mars.evaluate import embedders
     from mars.evaluate.classifier import Classifier
     from mars.evaluate.score import Settings, check
-    from mars.runtime import pick_device
+    from mars.runtime import pick_device, set_threads
 
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
+    set_threads(options["threads"])
     options["device"] = pick_device(options["device"])
     settings = Settings(
         profile=options["profile"],

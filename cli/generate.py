@@ -94,16 +94,15 @@ def main(n: int, model: str | None, out: Path | None, threads: int | None, devic
 def _generate(
     n: int, name: str | None, out: Path | None, threads: int | None, device: str, settings: dict[str, Any]
 ) -> None:
-    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from mars import terminal
     from mars.files import new_folder
     from mars.model import DEFAULT, Timing, load
     from mars.notes import NoteFolder, fill, stem
+    from mars.runtime import set_threads
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     model = load(name, device)
     asked = {label: settings[label] for label in ("pitch", "family", "source", "velocity")}
     drawn = {key: value for key, value in settings.items() if key not in asked}

@@ -80,21 +80,21 @@ def functions() -> ctypes.CDLL:
 
 
 def check_memory(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raise ValueError where a tensor's memory does not hold its values: a fake one's, or a storage made smaller.
-
-    Kernels read by address, where PyTorch itself would not look either.
-    """
+    """Raise ValueError where the storage of a tensor was made smaller than what it reaches: kernels read by address."""
     for x in tensors:
-        if x is None or x.numel() == 0:
-            continue
-        storage, last = x.untyped_storage(), x.storage_offset() + x.numel() - 1
-        if not x.is_contiguous():
-            last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-        if storage.nbytes() < (last + 1) * x.itemsize or storage.device.type == "meta":
+        if x is not None and x.untyped_storage().nbytes() < _reach(x) and x.numel():
             raise ValueError(
-                f"{op}: want tensors with their values in memory; one {tuple(x.shape)} of {x.dtype} has none, "
-                "or a storage that was made smaller"
+                f"{op}: want tensors with their values in memory; one {tuple(x.shape)} of {x.dtype} has a storage that "
+                "was made smaller"
             )
+
+
+def _reach(x: torch.Tensor) -> int | torch.SymInt:
+    """Bytes from the start of its storage to the end of its last element."""
+    if x.is_contiguous():
+        return x.nbytes + x.storage_offset() * x.itemsize
+    last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.itemsize
 
 
 def check(status: int) -> None:

@@ -278,7 +278,7 @@ class TrainConfig:
             f"train.precision must be auto, float32 or bfloat16, got {self.precision!r}",
         )
         _require(self.compile in ("auto", "on", "off"), f"train.compile must be auto, on or off, got {self.compile!r}")
-        _require(self.workers >= 0, f"train.workers must not be negative, got {self.workers}")
+        _require(0 <= self.workers <= 256, f"train.workers must be 0 to 256, got {self.workers}")
 
     @property
     def notes_per_step(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,30 @@ import torch
 
 from mars.errors import ConfigError, DiskError
 
+# Enough for any machine, and for another's number of threads, which decides the last bits of what is computed here too.
+MOST_THREADS = max(256, os.cpu_count() or 1)
+
 
 def stream(seed: int, *key: int) -> torch.Generator:
     """A generator that depends on nothing but its arguments."""
     mixed = np.random.SeedSequence([seed, *key]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
+
+
+def set_threads(threads: int | None) -> None:
+    """Compute with so many threads of the CPU; None: with as many as PyTorch chooses.
+
+    Raises:
+        ConfigError: that many would not start, or only wait for each other.
+    """
+    if threads is None:
+        return
+    if not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(
+            f"threads: want 1 to {MOST_THREADS}, got {threads}; more than the {os.cpu_count()} processors of this "
+            "machine make nothing faster"
+        )
+    torch.set_num_threads(threads)
 
 
 def pick_device(name: str | torch.device) -> torch.device:

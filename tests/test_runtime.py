@@ -1,12 +1,80 @@
-"""Devices that lack float64."""
+"""Devices that lack float64, and how many threads are too many."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
 
-from mars.runtime import float64_device
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mars.cli import data, evaluate, generate, train
+from mars.config import preset
+from mars.errors import ConfigError
+from mars.runtime import MOST_THREADS, float64_device, set_threads
 
 
 def test_mps_gives_way_to_the_cpu():
     found = [float64_device(torch.device(name)).type for name in ("cpu", "cuda", "mps")]
     assert found == ["cpu", "cuda", "cpu"]
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[int]:
+    """What PyTorch is told, which it is not: the tests after this one have threads, too."""
+    numbers: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    return numbers
+
+
+def test_threads_are_those_asked_for(told):
+    for number in (None, 1, 2, 256, MOST_THREADS):
+        set_threads(number)
+    assert told == [1, 2, 256, MOST_THREADS]
+
+
+@pytest.mark.parametrize("number", [-1, 0, MOST_THREADS + 1, 100_000])
+def test_threads_that_would_not_run_are_refused(number, told):
+    with pytest.raises(ConfigError, match=rf"threads: want 1 to {MOST_THREADS}, got {number}; more than the \d+ proc"):
+        set_threads(number)
+    assert told == []
+
+
+def commands(command: click.Command, name: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    if isinstance(command, click.Group):
+        for key, part in command.commands.items():
+            yield from commands(part, (*name, key))
+    elif any(option.name == "threads" for option in command.params):
+        yield name, command
+
+
+WITH_THREADS = dict(
+    found
+    for module, name in ((train, "train"), (generate, "generate"), (evaluate, "eval"), (data, "data"))
+    for found in commands(module.main, (name,))
+)
+ARGUMENTS = {("eval", "run"): ["--real", ".", "--fake", "."], ("eval", "train-classifier"): ["--task", "pitch"]}
+
+
+@pytest.mark.parametrize("name", WITH_THREADS, ids=" ".join)
+def test_every_command_says_how_many_threads_there_may_be(name, tmp_path, told, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*ARGUMENTS.get(name, []), "--threads", "100000", "--device", "cpu"]
+    result = CliRunner().invoke(WITH_THREADS[name], arguments)
+    assert result.exit_code == ConfigError.code, result.output
+    assert f"threads: want 1 to {MOST_THREADS}, got 100000" in result.output
+    assert "Traceback" not in result.output
+    assert told == []
+
+
+def test_the_commands_that_compute_are_among_those():
+    assert {("train", "tokenizer"), ("train", "var"), ("generate",), ("eval", "run")} <= set(WITH_THREADS)
+
+
+def test_threads_that_make_batches_have_a_limit():
+    for number in (0, 256):
+        assert preset("notes", [f"train.var.workers={number}"]).train.var.workers == number
+    for number in (-1, 257, 100_000):
+        with pytest.raises(ConfigError, match=f"train.workers must be 0 to 256, got {number}"):
+            preset("notes", [f"train.var.workers={number}"])

@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, Self, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mars.kernels import _native
 from mars.kernels._backend import Backend, backend
@@ -67,8 +68,7 @@ def pack_codebook(codebook: Tensor, metric: Metric = "l2") -> PackedCodebook:
         ValueError: as `nearest_code`.
     """
     _check_codebook(codebook, metric)
-    _native.check_memory("nearest_code", codebook)
-    return PackedCodebook(_plain(codebook), metric, backend(codebook.device.type))
+    return PackedCodebook(_plain(_with_memory(codebook)), metric, backend(codebook.device.type))
 
 
 class PackedCodebook:
@@ -101,8 +101,7 @@ class PackedCodebook:
         _check(x, self.shape, self.device)
         if torch.compiler.is_compiling():
             raise RuntimeError("nearest_code: a packed codebook cannot be compiled; give the codebook (V, D) itself")
-        _native.check_memory("nearest_code", x)
-        x = _plain(x)
+        x = _plain(_with_memory(x))
         if self.backend == "reference":
             return reference.nearest_code(x, self._packed, self.metric)
         if self.backend == "triton":
@@ -135,6 +134,14 @@ class PackedCodebook:
 def _plain(x: Tensor) -> Tensor:
     """What the kernels read: float32, contiguous, and no view that negates on reading."""
     return x.detach().float().contiguous().resolve_neg()
+
+
+def _with_memory(x: Tensor) -> Tensor:
+    """x, whose values the kernels will find. An op is not run on fake tensors; packing and a packed search could be."""
+    if isinstance(x, FakeTensor):
+        raise ValueError(f"nearest_code: want tensors with their values in memory; {tuple(x.shape)} is a fake one")
+    _native.check_memory("nearest_code", x)
+    return x
 
 
 def _check(x: Tensor, shape: torch.Size, device: torch.device) -> None:

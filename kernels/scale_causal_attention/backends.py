@@ -88,7 +88,8 @@ def groups(lengths: Sequence[int], least: int | None = None) -> list[Group]:
 
     With 1 each scale is a group of its own.
     """
-    least, found = GROUP if least is None else least, list[tuple[int, ...]]([()])
+    least = GROUP if least is None else least
+    found: list[tuple[int, ...]] = [()]
     for n in lengths:
         if sum(found[-1]) >= least:
             found.append(())
@@ -99,7 +100,7 @@ def groups(lengths: Sequence[int], least: int | None = None) -> list[Group]:
 
 def finite(*tensors: Tensor) -> bool:
     """Whether the sums of the tensors are. On a CPU only: elsewhere the answer would make the host wait."""
-    return all(isfinite(float(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))) for x in tensors)
+    return all(isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()) for x in tensors)
 
 
 def hiding(lengths: Sequence[int], least: int | None = None) -> int:
@@ -107,6 +108,11 @@ def hiding(lengths: Sequence[int], least: int | None = None) -> int:
 
     A weight of 0 hides what is finite only: 0 times NaN is NaN, and so is NaN less infinity, PyTorch's own masking.
     """
+    return _hiding(tuple(lengths), GROUP if least is None else least)
+
+
+@lru_cache(maxsize=64)
+def _hiding(lengths: tuple[int, ...], least: int) -> int:
     return max((end - group[-1] for _, end, group in groups(lengths, least) if len(group) > 1), default=0)
 
 

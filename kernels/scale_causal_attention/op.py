@@ -28,6 +28,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mars.errors import ConfigError, KernelError
 from mars.kernels import _backend
@@ -93,7 +94,7 @@ def scale_causal_attention(
     if head_scale is not None:
         q, k = reference.normalize(q, k, head_scale)
     out = (reference.scale_causal_attention if name == "reference" else _FUNCTIONS[name])(q, k, v, lengths, scale)
-    return backends.per_scale(q, k, v, lengths, scale) if _hidden_shows(name, out, lengths) else out
+    return backends.per_scale(q, k, v, lengths, scale) if _hidden_shows(name, k, v, lengths) else out
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
@@ -208,12 +209,11 @@ def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: 
     return "hybrid" if normalised or len(backends.groups(lengths)) > 1 else "grouped"
 
 
-def _hidden_shows(name: str, out: Tensor, lengths: Sequence[int]) -> bool:
-    """Whether what is not finite in a finer scale may have passed a mask; not asked where the host would wait."""
-    if name not in _MASKS or torch.compiler.is_compiling() or type(out) is not Tensor or out.device.type != "cpu":
+def _hidden_shows(name: str, k: Tensor, v: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether what is not finite in a finer scale may pass a mask; not asked where the host would wait."""
+    if name not in _MASKS or torch.compiler.is_compiling() or isinstance(k, FakeTensor) or k.device.type != "cpu":
         return False
-    rows = backends.hiding(lengths, _MASKS[name])
-    return rows > 0 and not backends.finite(out.detach()[:, :, :rows])
+    return backends.hiding(lengths, _MASKS[name]) > 0 and not backends.finite(k.detach(), v.detach())
 
 
 def _fits_triton(q: Tensor) -> bool:

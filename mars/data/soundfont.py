@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import multiprocessing
+import os
 import signal
 import struct
 import sys
@@ -337,7 +338,8 @@ def _work(job: Job) -> Audio:
 
 
 def render(file: str | Path, jobs: list[Job], processes: int = 1) -> Iterator[Audio]:
-    """The notes in the order of `jobs`, whatever the number of processes."""
+    """The notes in the order of `jobs`, whatever the number of processes; of those no more than processors start."""
+    processes = min(processes, os.cpu_count() or 1)
     if processes < 2:
         renderer = Renderer(file)
         try:

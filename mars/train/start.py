@@ -222,8 +222,7 @@ def parse_time(text: str | None) -> float | None:
 
 
 def _prepare(device: str, threads: int | None) -> World:
-    if threads:
-        torch.set_num_threads(threads)
+    runtime.set_threads(threads)
     where = runtime.pick_device(device)
     if where.type == "cpu" and not runtime.native_bfloat16(where):
         # oneDNN instead of MKL, twice as fast on some CPUs and as exact; with bfloat16 units it would round to that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -292,6 +293,83 @@ def test_finer_scales_are_invisible_and_the_own_scale_is_not(name):
         after = scale_causal_attention(q, k2, v2, lengths, 0.01, backend=name)
         assert torch.equal(after[:, :, :start], before[:, :, :start])
         assert (after[:, :, start:] != before[:, :, start:]).any(-1).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("of", ["keys", "values"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PYTORCH)
+def test_what_is_not_finite_in_a_finer_scale_does_not_reach_coarser_rows(name, dtype, of, bad):
+    """In the groups before, in the same group, and in the same group of single scales; with gradients and without."""
+    lengths, head_scale = (2, 5, 40, 120, 9, 11), torch.tensor([4.0, -2.5])
+    tensors = inputs(lengths, dtype, heads=2)
+    do = torch.randn(tensors[0].shape).to(dtype)
+    for place, start in ((6, 2), (40, 7), (100, 47), (170, 167), (186, 176)):
+        q, k, v = (t.clone() for t in tensors)
+        (k if of == "keys" else v)[:, :, place, 3] = bad
+        rows = slice(0, start)
+        for gain, scale in ((None, 0.25), (head_scale, 1.0)):
+            with torch.no_grad():
+                out = scale_causal_attention(q, k, v, lengths, scale, head_scale=gain, backend=name)
+            assert math.isinf(bad) or out[:, :, place].isnan().any()
+            exact = [t[:, :, rows].double() for t in (q, k, v)]
+            seen = [n for i, n in enumerate(lengths) if sum(lengths[: i + 1]) <= start]
+            coarse = do.clone()
+            coarse[:, :, start:] = 0
+            wanted = outcome(dense, exact, seen, scale, None if gain is None else gain.double(), coarse[:, :, rows])
+            found = outcome(
+                lambda *a, **kw: scale_causal_attention(*a, backend=name, **kw), (q, k, v), lengths, scale, gain, coarse
+            )
+            tolerance = 1e-5 if dtype == torch.float32 else 0.1
+            for part in (out, *found[:2]):  # the output and the gradient of the queries
+                other = wanted[1] if part is found[1] else wanted[0]
+                torch.testing.assert_close(part[:, :, rows].double(), other, rtol=tolerance, atol=tolerance)
+
+
+def test_queries_that_are_not_finite_leave_the_gradients_of_hidden_keys_alone():
+    lengths = (2, 5, 40)
+    q, k, v = inputs(lengths, torch.bfloat16, heads=2)
+    q = q.clone()
+    q[:, :, 1, 3] = float("nan")
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = scale_causal_attention(*leaves, lengths, 0.25, backend="hybrid")
+    dq, dk, dv = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert dk[:, :, :2].isnan().any()
+    assert all(t[:, :, 2:].isfinite().all() for t in (dq, dk, dv))
+
+
+def test_a_compiled_graph_of_the_cpus_own_keeps_what_is_hidden():
+    lengths = (2, 5, 40)
+    q, k, v = inputs(lengths, heads=2)
+    k = k.clone()
+    k[:, :, 20] = float("nan")
+    compiled = torch.compile(scale_causal_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(q, k, v, lengths, 0.25, head_scale=torch.ones(2))
+    assert out[:, :, :7].isfinite().all()
+    assert out[:, :, 7:].isnan().all()
+
+
+def test_large_values_are_no_reason_to_compute_twice(monkeypatch):
+    """Where the sums are finite, no other implementation is asked."""
+    monkeypatch.setattr(backends, "per_scale", None)
+    for name in PYTORCH:
+        if name != "per_scale":
+            q, k, v = inputs((2, 5, 40))
+            assert scale_causal_attention(q, k, v * 1e30, (2, 5, 40), 0.25, backend=name).isfinite().all()
+
+
+def test_scores_are_not_scaled_unless_asked():
+    lengths = (1, 4)
+    q, k, v = inputs(lengths)
+    for name in PYTORCH:
+        out = scale_causal_attention(q, k, v, lengths, backend=name)
+        torch.testing.assert_close(out, dense(q, k, v, lengths, 1.0), rtol=1e-5, atol=1e-5)
+    for n in (2, 5):
+        exact = dense(q[:, :, :n], k, v, (5,), 1.0) if n == 5 else ((q[:, :, :n] @ k.mT).softmax(-1) @ v)
+        torch.testing.assert_close(attention(q[:, :, :n], k, v), exact, rtol=1e-5, atol=1e-5)
+    keys, values = k.clone(), v.clone()
+    out = cached_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], keys, values, 1)
+    torch.testing.assert_close(out, dense(q, k, v, lengths, 1.0)[:, :, 1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EVERY)
