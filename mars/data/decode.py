@@ -69,7 +69,7 @@ _LAYOUTS = {  # by the first bytes of a file
 class Recording:
     """The beginning of a file as it is."""
 
-    audio: npt.NDArray[np.float32]  # (frames, channels); one frame more than was wanted if there are more
+    audio: npt.NDArray[np.float32]  # (frames, channels); more frames than were wanted if there are more
     rate: int  # Hz
     frames: int | None  # of the whole file, where it says so
 
@@ -96,7 +96,8 @@ def decode(source: Path | bytes, *, sample_rate: int, samples: int, shortest: fl
         BadFileError: the file will not do, or lasts under `shortest` seconds.
         MissingPackage: soxr is needed and missing.
     """
-    return convert(record(source, samples / sample_rate), sample_rate=sample_rate, samples=samples, shortest=shortest)
+    recording = record(source, max(samples / sample_rate, shortest))
+    return convert(recording, sample_rate=sample_rate, samples=samples, shortest=shortest)
 
 
 def exactly(content: bytes, *, sample_rate: int, samples: int) -> Audio:
@@ -167,7 +168,7 @@ def record(source: Path | bytes, seconds: float) -> Recording:
     except _Unknown as unknown:
         if isinstance(source, Path):
             return record(_through_ffmpeg(source, seconds, str(unknown)), seconds)
-        raise BadFileError(f"unreadable ({unknown})") from None
+        raise BadFileError(f"unreadable ({unknown}): convert it to WAV or FLAC") from None
     except OSError as error:
         raise BadFileError(f"unreadable ({error.strerror or error})") from None
     if len(found) == 1:

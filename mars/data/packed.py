@@ -350,16 +350,20 @@ class Writer:
         """
         if audio.shape != (self.samples,):
             raise ValueError(f"{name}: want audio of shape ({self.samples},), got {audio.shape}; use notes.fit")
-        twice = name in self._rows or name in self._bad
-        reason = "a note of this name came before" if twice else fault(audio)
-        if reason is None and not (one_line(name) and one_line(labels.instrument)):
+        reason = fault(audio)
+        if reason is not None and "cut" in changes:
+            reason += ": in the beginning, which alone is kept"
+        if name in self._rows or name in self._bad:
+            reason = "a note of this name came before"
+        elif reason is None and not (one_line(name) and one_line(labels.instrument)):
             reason = "its name has characters that cannot be written on a line"
         if reason is not None:
-            self.bad(name, reason + (": in the beginning, which alone is kept" if "cut" in changes else ""))
+            self.bad(name, reason)
             return False
         if (peak := np.abs(audio).max()) > 1:
             audio, changes = audio / peak, {*changes, "scaled"}
-        self._changes[name] = frozenset(changes)
+        if changes:
+            self._changes[name] = frozenset(changes)
         with self._writing():
             self._audio.write(np.clip(np.rint(audio * 32768.0), -32768, 32767).astype("<i2").tobytes())
         self._rows[name] = (self._written, labels, split)
@@ -411,6 +415,8 @@ class Writer:
         index = {name: i for i, name in enumerate(instruments)}
         free = [(name, labels.instrument) for name, (_, labels, split) in self._rows.items() if split < 0]
         splits, held_out = hold_out([name for name, _ in free], [instrument for _, instrument in free], by)
+        if len(free) < len(rows):
+            held_out = "as the source says" + (f"; of the others {held_out}" if free else "")
         decided = iter(splits)
         table = [
             (
@@ -424,8 +430,8 @@ class Writer:
             "format": FORMAT, "version": VERSION, "sample_rate": self.sample_rate, "samples": self.samples,
             "count": len(rows), "origin": self.origin,
             "splits": {name: int((metadata[:, -1] == i).sum()) for i, name in enumerate(SPLITS)},
-            "bad": len(self._bad), "ignored": self.ignored, "held_out": held_out if free else "as the source says",
-            "changes": Counter(change for name in self._rows for change in self._changes[name]),
+            "bad": len(self._bad), "ignored": self.ignored, "held_out": held_out,
+            "changes": Counter(change for name in self._rows for change in self._changes.get(name, ())),
         }  # fmt: skip
         buffer = io.BytesIO()
         np.save(buffer, metadata, allow_pickle=False)

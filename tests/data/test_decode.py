@@ -95,6 +95,13 @@ def test_what_was_done_is_told():
     assert changes(2.5, RATE) <= CHANGES.keys()
 
 
+def test_the_shortest_may_be_longer_than_what_is_kept():
+    whole = content(tone(3))
+    assert decode(whole, sample_rate=RATE, samples=RATE, shortest=2).changes == {"cut"}
+    with pytest.raises(BadFileError, match=r"too short: 3\.000 s, want at least 4 s"):
+        decode(whole, sample_rate=RATE, samples=RATE, shortest=4)
+
+
 # Sizes that are wrong
 
 
