@@ -44,8 +44,7 @@ def test_nothing_is_lost(fault, trainer, rows):
     assert row["failures"] == []
 
 
-@pytest.mark.parametrize(("command", "least"), [("mars-generate", 3)])
-def test_killed_commands_go_on(command, least, rows):
-    (row,) = [r for r in rows if command in r["fault"].split(", ")]
-    assert row["trials"] >= least
+def test_killed_generation_goes_on(rows):
+    (row,) = [r for r in rows if r["fault"].startswith("SIGKILL at a random moment of mars-generate")]
+    assert row["trials"] >= 3
     assert row["failures"] == []
