@@ -520,7 +520,7 @@ def kills_of_generation(lab: Laboratory) -> list[Row]:
     row, rng = Row("SIGKILL at a random moment of mars-generate, then the same command"), lab.random(7)
 
     def generating(out: Path) -> Callable[[], None]:
-        words = ["-n", "40", "--model", str(lab.folder / "straight var"), "--out", str(out)]
+        words = ["-n", "40", "--batch-size", "8", "--model", str(lab.folder / "straight var"), "--out", str(out)]
         return lambda: mars_generate([*words, "--device", "cpu", "--threads", "1"], prog_name="mars-generate")
 
     straight, began = lab.new("notes"), time.monotonic()
