@@ -107,6 +107,7 @@ def _generate(
     asked = {label: settings[label] for label in ("pitch", "family", "source", "velocity")}
     drawn = {key: value for key, value in settings.items() if key not in asked}
     conditions = model.choose(n, **asked, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
+    model.iterate(n, conditions=conditions, **drawn)  # for its checks, before anything is written
     files = [f"{stem(i, n, condition)}.wav" for i, condition in enumerate(conditions)]
     made = {**model.record, "model": str(name or DEFAULT), "n": n, **settings}
     out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))

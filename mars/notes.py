@@ -112,15 +112,11 @@ class NoteFolder:
         return Filled(silent, full_scale)
 
     def begin(self) -> None:
-        """Make the folder ready, or see that it is the one; find what is missing. Only with the folder locked."""
-        listed = self._listed()
-        known = {LISTING, PICTURE if self.picture else LISTING, *self.files} if listed is not None else set()
-        for file in sorted(self.path.iterdir()):
-            if file.name.startswith("."):
-                if file.name.endswith(".tmp") and file.name[1:].rsplit(".", 2)[0] in {LISTING, PICTURE, *self.files}:
-                    file.unlink()  # a process was killed while it wrote
-            elif file.name not in known:
-                raise DataError(f"{self.path} holds {file.name}, which is none of these notes; name a new folder")
+        """Put right what a killed process left, find what is missing, list it all. Only with the folder locked."""
+        listed = self.check()
+        for file in self.path.glob(".*.tmp"):
+            if file.name[1:].rsplit(".", 2)[0] in {LISTING, PICTURE, *self.files}:
+                file.unlink()  # a process was killed while it wrote
         sums = [None] * len(self.files) if listed is None else [note.get("sha256") for note in listed["notes"]]
         self.missing = [i for i, total in enumerate(sums) if not self._complete(self.path / self.files[i], total)]
         free_space(self.path, self.space(len(self.missing)))
@@ -131,8 +127,16 @@ class NoteFolder:
         """Bytes that so many notes take, with their listing and picture."""
         return notes * (self.bytes + 1024) + (2**24 if self.picture else 2**20)
 
+    def check(self) -> dict[str, Any] | None:
+        """The listing that is there; raises an error if it is not of this call, or anything else is in the folder."""
+        listed = self._listed()
+        known = {LISTING, *self.files, *[PICTURE] * self.picture} if listed is not None else set()
+        for file in sorted(self.path.iterdir()):
+            if file.name not in known and not file.name.startswith("."):
+                raise DataError(f"{self.path} holds {file.name}, which is none of these notes; name a new folder")
+        return listed
+
     def _listed(self) -> dict[str, Any] | None:
-        """The listing that is there; raises an error unless it is of this call."""
         file = self.path / LISTING
         if not file.is_file():
             return None
@@ -171,7 +175,9 @@ def fill(folder: NoteFolder, say: Callable[[str], None] = warnings.warn) -> Iter
     path = folder.path
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is not a folder; name a new one")
-    if not path.exists():
+    if path.exists():
+        folder.check()  # before anything is written there, the lock included
+    else:
         free_space(path, folder.space(len(folder.files)))
         path.mkdir(parents=True, exist_ok=True)  # by another process this very moment: then one of both gets the lock
     with lock.claim(path, say):

@@ -517,12 +517,12 @@ def rivals(lab: Laboratory, trainer: str) -> Row:
     return row
 
 
-def generation(lab: Laboratory) -> list[Row]:
+def kills_of_generation(lab: Laboratory) -> list[Row]:
     """SIGKILL of mars-generate at random moments; the same command goes on until it is done, then with a new folder."""
-    row, rng = Row("SIGKILL at a random moment, mars-generate, then the same command"), lab.random(6)
+    row, rng = Row("SIGKILL at a random moment, mars-generate, then the same command"), lab.random(8)
 
     def generating(out: Path) -> Callable[[], None]:
-        words = ["-n", "40", "--model", str(lab.folder / "straight var"), "--out", str(out)]
+        words = ["-n", "40", "--batch-size", "8", "--model", str(lab.folder / "straight var"), "--out", str(out)]
         return lambda: mars_generate([*words, "--device", "cpu", "--threads", "1"], prog_name="mars-generate")
 
     straight, began = lab.new("notes"), time.monotonic()
@@ -614,13 +614,16 @@ CAMPAIGNS: dict[str, Callable[[Laboratory, str], Row | list[Row]]] = {
     "infinities": infinities,
     "rivals": rivals,
 }
-COMMANDS: dict[str, Callable[[Laboratory], list[Row]]] = {"generation": generation, "packing": kills_of_packing}
+COMMANDS: dict[str, Callable[[Laboratory], list[Row]]] = {
+    "generation": kills_of_generation,
+    "packing": kills_of_packing,
+}
 
 
 @click.command()
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the full number of trials.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
-@click.option("--only", type=click.Choice([*CAMPAIGNS, *COMMANDS]), multiple=True, help="These campaigns.")
+@click.option("--only", type=click.Choice([*CAMPAIGNS, *OTHERS]), multiple=True, help="These campaigns.")
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(share: float, seed: int, only: tuple[str, ...], report: Path | None) -> None:
     """Strike trainers and commands with faults and count what is lost."""

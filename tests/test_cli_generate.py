@@ -98,6 +98,17 @@ def test_a_folder_with_files_is_refused(made, folder):
     assert {p: p.stat().st_mtime_ns for p in made[0].iterdir()} == before
 
 
+def test_a_folder_of_something_else_is_not_touched(folder, tmp_path):
+    for name in ("run.json", ".lock", ".notes.json.1.tmp"):
+        (tmp_path / name).write_text("mine")
+    done = invoke("-n", 1, "--model", folder, "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "holds run.json, which is none of these notes; name a new folder" in done.output
+    assert {p.name: p.read_text() for p in tmp_path.iterdir() if p.is_file()} == dict.fromkeys(
+        ("run.json", ".lock", ".notes.json.1.tmp"), "mine"
+    )
+
+
 def test_a_whole_folder_is_left_as_it_is(made, folder):
     before = {p: p.stat().st_mtime_ns for p in made[0].iterdir()}
     done = invoke("-n", 3, "--model", folder, "--out", made[0], "--iterations", 1, "--seed", 7, "--device", "cpu")
@@ -121,7 +132,7 @@ def test_two_on_one_folder_do_not_mix(folder, tmp_path, monkeypatch):
     other = []
 
     def meanwhile(*arguments, iterate=Model.iterate, **settings):
-        if not other:
+        if not other and (tmp_path / "out").exists():
             other.append(None)
             other[0] = invoke("-n", 2, "--model", folder, "--out", tmp_path / "out", "--iterations", 0)
         return iterate(*arguments, **settings)
@@ -183,6 +194,7 @@ def test_what_a_model_was_not_trained_on_is_refused_unless_allowed(folder, tmp_p
         (["--pitch", "c4"], "--pitch"),
         (["-n", "0"], "-n"),
         (["--top-p", "0"], "--top-p"),
+        (["--cfg", "inf"], "cfg must be"),
         (["--family", "brss"], "did you mean brass"),
         (["--model", "nowhere"], "nowhere"),
     ],
