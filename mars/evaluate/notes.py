@@ -6,6 +6,7 @@ zeros, clipped to [-1, 1]. Nothing is left out in silence: a set counts what it 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -26,10 +27,11 @@ from mars.data import SPLITS, open_dataset
 from mars.data.folder import SUFFIXES
 from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of, read_audio
 from mars.errors import BadFileError, DataError, TooManyBadError
-from mars.files import read_json
+from mars.files import opened, read_json
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
+LARGEST = 1 << 30  # bytes of a file of sound, of which a note has no more than 64,000 samples
 BATCH = 32  # notes that a transform gets at once
 STREAM = 5  # tells the random order from other streams with the same seed
 
@@ -305,7 +307,7 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
 
 def _check(path: Path) -> _File:
     try:
-        content = path.read_bytes()
+        content = _content(path)
         audio, frames = _decode(content)
         if reason := fault(audio):
             raise BadFileError(reason)
@@ -314,6 +316,15 @@ def _check(path: Path) -> _File:
     except OSError as error:
         return _File(reason=f"unreadable ({error.strerror})")
     return _File(hashlib.sha256(content).hexdigest(), frames, bool(np.abs(audio).max() > 1))
+
+
+def _content(path: Path) -> bytes:
+    """A file of sound. Raises `OSError`, among others where it is none or over `LARGEST` bytes."""
+    with opened(path) as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise OSError(errno.EFBIG, f"over {LARGEST:,} bytes", str(path))
+    return content
 
 
 def _decode(content: bytes) -> tuple[Audio, int]:
@@ -334,7 +345,7 @@ def _decode(content: bytes) -> tuple[Audio, int]:
 def _again(path: Path, known: _File) -> Audio:
     """A file that was checked before, (64000,) in [-1, 1]."""
     try:
-        content = path.read_bytes()
+        content = _content(path)
     except OSError as error:
         raise DataError(f"{path} was there when the evaluation began ({error.strerror}); start again") from None
     if hashlib.sha256(content).hexdigest() != known.sha256:

@@ -207,7 +207,7 @@ def test_soxr_is_needed_only_to_resample(notes, tmp_path, monkeypatch):
     soundfile.write(notes / "a.wav", tone(RATE), RATE)
     assert len(pack_folder(notes, tmp_path / "out")) == 1
     soundfile.write(notes / "b.wav", tone(8000), 8000)
-    with pytest.raises(MissingPackage, match="needs soxr; run: pip install soxr$"):
+    with pytest.raises(MissingPackage, match=r"needs soxr; run: pip install soxr$"):
         pack_folder(notes, tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
 

@@ -109,5 +109,5 @@ def test_errors(monkeypatch):
     with pytest.raises(DataError, match="want as many fake notes as real ones, got 19 and 20"):
         kid_vinay2022(x, x[:19])
     monkeypatch.setitem(sys.modules, "torchmetrics.image.kid", None)
-    with pytest.raises(ConfigError, match="KID needs torchmetrics; run: pip install torchmetrics$"):
+    with pytest.raises(ConfigError, match=r"KID needs torchmetrics; run: pip install torchmetrics$"):
         kid(x, x, subset_size=20)

@@ -156,5 +156,5 @@ def test_errors(fit, monkeypatch):
     with pytest.raises(ValueError, match="want 3 features as the bins have, got 4"):
         different_bins(bins, torch.randn(9, 4))
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ConfigError, match="NDB needs scikit-learn; run: pip install scikit-learn$"):
+    with pytest.raises(ConfigError, match=r"NDB needs scikit-learn; run: pip install scikit-learn$"):
         fit(torch.randn(30, 3), 5)

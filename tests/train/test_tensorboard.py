@@ -18,7 +18,7 @@ from mars.train.tensorboard import Board
 
 def test_without_the_package_it_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ConfigError, match="TensorBoard needs tensorboard; run: pip install tensorboard$"):
+    with pytest.raises(ConfigError, match=r"TensorBoard needs tensorboard; run: pip install tensorboard$"):
         train("tokenizer", preset="smoke", out=tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()
 
