@@ -495,7 +495,7 @@ def test_senseless_but_signed_documents_are_one_line(name, text, message, tmp_pa
     [
         (torch.float8_e4m3fn, "is of dtype F8_E4M3; want one of F64, F32, F16, BF16"),
         (torch.complex64, "is of dtype C64; want one of F64"),
-        (torch.int32, r"is of torch.int32, the model's is of torch.float32"),
+        (torch.int32, r"is of torch.int32, the configuration wants torch.float32"),
     ],
     ids=str,
 )
