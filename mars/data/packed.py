@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError  # numpy takes headers apart as Python
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,19 +86,17 @@ class Dataset:
         try:
             count, samples, rate = (int(info[key]) for key in ("count", "samples", "sample_rate"))
             origin = dict(info["origin"])
-            metadata = _metadata(path / "metadata.npy", count)
-            names, instruments = (
-                read_text(path / f"{file}.txt", DataError, _LARGEST_NAME * count).splitlines()
-                for file in ("names", "instruments")
-            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
         bytes_wanted = count * samples * 2
         if min(count, samples, rate) < 1 or (path / "audio.i16").stat().st_size != bytes_wanted:
             raise DataError(f"{path}/audio.i16: want {count} x {samples} int16, got another size; {again}")
-        if metadata.dtype != np.int32 or metadata.shape != (count, len(COLUMNS)) or len(names) != count:
+        metadata = _metadata(path / "metadata.npy", count)
+        names, instruments = (
+            read_text(path / f"{file}.txt", DataError, _LARGEST_NAME * count).splitlines()
+            for file in ("names", "instruments")
+        )
+        if len(names) != count:
             raise DataError(f"{path}: names.txt and metadata.npy do not describe {count} notes; {again}")
         for column, limit, values in zip(COLUMNS, _LIMITS, metadata.T, strict=True):
             least = 0 if column in ("instrument", "split") else -1
@@ -342,13 +341,15 @@ def _metadata(path: Path, count: int) -> npt.NDArray[np.int32]:
         if np.lib.format.read_magic(content) != (1, 0):
             raise ValueError("another version of the format")
         shape, transposed, dtype = np.lib.format.read_array_header_1_0(content)
-    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
-        raise DataError(f"{path} is no table of numpy ({' '.join(str(error).split()):.200}); pack it again") from None
+    except (ValueError, TypeError, KeyError, SyntaxError, TokenError, RecursionError, MemoryError) as error:
+        raise DataError(
+            f"{path} is damaged: no table of numpy ({' '.join(str(error).split()):.200}); pack it again"
+        ) from None
     values = content.read()
     if (shape, transposed, dtype) != ((count, len(COLUMNS)), False, np.dtype("<i4")) or len(values) != count * len(
         COLUMNS
     ) * 4:
-        raise DataError(f"{path} does not describe {count:,} notes; pack it again")
+        raise DataError(f"{path} is damaged: it does not describe {count:,} notes; pack it again")
     return np.frombuffer(values, dtype).reshape(shape).copy()  # which may be written to
 
 
