@@ -160,10 +160,10 @@ def parse_json(text: bytes | str, where: str, error: type[MarsError]) -> Any:
     except ValueError as problem:
         raise error(f"{where} cannot be read as JSON: {problem}") from None
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         inside = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
         level = [x for values in inside for x in values]
-    if level:
+    if any(isinstance(x, dict | list) for x in level):
         raise _too_deep(where, error)
     return value
 

@@ -30,4 +30,4 @@ class PlainColumn(TextColumn):
         super().__init__(text_format, markup=False)
 
     def render(self, task: Any) -> Text:
-        return Text(printable(super().render(task).plain), self.style)
+        return Text(printable(self.text_format.format(task=task)), self.style)

@@ -623,7 +623,7 @@ COMMANDS: dict[str, Callable[[Laboratory], list[Row]]] = {
 @click.command()
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the full number of trials.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
-@click.option("--only", type=click.Choice([*CAMPAIGNS, *OTHERS]), multiple=True, help="These campaigns.")
+@click.option("--only", type=click.Choice([*CAMPAIGNS, *COMMANDS]), multiple=True, help="These campaigns.")
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Write the rows here too.")
 def main(share: float, seed: int, only: tuple[str, ...], report: Path | None) -> None:
     """Strike trainers and commands with faults and count what is lost."""

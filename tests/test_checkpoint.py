@@ -16,7 +16,7 @@ from torch import nn
 from mars import checkpoint, model
 from mars.checkpoint import load_weights, replace_directory, verify, write_directory
 from mars.config import preset
-from mars.errors import CheckpointError
+from mars.errors import CheckpointError, ConfigError
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 
@@ -410,3 +410,99 @@ def test_loading_unpickles_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     pickle.loads(content)  # it would have gone off
     assert (tmp_path / "boom").exists()
+
+
+def signed(tmp_path: Path, *settings: str) -> Path:
+    """A small model that was changed by a stranger, who wrote a manifest that fits."""
+    c = preset("smoke", (*SMALL, "var.heads=2", "tokenizer.heads=2", *settings))
+    path = tmp_path / "m"
+    model.Model(config=c, tokenizer=Tokenizer(c), var=VAR(c.var, c.tokenizer), notes=HEARD, card="# c").save(path)
+    return path
+
+
+HOSTILE_CONFIGS = {
+    "width": ({"var": {"width": 65_536}}, "has shape .*, the configuration wants"),
+    "wider": ({"var": {"width": 10**9}}, "var.width must be at most 65,536, got 1000000000"),
+    "depth": ({"var": {"depth": 10**9}}, "var.depth must be at most 256, got 1000000000"),
+    "tokenizer": ({"tokenizer": {"depth": 256}}, "lacks tensor"),
+    "codes": ({"tokenizer": {"codebook_size": 1 << 24}}, "has shape .*, the configuration wants"),
+    "code": ({"tokenizer": {"code_dim": 10**6}}, "tokenizer.code_dim must be at most 65,536"),
+    "scales": ({"tokenizer": {"scales": [1, 2, 4, 10**6]}}, "tokenizer.scales must be at most 64 of at most 1024"),
+    "frames": ({"audio": {"frames": 1 << 40}}, r"audio: n_fft / 2 x frames must be at most 16,777,216"),
+    "rate": ({"audio": {"sample_rate": 10**12}}, "audio.sample_rate must be at most 384,000"),
+    "huge number": ({"var": {"depth": 10**4000}}, "var.depth must be at most 256"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), HOSTILE_CONFIGS.values(), ids=HOSTILE_CONFIGS)
+def test_a_configuration_is_held_against_the_weights_before_memory_is_taken(changes, message, tmp_path, monkeypatch):
+    path = signed(tmp_path)
+    values = json.loads((path / "config.json").read_text())
+    for group, settings in changes.items():
+        values[group] |= settings
+    (path / "config.json").write_text(json.dumps(values))
+    relist(path)
+
+    def built(module: nn.Module) -> None:
+        assert next(module.parameters()).device.type == "meta", "memory was taken before the shapes were compared"
+
+    for kind in (Tokenizer, VAR):
+        original = kind.__init__
+
+        def watched(self, *arguments, original=original, fits=kind is Tokenizer and "var" in changes):
+            original(self, *arguments)
+            if not fits:
+                built(self)
+
+        monkeypatch.setattr(kind, "__init__", watched)
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        model.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+SENSELESS = {
+    "notes.json": {
+        "[null]": "entry 0 must hold a JSON object, got NoneType",
+        "{}": "must hold a list, got dict",
+        "[{}]": "entry 0 cannot be used: family is missing",
+        '[{"family": "kazoo", "source": null, "count": 1, "pitch": [1, 2]}]': "family must be null or one of",
+        '[{"family": null, "source": null, "count": 1, "pitch": [1, 2, 3]}]': "pitch must have 2 values",
+        '[{"family": null, "source": null, "count": 1, "pitch": [60, 400]}]': "pitches from -1 to 127",
+        '[{"family": null, "source": null, "count": "1", "pitch": [1, 2]}]': "count must be an int",
+    },
+    "config.json": {"[]": "must hold a JSON object", '{"preset": [[[]]]}': "preset must be a str", "{}": "preset is"},
+    "README.md": {"\udcff": "README.md cannot be read as UTF-8 text"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [(name, text, message) for name, texts in SENSELESS.items() for text, message in texts.items()],
+)
+def test_senseless_but_signed_documents_are_one_line(name, text, message, tmp_path):
+    path = signed(tmp_path)
+    (path / name).write_bytes(text.encode(errors="surrogateescape"))
+    relist(path)
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        model.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.float8_e4m3fn, "is of dtype F8_E4M3; want one of F64, F32, F16, BF16"),
+        (torch.complex64, "is of dtype C64; want one of F64"),
+        (torch.int32, r"is of torch.int32, the configuration wants torch.float32"),
+    ],
+    ids=str,
+)
+def test_weights_of_other_kinds_of_numbers_are_one_line(dtype, message, tmp_path):
+    path = signed(tmp_path)
+    weights = path / "var.safetensors"
+    save_file({name: t.to(dtype) for name, t in load_file(weights).items()}, weights)
+    relist(path)
+    with pytest.raises(CheckpointError, match=message):
+        model.load(path)

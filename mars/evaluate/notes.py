@@ -6,6 +6,7 @@ zeros, clipped to [-1, 1]. Nothing is left out in silence: a set counts what it 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -27,10 +28,11 @@ from mars.data.folder import find
 from mars.data.kinds import not_a_folder
 from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of
 from mars.errors import BadFileError, DataError, TooManyBadError
-from mars.files import read_json
+from mars.files import opened, read_json
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
+LARGEST = 1 << 30  # bytes of a file of sound, of which a note has no more than 64,000 samples
 BATCH = 32  # notes that a transform gets at once
 STREAM = 5  # tells the random order from other streams with the same seed
 
@@ -318,9 +320,7 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
 
 def _check(path: Path) -> _File:
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise BadFileError("not a regular file")
-        content = path.read_bytes()
+        content = _content(path)
         audio, frames = _decode(content)
         if reason := fault(audio):
             raise BadFileError(reason)
@@ -329,6 +329,15 @@ def _check(path: Path) -> _File:
     except OSError as error:
         return _File(reason=f"unreadable ({error.strerror})")
     return _File(hashlib.sha256(content).hexdigest(), frames, bool(np.abs(audio).max() > 1))
+
+
+def _content(path: Path) -> bytes:
+    """A file of sound. Raises `OSError`, among others where it is none or over `LARGEST` bytes."""
+    with opened(path) as file:
+        content = file.read(min(os.fstat(file.fileno()).st_size, LARGEST) + 1)
+    if len(content) > LARGEST:
+        raise OSError(errno.EFBIG, f"over {LARGEST:,} bytes", str(path))
+    return content
 
 
 def _decode(content: bytes) -> tuple[Audio, int]:
@@ -345,7 +354,7 @@ def _decode(content: bytes) -> tuple[Audio, int]:
 def _again(path: Path, known: _File) -> Audio:
     """A file that was checked before, (64000,) in [-1, 1]."""
     try:
-        content = path.read_bytes()
+        content = _content(path)
     except OSError as error:
         raise DataError(f"{path} was there when the evaluation began ({error.strerror}); start again") from None
     if hashlib.sha256(content).hexdigest() != known.sha256:

@@ -159,7 +159,7 @@ class Optimizer:
                 name, moments = names[id(p)], {}
                 for key in keys:
                     value = state.get(f"{name}/{key}")
-                    if value is None or (key != "step" and value.shape != p.shape):
+                    if value is None or value.shape != (() if key == "step" else p.shape):
                         raise CheckpointError(f"{source}: optimiser state of {name} is missing or has another shape")
                     unknown.discard(f"{name}/{key}")
                     if key == "step":  # the fused kernel wants it on the device too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -161,6 +162,27 @@ def test_a_damaged_part_is_an_error_that_says_what_to_remove(tmp_path):
     counter = Counter()
     embed(notes(0.2), counter, tmp_path)  # what another note needs is not damaged
     assert counter.batches == [1]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "listing", "message"),
+    [
+        ({"frames": torch.zeros(1, 1, 1)}, None, "does not list notes"),
+        ({"frames": torch.zeros(1, 1, 1)}, [["a"]], "does not list notes"),
+        ({"logits": torch.zeros(1, 1)}, "own", "does not hold the features of 1 notes"),
+        ({"frames": torch.zeros(2, 1, 1)}, "own", "does not hold the features of 1 notes"),
+    ],
+    ids=range(4),
+)
+def test_a_senseless_part_is_an_error_that_says_what_to_remove(tensors, listing, message, tmp_path):
+    given = notes(0.1)
+    embed(given, Counter(), tmp_path)
+    (part,) = tmp_path.glob("*/part-*")
+    shutil.rmtree(part)
+    keys = list(given.keys) if listing == "own" else listing
+    checkpoint.write_directory(part, {"features": tensors}, {"notes": keys})
+    with pytest.raises(CheckpointError, match=rf"{message}.*; remove {part}"):
+        embed(given, Counter(), tmp_path)
 
 
 def test_another_process_may_write_the_same_part_first(tmp_path, monkeypatch):

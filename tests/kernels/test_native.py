@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mars import kernels
+from mars.errors import KernelError
 from mars.kernels import _backend, _native
 
 MISSING = _backend.missing("native", "cpu")
@@ -67,6 +68,48 @@ def test_the_environment_chooses_the_implementation():
         kernels.use("cuda"),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["MARS_KERNELS", "MARS_ATTENTION", "MARS_NATIVE_LEVEL"])
+def test_a_wrong_value_is_one_line_of_a_command(name):
+    """It is no error of an import, and one that commands can tell."""
+    if name == "MARS_NATIVE_LEVEL" and MISSING is not None:
+        pytest.skip(MISSING)
+    code = (
+        "import torch\n"
+        "from mars.cli.errors import user_errors\n"
+        "from mars.kernels import nearest_code, scale_causal_attention\n"
+        "import click\n"
+        "@click.command()\n"
+        "def main():\n"
+        "    with user_errors():\n"
+        "        nearest_code(torch.eye(3), torch.eye(3))\n"
+        "        scale_causal_attention(*torch.ones(3, 1, 1, 5, 16), (1, 4))\n"
+        "main()"
+    )
+    done = python(code, **{name: "wrong"})
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Error: {name}: want one of ")
+    assert line.endswith("got 'wrong'")
+
+
+def test_what_cannot_run_here_is_an_error_of_mars(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with kernels.use("triton"), pytest.raises(KernelError, match=r"^MARS_KERNELS=triton: "):
+        _backend.backend("cpu")
+
+
+def test_the_command_tells_a_wrong_value():
+    done = subprocess.run(
+        [sys.executable, "-m", "mars.kernels"],
+        env={**os.environ, "MARS_KERNELS": "wrong"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "Error: MARS_KERNELS: want one of auto, reference, native, triton, got 'wrong'\n"
 
 
 def test_without_the_library_there_is_one_warning_and_plain_pytorch(tmp_path):

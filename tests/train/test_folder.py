@@ -175,7 +175,17 @@ def test_other_threads_or_another_device_are_a_warning_where_a_checkpoint_says_s
 
 @pytest.mark.parametrize(
     "change",
-    [{"step": None}, {"step": "x"}, {"skipped": None}, {"best": {"step": 1}}, {"best": 3}, {"format": 2}, {"step": 3}],
+    [
+        {"step": None},
+        {"step": "x"},
+        {"skipped": None},
+        {"best": {"step": 1}},
+        {"best": 3},
+        {"format": 2},
+        {"step": 3},
+        {"skipped": -1},
+        {"versions": []},
+    ],
     ids=str,
 )
 def test_a_state_that_makes_no_sense_is_passed_over(change, path):

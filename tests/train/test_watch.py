@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -503,6 +504,8 @@ def test_runs_are_listed_newest_first_with_the_broken_ones(run, tmp_path):
         "list": "[]",
         "other": '{"stage": "x", "created": 1}',
         "odd": '{"stage": [], "created": 1}',
+        "late": '{"stage": "var", "created": 1e300}',
+        "many": '{"stage": "var", "preset": ["x"], "created": 1}',
     }
     for name, text in {**broken, "deep": "[" * 100_000, "when": '{"stage": "var", "created": "x"}'}.items():
         (runs / name).mkdir()
@@ -512,7 +515,7 @@ def test_runs_are_listed_newest_first_with_the_broken_ones(run, tmp_path):
     assert done.exit_code == 0, done.output
     found = json.loads(done.output)
     assert [Path(s["run"]).name for s in found][:2] == ["new", "old"]
-    assert {Path(s["run"]).name for s in found[2:]} == {"empty", "cut", "list", "other", "odd", "deep", "when"}
+    assert {Path(s["run"]).name for s in found[2:]} == {"empty", "when", "deep", *broken}
     assert all(s["problem"] for s in found[2:])
     best = "val_loss" if found[0]["stage"] == "var" else "val_mse"
     log = read_log(run)
@@ -537,7 +540,39 @@ def test_runs_are_listed_newest_first_with_the_broken_ones(run, tmp_path):
     assert table[0].split()[:4] == ["run", "stage", "preset", "state"]
     assert "8/8" in table[1]
     assert f"{runs / 'empty'}: no run.json" in table
-    assert len(table) == 10
+    assert len(table) == 12
+
+
+SENSELESS = (
+    {"step": 9, "loss": "much", "notes_per_s": [1], "memory_mb": {}, "epoch": "x", "val_mse": "low", "val_loss": None},
+    {"step": 9, "event": ["started"], "skipped": {"a": []}, "collapsed": [[], "x", None]},
+    {"step": 9, "event": "started", "device": [], "mars": None, "time": "now"},
+    {"step": 10**30, "event": "samples", "lr": 10**400},
+)
+
+
+def test_a_run_with_a_senseless_log_is_listed_and_reported(run, tmp_path):
+    for place in ("good", "bad"):
+        (tmp_path / place).mkdir()
+        for name in ("run.json", "config.json", "log.jsonl"):
+            (tmp_path / place / name).write_bytes((run / name).read_bytes())
+    with (tmp_path / "bad/log.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in SENSELESS)
+    listed = CliRunner().invoke(main, ["list", str(tmp_path)])
+    assert listed.exit_code == 0, listed.output
+    assert len(listed.output.splitlines()) == 3
+    made = CliRunner().invoke(main, ["report", str(tmp_path / "bad")])
+    assert made.exit_code == 0, made.output
+
+
+def test_a_sound_that_is_none_is_one_line_of_the_report(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for sound in (tmp_path / "run/samples").glob("*/0.wav"):
+        sound.write_bytes(b"RIFF")
+    made = CliRunner().invoke(main, ["report", str(tmp_path / "run")])
+    assert made.exit_code == 2, made.output
+    assert "0.wav cannot be read as a sound" in made.output
+    assert len(made.output.splitlines()) == 1
 
 
 def test_a_single_run_and_a_missing_one(run, tmp_path, monkeypatch):

@@ -1,0 +1,68 @@
+"""Paths and names are shown as they are, whatever Rich or the terminal would make of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+from rich.table import Table
+
+from mars import terminal
+from mars.cli import evaluate
+from mars.terminal import PlainColumn, PlainConsole
+
+NAMES = ("runs/[/b]", "[red]x", ":smile: [1, 2]", "\x1b[31m\x07", "a\u202eb", "[link=file:x]y")
+SHOWN = ("runs/[/b]", "[red]x", ":smile: [1, 2]", r"\x1b[31m\x07", r"a\u202eb", "[link=file:x]y")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(("name", "shown"), [*zip(NAMES, SHOWN, strict=True)], ids=range(len(NAMES)))
+@pytest.mark.parametrize("tty", [False, True])
+def test_a_line_is_text(name, shown, tty):
+    file = io.StringIO()
+    console = PlainConsole(file=file, force_terminal=tty, soft_wrap=True)
+    console.print(f"next: {name}")
+    assert file.getvalue() == f"next: {shown}\n"
+
+
+def test_lines_and_tables_stay():
+    file = io.StringIO()
+    console = PlainConsole(file=file, soft_wrap=True)
+    console.print("a\nb")
+    table = Table("part", "[x]", title="5 steps")
+    table.add_row("[/b]", "1.0")
+    console.print(table)
+    assert file.getvalue().startswith("a\nb\n")
+    assert all(word in file.getvalue() for word in ("part", "[x]", "5 steps", "[/b]", "1.0"))
+
+
+def test_a_bar_takes_its_words_as_they_are():
+    file = io.StringIO()
+    console = PlainConsole(file=file, force_terminal=True, width=200)
+    with Progress(PlainColumn("{task.description}"), console=console) as bar:
+        bar.add_task("read [/b] \x1b]0;x\x07", total=1)
+    assert r"read [/b] \x1b]0;x\x07" in file.getvalue()
+
+
+def test_the_bar_of_mars_eval_takes_folders_of_any_name(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(terminal, "console", lambda: PlainConsole(file=file, force_terminal=True, width=200))
+    with evaluate._progress() as progress:
+        progress("read notes/[/b]", 1, 2)
+    assert "read notes/[/b]" in file.getvalue()
+
+
+def test_no_other_console_is_made():
+    """One with markup would take what is in brackets in a path for its own."""
+    files = [p for folder in ("mars", "cli", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 80
+    made = [
+        f"{p.name}: {line.strip()}"
+        for p in files
+        if p.name != "terminal.py"
+        for line in p.read_text(encoding="utf-8").splitlines()
+        if any(call in line for call in (" Console(", "(Console(", " TextColumn(", "(TextColumn("))
+    ]
+    assert made == []
