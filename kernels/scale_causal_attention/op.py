@@ -79,7 +79,7 @@ def scale_causal_attention(
     """
     lengths = tuple(lengths)
     _check("scale_causal_attention", q, k, v, scale, head_scale)
-    if min(lengths, default=0) < 1 or not q.shape[2] == k.shape[2] == sum(lengths):
+    if not lengths or min(lengths) < 1 or not q.shape[2] == k.shape[2] == sum(lengths):
         raise ValueError(
             f"scale_causal_attention: want q, k, v (B, H, {sum(lengths)}, D) for scales of {list(lengths)} tokens, "
             f"each 1 or more; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"

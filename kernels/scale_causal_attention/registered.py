@@ -28,7 +28,13 @@ def empty_like_heads(x: Tensor) -> Tensor:
 def _check(
     op: str, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
 ) -> None:
-    if q.ndim != 4 or not q.shape == k.shape == v.shape or min(lengths, default=0) < 1 or sum(lengths) != q.shape[2]:
+    if (
+        q.ndim != 4
+        or not q.shape == k.shape == v.shape
+        or not lengths
+        or min(lengths) < 1
+        or sum(lengths) != q.shape[2]
+    ):
         raise ValueError(
             f"{op}: want q, k, v (B, H, {sum(lengths)}, D) for scales of {list(lengths)} tokens, each 1 or more; "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
