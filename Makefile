@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench evaluation reliability sanitize pretrained venv clean
+.PHONY: demo test types bench evaluation reliability sanitize pretrained venv clean
 
 demo: $(VENV)/.mars
 	$(BIN)/mars-generate -n 64
@@ -15,8 +15,13 @@ demo: $(VENV)/.mars
 test: $(VENV)/.mars-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(MAKE) types
 	$(BIN)/pytest -rs tests benchmarks --benchmark-disable
+
+types: $(VENV)/.mars-dev
+	rm -rf build/types && mkdir -p build/types/mars
+	cd build/types/mars && ln -s ../../../mars/* ../../../kernels ../../../cli .
+	$(BIN)/mypy
 
 bench: $(VENV)/.mars-dev
 	$(BIN)/pytest benchmarks --benchmark-only

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from mars.kernels import _backend
+from mars.kernels.linear_cross_entropy import chunked
 from mars.kernels.scale_causal_attention import backends, hybrid
 
 _mars, _aten = torch.ops.mars, torch.ops.aten
@@ -63,6 +64,12 @@ def _attention(
 def _attention_backward(do: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **_: Any) -> int:
     """Five products."""
     return 5 * 2 * q[0] * q[1] * q[3] * visible(rest[-2])
+
+
+@register_flop_formula(_mars.linear_cross_entropy)
+def _cross_entropy(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """The logits and, with them, the gradients of x and of the weight."""
+    return 3 * 2 * x[0] * x[1] * weight[0]
 
 
 # PyTorch counts the fused attention of GPUs alone.
@@ -118,6 +125,18 @@ def _slabs(q: Tensor, lengths: Sequence[int]) -> int:
     return slabs.size * (4 + q.element_size()) + 24 * rows * q.shape[3]
 
 
+def _cross_entropy_workspace(
+    x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch.dtype, *_: Any
+) -> int:
+    """The logits of a chunk and their softmax; for products of a lower dtype also copies in it."""
+    rows, (codes, width) = chunked.rows_at_once(x, len(weight)), weight.shape
+    exact = torch.promote_types(dtype, torch.float32)
+    held = rows * codes * exact.itemsize * (1 if _backend.device_type(x) == "cpu" else 2)
+    if dtype == x.dtype:
+        return held
+    return held + (rows * codes + 2 * codes * width + 2 * rows * width) * dtype.itemsize
+
+
 def _flash_backward_workspace(do: Tensor, q: Tensor, *_: Any) -> int:
     """On a GPU the gradient of q is added up in float32."""
     return 4 * q.numel() if _backend.device_type(q) == "cuda" else 0
@@ -126,6 +145,7 @@ def _flash_backward_workspace(do: Tensor, q: Tensor, *_: Any) -> int:
 _WORKSPACES: dict[Any, Callable[..., int]] = {
     _mars.nearest_code: _search_workspace,
     _mars.multiscale_quantize: _quantize_workspace,
+    _mars.linear_cross_entropy: _cross_entropy_workspace,
     _mars.scale_causal_attention_backward: _fused_backward_workspace,
     _mars.hybrid_attention: _hybrid_workspace,
     _mars.hybrid_attention_backward: _hybrid_backward_workspace,

@@ -16,12 +16,12 @@ from mars import checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
 from mars.data import Dataset
 from mars.errors import CheckpointError
+from mars.kernels import linear_cross_entropy, token_scores
 from mars.labels import level
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.runtime import autocast, stream, to_device
-from mars.train.loss import linear_cross_entropy, token_scores
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.spans import span
 from mars.train.tokenizer import held_out

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mars.kernels import _backend
-from mars.train import loss
-from mars.train.loss import linear_cross_entropy, token_scores
+from mars.kernels import _backend, linear_cross_entropy, token_scores, use
+from mars.kernels.linear_cross_entropy import chunked
 from mars.train.memory import peak_memory
 
 SHAPES = [(1, 3, 2), (1, 8, 131), (7, 1, 5), (64, 24, 40), (131, 33, 1021)]  # rows, width, codes
@@ -38,7 +37,7 @@ def whole(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_exact_as_all_logits_at_once(shape, rows, spread, dtype, monkeypatch):
     x, weight, bias, target = inputs(*shape, spread=spread)
-    monkeypatch.setitem(loss.CHUNK, "cpu", rows * shape[2])
+    monkeypatch.setitem(chunked.CHUNK, "cpu", rows * shape[2])
     exact = results(whole, x.double(), weight.double(), bias.double(), target)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         ours, eager = results(linear_cross_entropy, x, weight, bias, target), results(whole, x, weight, bias, target)
@@ -70,7 +69,7 @@ def test_what_is_not_finite_stays_visible():
 
 def test_the_logits_never_exist(monkeypatch):
     n, width, codes = 512, 16, 4096
-    monkeypatch.setitem(loss.CHUNK, "cpu", 32 * codes)
+    monkeypatch.setitem(chunked.CHUNK, "cpu", 32 * codes)
     arguments = inputs(n, width, codes)
     needed = 4 * (codes * width * 3 + 3 * 32 * codes)  # the weight's gradient, some copies of it, and a chunk's logits
     cpu = torch.device("cpu")
@@ -79,8 +78,72 @@ def test_the_logits_never_exist(monkeypatch):
 
 
 def test_a_plan_takes_the_chunks_of_the_device_planned_for(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", {"cpu": 4, "other": 8})
-    x, weight, bias = torch.zeros(9, 3), torch.zeros(2, 3), torch.zeros(2)
-    assert loss._Head(x, weight, bias, torch.float32).rows == 2
+    monkeypatch.setattr(chunked, "CHUNK", {"cpu": 4, "other": 8})
+    x = torch.zeros(9, 3)
+    assert chunked.rows_at_once(x, 2) == 2
     with _backend.planned("cuda"):
-        assert loss._Head(x, weight, bias, torch.float32).rows == 4
+        assert chunked.rows_at_once(x, 2) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_keeps_its_contract(dtype):
+    x, weight, bias, target = inputs(6, 5, 9)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(torch.ops.mars.linear_cross_entropy.default, (*leaves, target, dtype))
+
+
+def test_the_gradient_is_that_of_the_loss(monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK, "cpu", 2 * 9)
+    x, weight, bias, target = inputs(5, 4, 9)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *leaves: linear_cross_entropy(*leaves, target), leaves)
+
+
+def test_compiled_without_a_graph_break():
+    x, weight, bias, target = inputs(6, 5, 9)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        results(compiled, x, weight, bias, target),
+        results(linear_cross_entropy, x, weight, bias, target),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_reference_is_chosen_by_name():
+    x, weight, bias, target = inputs(6, 5, 9)
+    ours = results(linear_cross_entropy, x, weight, bias, target)
+    with use("reference"):
+        plain = results(linear_cross_entropy, x, weight, bias, target)
+        losses, right = token_scores(x, weight, bias, target)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    found = token_scores(x, weight, bias, target)
+    torch.testing.assert_close(found[0], losses, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[1], right)
+
+
+def test_a_second_backward_gives_the_same_gradient():
+    x, weight, bias, target = inputs(6, 5, 9)
+    loss = linear_cross_entropy(x.requires_grad_(), weight, bias, target)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(6, 4)}, r"want x \(N, W\) and weight \(V, W\)"),
+        ({"x": torch.zeros(0, 5), "target": torch.zeros(0, dtype=torch.int64)}, "at least 1"),
+        ({"bias": torch.zeros(8)}, r"want bias \(9,\)"),
+        ({"target": torch.zeros(5, dtype=torch.int64)}, r"target \(6,\)"),
+        ({"target": torch.zeros(6)}, "target int64"),
+        ({"weight": torch.zeros(9, 5).double()}, "one float dtype"),
+        ({"target": torch.tensor([0, 1, 2, 3, 4, 9])}, r"want targets in 0\.\.8, got 0 to 9"),
+        ({"target": torch.tensor([0, 1, 2, 3, 4, -1])}, r"want targets in 0\.\.8, got -1 to 4"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    arguments = dict(zip(("x", "weight", "bias", "target"), inputs(6, 5, 9), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**arguments)
