@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.contenders import Contender, Place, race
 from mars.config import preset
 from mars.data import open_dataset
+from mars.memory import peak_memory
 from mars.runtime import stream
-from mars.train.memory import peak_memory
 from mars.train.tokenizer import TokenizerStage
 
 SMALL = ("tokenizer.width=32", "tokenizer.depth=1", "tokenizer.heads=2", "tokenizer.codebook_size=64")

@@ -21,12 +21,12 @@ from benchmarks import published
 from benchmarks.contenders import Contender, Place, race
 from mars.config import Config, override, preset
 from mars.data import Dataset, open_dataset
+from mars.distributed import World
 from mars.models.discriminator import Discriminator
 from mars.models.tokenizer import Tokenizer
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage
-from mars.train.world import World
 
 WIDTHS = {  # of the VAR on a CPU
     128: ("var.width=128", "var.heads=2", "tokenizer.width=96", "tokenizer.heads=3"),

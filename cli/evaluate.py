@@ -16,9 +16,9 @@ from mars.cli.errors import Group, user_errors
 from mars.text import printable
 
 if TYPE_CHECKING:
-    from mars.evaluate.notes import NoteSet
     from mars.evaluate.report import Mode
-    from mars.evaluate.score import Progress
+    from mars.evaluate.run import Progress
+    from mars.evaluate.sets import NoteSet
     from mars.model import Model
 
 FOLDER = click.Path(path_type=Path)
@@ -108,7 +108,7 @@ def run(real: Path, fake: Path, split: str, pairs: bool, json_file: Path | None,
     Without --pairs they are taken for newly generated ones: mel errors are those against the nearest real note.
     """
     with user_errors(), _progress() as progress:
-        from mars.evaluate.notes import can_pair
+        from mars.evaluate.sets import can_pair
 
         prepared = _prepare("reconstruction" if pairs else "generation", options, progress)
         notes = _open(real, split, options["allow_bad"], progress), _open(fake, split, options["allow_bad"], progress)
@@ -211,7 +211,7 @@ def train_classifier(
     """
     with user_errors():
         from mars.data import open_dataset
-        from mars.evaluate import classifier
+        from mars.evaluate.embedders import classifier
         from mars.runtime import pick_device, set_threads
         from mars.train.start import parse_time
 
@@ -242,7 +242,7 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
     Which file is which their content decides: the names and the constants of the published code are swapped.
     """
     with user_errors():
-        from mars.evaluate import classifier
+        from mars.evaluate.embedders import classifier
 
         files = {
             classifier.task_of(name): path for name, path in (("pitch", pitch), ("instrument", instrument)) if path
@@ -284,9 +284,9 @@ def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[st
     Sets the threads, and the device in place of its name.
     """
     from mars.errors import ConfigError
-    from mars.evaluate import embedders
-    from mars.evaluate.classifier import Classifier
-    from mars.evaluate.score import Settings, check
+    from mars.evaluate.embedders import roles as embedders
+    from mars.evaluate.embedders.classifier import Classifier
+    from mars.evaluate.run import Settings, check
     from mars.runtime import pick_device, set_threads
 
     set_threads(options["threads"])
@@ -321,7 +321,7 @@ def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[st
 
 
 def _open(path: Path | None, split: str, allow_bad: float, progress: Progress) -> NoteSet:
-    from mars.evaluate.notes import open_notes
+    from mars.evaluate.sets import open_notes
 
     told = f"read {'the built-in notes' if path is None else path}"
     return open_notes(path, split=split, allow_bad=allow_bad, progress=lambda done, of: progress(told, done, of))
@@ -387,7 +387,7 @@ def _score(
     """Evaluate, print, write."""
     from mars import terminal
     from mars.evaluate import page, report, table
-    from mars.evaluate.score import evaluate
+    from mars.evaluate.run import evaluate
 
     with tempfile.TemporaryDirectory() as temporary:
         found = evaluate(

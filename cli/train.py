@@ -17,7 +17,7 @@ from mars.errors import ConfigError
 from mars.text import printable
 
 if TYPE_CHECKING:
-    from mars.train.stage import StageName
+    from mars.runs.stage import StageName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,8 +86,8 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
     with user_errors():
         if planned(stage, options):
             return
+        from mars.distributed import parting
         from mars.train.start import train
-        from mars.train.world import parting
 
         with parting():
             train(stage, **options, began=began, following=lambda run: _following(stage, run, options["data"]))
@@ -131,7 +131,7 @@ def var(**options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
     """Show runs side by side, newest first: run folders, or folders of them; default: runs/."""
-    from mars.train import compare
+    from mars.runs import compare
 
     with user_errors():
         found = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
@@ -148,7 +148,7 @@ def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
 def report(run: Path) -> None:
     """Make the report of a run folder again: report.html."""
     with user_errors():
-        from mars.train.report import write
+        from mars.runs.report import write
 
         click.echo(printable(str(write(run))))
 

@@ -30,7 +30,7 @@ from mars.data.notes import parse_json
 from mars.errors import ConfigError, DataError
 from mars.files import write_atomically
 from mars.labels import Condition
-from mars.picture import contact_sheet, write_png
+from mars.pages.picture import contact_sheet, write_png
 from mars.runtime import free_space
 
 LISTING = "notes.json"

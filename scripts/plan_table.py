@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mars.config import preset, preset_names
+from mars.runs.stage import StageName
 from mars.train.plan import Planner, Rehearsal
-from mars.train.stage import StageName
 
 STAGES: tuple[StageName, ...] = ("tokenizer", "var")
 MEMORIES = (24, 32, 80)  # GB

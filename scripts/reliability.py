@@ -40,7 +40,7 @@ from mars.cli import data
 from mars.cli.generate import main as mars_generate
 from mars.errors import CheckpointError, DiskError, MarsError
 from mars.files import sha256
-from mars.train.folder import Best, Position, RunFolder
+from mars.runs.folder import Best, Position, RunFolder
 from mars.train.optimizer import Optimizer
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage

@@ -20,6 +20,7 @@ import torch
 from mars.cli.train import main
 from mars.config import Config, override, preset
 from mars.data import Dataset
+from mars.distributed import ALONE
 from mars.models.discriminator import Discriminator
 from mars.models.tokenizer import Tokenizer
 from mars.train import start
@@ -27,7 +28,6 @@ from mars.train import tokenizer as tokenizer_stage
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage
-from mars.train.world import ALONE
 
 TRAINERS = ("tokenizer", "var")
 STEPS, SEED = 12, 3

@@ -123,7 +123,7 @@ def test_mistakes_are_found_before_notes_are_made(folder, monkeypatch, options, 
 def test_a_report_that_cannot_be_written_is_found_before_scoring(folder, monkeypatch, options, code, message):
     write(folder / "real", range(2))
     (folder / "file").touch()
-    monkeypatch.setattr("mars.evaluate.score.evaluate", None)
+    monkeypatch.setattr("mars.evaluate.run.evaluate", None)
     result = mars_eval("run", "--real", "real", "--fake", "real", *options)
     assert message in result.output
     assert result.exit_code == code

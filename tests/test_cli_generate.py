@@ -263,7 +263,7 @@ def test_help_is_quick():
         "import sys, mars; has = 'torch' in sys.modules; from mars.cli.generate import main\n"
         "main(['--help'], standalone_mode=False)\n"
         "assert has or 'torch' not in sys.modules\n"
-        "late = {'mars.model', 'mars.notes', 'mars.picture', 'mars.train.start', 'rich.progress'}\n"
+        "late = {'mars.model', 'mars.notes', 'mars.pages.picture', 'mars.train.start', 'rich.progress'}\n"
         "assert not late & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

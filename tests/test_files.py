@@ -11,10 +11,10 @@ from mars import checkpoint, config
 from mars.data.packed import Dataset
 from mars.errors import CheckpointError, ConfigError, DataError, MarsError
 from mars.evaluate import report
-from mars.evaluate.weights import git_blob, read_weights
+from mars.evaluate.embedders.weights import git_blob, read_weights
 from mars.files import DEEPEST, new_folder, opened, parse_json, read_bytes, read_json, read_text, sha256
-from mars.train.log import read_log
-from mars.train.record import read_record
+from mars.runs.log import read_log
+from mars.runs.record import read_record
 
 READERS = {
     "manifest.json": (checkpoint.verify, CheckpointError),

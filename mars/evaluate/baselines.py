@@ -20,7 +20,7 @@ from torch import Tensor
 from mars import audio
 from mars.config import AudioConfig
 from mars.errors import ConfigError, DataError
-from mars.evaluate.notes import SAMPLE_RATE, SAMPLES, NoteSet
+from mars.evaluate.sets import SAMPLE_RATE, SAMPLES, NoteSet
 from mars.runtime import stream
 
 CUTOFF, ORDER = 1000.0, 4  # Hz, where the filter is 3 dB down; of the filter

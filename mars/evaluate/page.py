@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mars import audio, html
-from mars.charts import Bar, bar_chart
+from mars import audio
 from mars.config import AudioConfig
 from mars.evaluate.report import METRICS, Metric, Report, Sounds
 from mars.evaluate.table import DIGITS, EVALUATED, absent, arrow, label, measured, rows
-from mars.html import number, section
-from mars.picture import png, spectrogram_picture
+from mars.pages import html
+from mars.pages.charts import Bar, bar_chart
+from mars.pages.html import number, section
+from mars.pages.picture import png, spectrogram_picture
 
 EMBEDDED = 8 << 20  # bytes of sounds and pictures, before base64 makes them a third longer
 FRONT_END = AudioConfig()  # of the pictures: 16 kHz, 4 s

@@ -16,8 +16,8 @@ from mars import audio
 from mars.config import FAMILIES, SOURCES
 from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.baselines import phases
-from mars.evaluate.notes import SAMPLE_RATE, NoteSet
-from mars.evaluate.notes import stem as stem_of
+from mars.evaluate.sets import SAMPLE_RATE, NoteSet
+from mars.evaluate.sets import stem as stem_of
 from mars.labels import Condition
 from mars.model import Model
 from mars.notes import Filled, Note, NoteFolder, fill, stem
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]  # called with the notes that are there an
 def reconstruct(
     model: Model, notes: NoteSet, out: Path, *, iterations: int = 32, seed: int = 0, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Encode and decode every note, into files that pair up with the notes (`mars.evaluate.notes.pair`).
+    """Encode and decode every note, into files that pair up with the notes (`mars.evaluate.sets.pair`).
 
     The phases that Griffin-Lim starts from depend on the seed and the note's sound alone. A note that gets beyond full
     scale is made quieter, not clipped.

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mars.errors import ConfigError
 from mars.evaluate.report import METRICS, Metric, Report, Sounds
-from mars.html import duration, number, text
+from mars.pages.html import duration, number, text
 from mars.text import printable
 
 EVALUATED = "evaluated"  # the row that is not a baseline

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.models.quantizer import Quantized, Quantizer
 from mars.runtime import stream, to_device
 from mars.train.optimizer import Optimizer
-from mars.train.world import ALONE, World
 
 EPSILON = 1e-5  # Laplace smoothing of the counts
 KMEANS_ROUNDS = 10

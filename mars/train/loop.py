@@ -24,12 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from mars import terminal
 from mars.errors import CheckpointError
+from mars.runs.folder import RunFolder, checkpoint_size
+from mars.runs.stage import Stage
+from mars.runs.watch import Watch
 from mars.runtime import stream, thread_pool
 from mars.train.deadline import Deadline
 from mars.train.divergence import BadSteps, Verdicts
-from mars.train.folder import RunFolder, checkpoint_size
-from mars.train.stage import Stage
-from mars.train.watch import Watch
 
 SAVE_RATE = 1e8  # bytes per second that a disk is trusted with until the first save has been timed
 STOP_SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n))

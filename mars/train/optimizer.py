@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mars.config import TrainConfig
+from mars.distributed import World
 from mars.errors import CheckpointError
 from mars.train.spans import span
-from mars.train.world import World
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

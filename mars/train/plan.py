@@ -30,9 +30,9 @@ from mars.data import Dataset
 from mars.errors import ConfigError
 from mars.kernels import _backend, costs
 from mars.models.tokenizer import Tokenizer
+from mars.runs.stage import StageName
 from mars.runtime import native_bfloat16, stream
 from mars.train.optimizer import Optimizer
-from mars.train.stage import StageName
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from mars.memory import peak_memory
+from mars.runs.stage import Stage
 from mars.runtime import stream
 from mars.train.loop import batch_indices
-from mars.train.memory import peak_memory
 from mars.train.spans import span, timed
-from mars.train.stage import Stage
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch prints that its profiler starts and stops
 

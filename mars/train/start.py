@@ -17,21 +17,22 @@ from rich.progress import Progress
 from mars import checkpoint, config, lock, model, runtime, terminal
 from mars.config import Config
 from mars.data import Dataset, open_dataset
+from mars.distributed import World, join
 from mars.errors import ConfigError, DiskError
 from mars.files import new_folder, probe, write_atomically
-from mars.train import folder, loop
-from mars.train.compare import RUNS
+from mars.runs import folder
+from mars.runs.compare import RUNS
+from mars.runs.record import read_record
+from mars.runs.samples import Sampler
+from mars.runs.stage import StageName
+from mars.runs.tensorboard import check_installed
+from mars.runs.watch import Watch
+from mars.train import loop
 from mars.train.compiling import compile_blocks
 from mars.train.profiling import profile_steps
-from mars.train.record import read_record
-from mars.train.samples import Sampler
-from mars.train.stage import StageName
-from mars.train.tensorboard import check_installed
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import cached_tokens
 from mars.train.var import VARStage
-from mars.train.watch import Watch
-from mars.train.world import World, join
 
 ENDS = 3.0  # seconds of --max-time for the start and the end of the process
 TOKENS = ".tokens"  # beside the runs

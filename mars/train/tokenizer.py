@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mars import audio, checkpoint
 from mars.config import Config, TrainConfig
 from mars.data import Dataset
+from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
@@ -26,7 +27,6 @@ from mars.runtime import autocast, stream, to_device
 from mars.train.codebook import CodebookTraining, usage
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.spans import span
-from mars.train.world import ALONE, World
 
 
 class TokenizerStage:

@@ -19,10 +19,10 @@ from torch import Tensor
 from mars import audio, checkpoint
 from mars.config import Config, to_dict
 from mars.data import Dataset
+from mars.distributed import World
 from mars.errors import CheckpointError
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import autocast
-from mars.train.world import World
 
 VERSION = 1  # of what is cached; a change of the front end or of the search must raise it
 

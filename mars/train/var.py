@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mars import checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
 from mars.data import Dataset
+from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.kernels import linear_cross_entropy, token_scores
 from mars.labels import level
@@ -25,7 +26,6 @@ from mars.runtime import autocast, stream, to_device
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.spans import span
 from mars.train.tokenizer import held_out
-from mars.train.world import ALONE, World
 
 
 class Objective(nn.Module):

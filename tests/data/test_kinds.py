@@ -21,7 +21,7 @@ from mars.data.folder import pack_folder
 from mars.data.kinds import kind
 from mars.data.nsynth import pack_nsynth
 from mars.errors import DataError
-from mars.evaluate.notes import open_notes
+from mars.evaluate.sets import open_notes
 
 
 def archive(mode: str) -> bytes:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mars.evaluate import embedders
 from mars.evaluate.baselines import anchor
-from mars.evaluate.notes import open_notes
-from mars.evaluate.score import TABLE_1, Settings, evaluate
+from mars.evaluate.embedders import roles as embedders
+from mars.evaluate.run import TABLE_1, Settings, evaluate
+from mars.evaluate.sets import open_notes
 
 NSYNTH_TEST, WEIGHTS = os.environ.get("MARS_NSYNTH_TEST"), os.environ.get("MARS_WEIGHTS_DIR")
 

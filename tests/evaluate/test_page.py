@@ -15,7 +15,7 @@ from mars import audio
 from mars.evaluate import page, table
 from mars.evaluate.page import Pair
 from mars.evaluate.report import METRICS, Metric
-from tests.pages import Page
+from tests.page_parser import Page
 from tests.reports import plausible
 
 SAMPLES = 4000

@@ -15,8 +15,8 @@ from mars.config import VELOCITIES
 from mars.data.folder import pack_folder
 from mars.errors import CheckpointError, ConfigError, DataError, DiskError
 from mars.evaluate.baselines import phases
-from mars.evaluate.notes import NoteSet, open_notes, pair
 from mars.evaluate.produce import generate_like, reconstruct
+from mars.evaluate.sets import NoteSet, open_notes, pair
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from mars.distributed import World, parting
 from mars.models.discriminator import Discriminator
 from mars.train import start, tokenizer
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
-from mars.train.world import World, parting
 
 SMALL = (
     *("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=64", "audio.samples=4000", "audio.cmx=2,1"),

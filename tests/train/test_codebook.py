@@ -16,10 +16,10 @@ import mars
 from mars.config import TokenizerConfig, TrainConfig, override
 from mars.errors import CheckpointError
 from mars.models.quantizer import Quantizer
+from mars.runs.folder import RunFolder
 from mars.runtime import stream
 from mars.train import loop
 from mars.train.codebook import EPSILON, KMEANS_ROUNDS, CodebookTraining
-from mars.train.folder import RunFolder
 from mars.train.optimizer import Optimizer
 from mars.train.tokenizer import TokenizerStage
 

@@ -12,16 +12,16 @@ import torch._inductor.config
 from rich.console import Console
 
 from mars.config import override
+from mars.distributed import ALONE
 from mars.errors import ConfigError
 from mars.models.tokenizer import Tokenizer
+from mars.runs.folder import RunFolder
 from mars.runtime import stream
 from mars.train import loop
 from mars.train.compiling import compile_blocks
-from mars.train.folder import RunFolder
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage
-from mars.train.world import ALONE
 
 CPU = torch.device("cpu")
 

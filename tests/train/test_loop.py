@@ -22,9 +22,9 @@ from mars.config import CLASSES, TrainConfig, VARConfig
 from mars.errors import CheckpointError, Diverged
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
+from mars.runs.folder import RunFolder
 from mars.runtime import stream
 from mars.train import loop
-from mars.train.folder import RunFolder
 from mars.train.loop import batch_indices
 from mars.train.optimizer import Optimizer, learning_rate
 

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mars.cli.train import main
 from mars.config import preset
 from mars.errors import ConfigError
+from mars.memory import peak_memory
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import stream
 from mars.train import plan
-from mars.train.memory import peak_memory
 from mars.train.plan import Fit, Notes, Planner, Rehearsal
 from mars.train.start import settings_of
 from mars.train.tokenizer import TokenizerStage

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from mars.config import override
+from mars.distributed import ALONE
 from mars.models.discriminator import Discriminator
 from mars.models.tokenizer import Tokenizer
 from mars.train.profiling import profile_steps
@@ -18,7 +19,6 @@ from mars.train.spans import span, timed
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage
-from mars.train.world import ALONE
 
 CPU = torch.device("cpu")
 PARTS = {"data", "forward", "loss", "backward", "optimizer", "average", "other"}

@@ -14,16 +14,16 @@ from rich.console import Console
 
 from mars import checkpoint, model
 from mars.config import CLASSES, override
+from mars.distributed import ALONE
 from mars.errors import CheckpointError, Diverged
 from mars.models.discriminator import Discriminator, hinge_loss
 from mars.models.tokenizer import Tokenizer
+from mars.runs.folder import RunFolder
 from mars.runtime import stream
 from mars.train import loop
-from mars.train.folder import RunFolder
 from mars.train.tokenizer import TokenizerStage, codebook_use, held_out
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage, condition_ids, ranges
-from mars.train.world import ALONE
 
 STEPS = 7
 TRAIN = (

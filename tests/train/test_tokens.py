@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mars.config import override
+from mars.distributed import ALONE
 from mars.models.tokenizer import Tokenizer
 from mars.train import start, tokens
 from mars.train.tokens import cached_tokens, tokenize
-from mars.train.world import ALONE
 
 CPU = torch.device("cpu")
 

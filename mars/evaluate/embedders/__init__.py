@@ -1,0 +1,1 @@
+"""The networks that an evaluation listens with, and the cache of what they say."""

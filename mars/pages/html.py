@@ -1,0 +1,116 @@
+"""Pages in one file, without network or script: their frame and style sheet, and the words, sounds and tables in them.
+
+Nothing here needs PyTorch. Strings that are not said to be HTML are escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mars.files import write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# There is no script to run, and a name that smuggled one in must not get to run it.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data: file:; media-src 'self' data: file:"
+
+
+def document(title: str, parts: Iterable[str], footer: str) -> str:
+    """A page of parts, HTML, those that are empty left out, above a footer, HTML."""
+    style = resources.files("mars.pages").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>\n{style}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n"
+        f"<footer>{footer}</footer>\n</body></html>\n"
+    )
+
+
+def write(path: Path, page: str) -> None:
+    """Write a page; the file appears whole or not at all. Raises `OSError`."""
+    write_atomically(path, page.encode("utf-8", "xmlcharrefreplace"))
+
+
+def section(title: str, kind: str, content: str) -> str:
+    """A part of a page, of a class; content is HTML, and without any there is no part."""
+    return f'<section><h2>{escape(title)}</h2><div class="{kind}">{content}</div></section>' if content else ""
+
+
+def facts(known: Mapping[str, Any]) -> str:
+    """A list of names and values, without those that are empty."""
+    shown = [(name, escape(str(value))) for name, value in known.items() if value or value == 0]
+    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown) + "</dl>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table of cells, HTML, that scrolls sideways where it is too wide; each row's first cell is its name."""
+    of = f' class="{kind}"' if kind else ""
+    top = "<thead><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr></thead>" if head else ""
+    body = "".join(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, *cells in rows)
+    return f'<div class="scroll"><table{of}>{top}<tbody>{body}</tbody></table></div>'
+
+
+def note(picture: str, sound: str, spoken: str, label: str, caption: str) -> str:
+    """Picture and player of a note. picture, sound: sources; spoken, label: what those who see neither are told."""
+    return (
+        f'<figure><img src="{escape(picture)}" loading="lazy" alt="{escape(spoken)}">'
+        f'<audio controls preload="metadata" src="{escape(sound)}" aria-label="{escape(label)}"></audio>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """A source that holds its data. kind: a MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def flac(samples: NDArray[np.int16], rate: int) -> bytes:
+    """Samples (n,) as FLAC, which is about half as long as WAV and which every browser plays."""
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number for people: so many digits at most, or all those before the point."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e7 or abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.{digits - 2}e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min, 3 h 20 min or 6 d 4 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {f"{where}{name}": value}
+    return found
+
+
+def text(value: Any) -> str:
+    """A value as a reader of JSON knows it, without quotes around a string."""
+    return value if isinstance(value, str) else json.dumps(value)

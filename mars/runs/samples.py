@@ -1,0 +1,148 @@
+"""Pictures and sounds of a few held-out notes, made at intervals while a model trains.
+
+A tokenizer shows how it reconstructs them. A VAR shows the notes it generates when asked for their pitch, family,
+source and velocity, as far as it has these conditions; seed and index stay, so that the same note can be followed.
+Where no notes are held out they are training notes, and their names say so.
+
+    samples/originals/       the held-out notes themselves; not for a VAR without conditions
+    samples/step-00000500/   0.wav, 0.png, 1.wav, … and samples.json, which names them
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mars import audio
+from mars.config import FAMILIES, SOURCES
+from mars.data import Dataset
+from mars.errors import CheckpointError
+from mars.files import write_atomically
+from mars.model import Model
+from mars.pages.picture import Picture, spectrogram_picture, write_png
+from mars.runs.stage import Stage
+from mars.runtime import autocast
+from mars.train.tokenizer import held_out, spread
+
+COUNT = 4  # notes
+FOLDER = "samples"
+ORIGINALS = "originals"
+SIZE = 256, 256  # pixels of a picture, height and width, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A note to see and hear."""
+
+    name: str
+    waveform: Tensor  # (samples,), full scale 1
+    spectrogram: Tensor  # (bins, frames) in [-1, 1]
+
+    @property
+    def picture(self) -> Picture:
+        """Its spectrogram, with octaves of the same height."""
+        height, width = SIZE
+        return spectrogram_picture(self.spectrogram, frequency="log", height=height, width=width)
+
+
+class Sampler:
+    """What a stage makes of the same few held-out notes, or training notes without any, whenever it is asked."""
+
+    def __init__(self, stage: Stage, dataset: Dataset, seed: int) -> None:
+        self.stage, self.dataset, self.seed = stage, dataset, seed
+        notes = held_out(dataset, COUNT)
+        self.kind = "" if len(notes) else " (a training note)"  # so that nobody takes it for a held-out one
+        self.notes = notes if len(notes) else spread(dataset.split("train"), COUNT)
+
+    def originals(self, model: Model) -> list[Sample]:
+        """The notes themselves; none if what the stage's model generates has nothing to do with them."""
+        if model.var is not None and not model.var.config.condition:
+            return []
+        config = model.config.audio
+        waveforms = self.dataset.waveforms(self.notes)[:, : config.samples]
+        spectrograms = audio.spectrogram(waveforms, config)
+        names = [self.dataset.names[note] + self.kind for note in self.notes]
+        return [Sample(*parts) for parts in zip(names, waveforms, spectrograms, strict=True)]
+
+    def samples(self, model: Model) -> list[Sample]:
+        """Reconstructions of the notes by the stage's model, or notes generated for their conditions.
+
+        Raises:
+            CheckpointError: the model gives numbers that are not finite.
+        """
+        return self._reconstructed(model) if model.var is None else self._generated(model)
+
+    @torch.no_grad()
+    def _reconstructed(self, model: Model) -> list[Sample]:
+        config = model.config
+        x = audio.multiplexed(self.dataset.waveforms(self.notes).to(model.device), config.audio)
+        with autocast(model.device, config.train.tokenizer.precision):
+            y = model.tokenizer.decode(model.tokenizer.encode(x))
+        spectrograms = audio.demultiplexed(y, config.audio)
+        waveforms = audio.griffin_lim(audio.magnitudes(spectrograms, config.audio), config.audio, generators=0).cpu()
+        if not bool(waveforms.isfinite().all()):
+            raise CheckpointError("the tokenizer's output is not finite")
+        names = [self.dataset.names[note] + self.kind for note in self.notes]
+        return [
+            Sample(*parts) for parts in zip(names, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
+        ]
+
+    def _generated(self, model: Model) -> list[Sample]:
+        made = []
+        for index, note in enumerate(self.notes):
+            asked = self._condition(model, int(note))
+            (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **asked)
+            c = generated.condition
+            pitch = None if c["pitch"] is None else f"pitch {c['pitch']}"
+            velocity = None if c["velocity"] is None else f"velocity {c['velocity']}"
+            instrument = " ".join(filter(None, (c["source"], c["family"])))
+            name = ", ".join(filter(None, (instrument, pitch, velocity))) or f"note {index}"
+            made.append(Sample(name, generated.waveform, generated.spectrogram))
+        return made
+
+    def _condition(self, model: Model, note: int) -> dict[str, Any]:
+        """What to ask for: what is known of the note, and known to the model."""
+        found: dict[str, Any] = {}
+        for name in model.ranges.attributes:
+            value: Any = int(self.dataset.column(name)[note])
+            if value >= 0:
+                value = {"family": FAMILIES, "source": SOURCES}.get(name, range(128))[value]
+                if model.ranges.takes(name, value):
+                    found[name] = value
+        return found
+
+
+def write(path: Path, samples: Sequence[Sample], sample_rate: int) -> None:
+    """Write the samples as the new directory `path`, all or nothing, in place of one that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in path.parent.glob(".tmp-*"):  # of a process that was killed
+        shutil.rmtree(left_over)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.mkdir()
+    try:
+        for index, sample in enumerate(samples):
+            audio.write_wav(temporary / f"{index}.wav", sample.waveform, sample_rate)
+            write_png(temporary / f"{index}.png", sample.picture)
+        document = {
+            "names": [sample.name for sample in samples],
+            "sample_rate": sample_rate,
+            "samples": len(samples[0].waveform),
+        }
+        write_atomically(temporary / "samples.json", (json.dumps(document, indent=1) + "\n").encode())
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def folder(run: Path, step: int) -> Path:
+    """Where the samples of a step are."""
+    return run / FOLDER / f"step-{step:08d}"
