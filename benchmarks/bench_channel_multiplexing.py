@@ -18,8 +18,7 @@ from torch import Tensor
 from benchmarks.contenders import Contender, Place, race
 from mars.config import preset
 from mars.data import open_dataset
-from mars.memory import peak_memory
-from mars.runtime import stream
+from mars.runtime import peak_memory, stream
 from mars.train.tokenizer import TokenizerStage
 
 SMALL = ("tokenizer.width=32", "tokenizer.depth=1", "tokenizer.heads=2", "tokenizer.codebook_size=64")

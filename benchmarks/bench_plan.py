@@ -10,10 +10,9 @@ import torch
 
 from benchmarks.contenders import Place
 from mars.config import preset
-from mars.memory import peak_memory
 from mars.models.tokenizer import Tokenizer
 from mars.runs.stage import StageName
-from mars.runtime import stream
+from mars.runtime import peak_memory, stream
 from mars.train.plan import Notes, Rehearsal
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mars.memory import peak_memory
+from mars.runtime import peak_memory
 
 COPY, PRODUCT = "copy of 256 MiB", "bfloat16 product of 8192 x 8192"  # a GPU's ceilings
 

@@ -5,6 +5,8 @@ A message is one line: what was wanted, what was got, what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -66,3 +68,17 @@ class DiskError(MarsError, OSError):
     """There is no room on the disk, or it cannot be written."""
 
     code = 6
+
+
+@contextmanager
+def needed(purpose: str, *packages: str) -> Iterator[None]:
+    """Import in the block what a purpose needs of packages that need not be installed.
+
+    Raises:
+        MissingPackage: one is not; it names the packages themselves, for no index holds mars and its extras.
+    """
+    try:
+        yield
+    except ImportError:
+        names = " ".join(packages)
+        raise MissingPackage(f"{purpose} needs {' and '.join(packages)}; run: pip install {names}") from None

@@ -1,4 +1,4 @@
-"""Devices that lack float64, and how many threads are too many."""
+"""Devices that lack float64, how many threads are too many, and peak memory, which is of the tensors alive at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from mars.cli import data, evaluate, generate, train
 from mars.config import preset
 from mars.errors import ConfigError
-from mars.runtime import MOST_THREADS, float64_device, set_threads
+from mars.runtime import MOST_THREADS, float64_device, peak_memory, set_threads
+
+CPU = torch.device("cpu")
 
 
 def test_mps_gives_way_to_the_cpu():
@@ -78,3 +80,20 @@ def test_threads_that_make_batches_have_a_limit():
     for number in (-1, 257, 100_000):
         with pytest.raises(ConfigError, match=f"train.workers must be 0 to 256, got {number}"):
             preset("notes", [f"train.var.workers={number}"])
+
+
+def test_counts_what_is_alive_at_once():
+    def run():
+        a = torch.ones(1000, 1000)
+        b = a @ a
+        del a
+        c = b.softmax(-1)
+        del b, c
+
+    assert peak_memory(run, CPU) == 8_000_000  # two of the three at any time
+
+
+def test_memory_held_before_does_not_count():
+    held = [torch.ones(1_000_000)]
+    assert peak_memory(lambda: held.append(torch.ones(500_000)), CPU) == 2_000_000
+    assert peak_memory(lambda: held[0].add_(1), CPU) < 100  # the 1 as a tensor

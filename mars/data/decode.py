@@ -20,8 +20,7 @@ import numpy.typing as npt
 
 from mars.data import mpeg
 from mars.data.notes import SHORTEST, Audio, fit
-from mars.errors import BadFileError
-from mars.optional import needed
+from mars.errors import BadFileError, needed
 
 SUFFIXES = (
     *(".wav", ".wave", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),

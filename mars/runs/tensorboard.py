@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mars.optional import needed
+from mars.errors import needed
 from mars.runs.log import kind
 from mars.runs.samples import Sample
 

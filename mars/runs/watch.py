@@ -17,12 +17,12 @@ import torch
 import mars
 from mars.config import TrainConfig
 from mars.errors import DiskError, Diverged
-from mars.memory import process_peak
 from mars.runs import report, samples
 from mars.runs.folder import RunFolder
 from mars.runs.log import kind
 from mars.runs.samples import Sampler
 from mars.runs.tensorboard import Board
+from mars.runtime import process_peak
 
 
 class Watch:

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from mars.memory import peak_memory
 from mars.runs.stage import Stage
-from mars.runtime import stream
+from mars.runtime import peak_memory, stream
 from mars.train.loop import batch_indices
 from mars.train.spans import span, timed
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mars.kernels import _backend, linear_cross_entropy, token_scores, use
 from mars.kernels.linear_cross_entropy import chunked
-from mars.memory import peak_memory
+from mars.runtime import peak_memory
 
 SHAPES = [(1, 3, 2), (1, 8, 131), (7, 1, 5), (64, 24, 40), (131, 33, 1021)]  # rows, width, codes
 

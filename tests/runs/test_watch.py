@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mars import audio, config, memory
+from mars import audio, config, runtime
 from mars.cli.train import main
 from mars.config import override
 from mars.distributed import ALONE, World
@@ -158,9 +158,9 @@ def test_the_time_of_all_sittings_counts(tmp_path):
 
 
 def test_memory_is_what_the_process_took():
-    before = memory.process_peak(CPU)
+    before = runtime.process_peak(CPU)
     block = np.ones(40_000_000)
-    assert memory.process_peak(CPU) >= min(before, block.nbytes) > 0
+    assert runtime.process_peak(CPU) >= min(before, block.nbytes) > 0
 
 
 def test_samples_come_in_time_and_originals_once(run):

@@ -16,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mars.cli.train import main
 from mars.config import preset
 from mars.errors import ConfigError
-from mars.memory import peak_memory
 from mars.models.tokenizer import Tokenizer
-from mars.runtime import stream
+from mars.runtime import peak_memory, stream
 from mars.train import plan
 from mars.train.plan import Fit, Notes, Planner, Rehearsal
 from mars.train.start import settings_of

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mars.errors import DataError
+from mars.errors import DataError, needed
 from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.metrics.mmd import mmd2, polynomial, squared_distances
 from mars.evaluate.metrics.samples import canonical, checked
-from mars.optional import needed
 
 BLOCK = 5000  # notes that the published scripts compare at a time
 

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mars.errors import DataError
+from mars.errors import DataError, needed
 from mars.evaluate.metrics.bootstrap import SEED
 from mars.evaluate.metrics.samples import canonical_order, checked
-from mars.optional import needed
 from mars.runtime import stream
 
 ALPHA = 0.05  # level of the test

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mars.errors import MissingPackage
-from mars.optional import needed
+from mars.errors import MissingPackage, needed
 
 ROOT = Path(__file__).parents[1]
 
