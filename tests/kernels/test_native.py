@@ -129,6 +129,13 @@ def test_without_the_library_there_is_one_warning_and_plain_pytorch(tmp_path):
     assert "does not load" in asked.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names a library of Linux")
+def test_another_library_is_said_to_be_that():
+    show = "from mars.kernels import _native; print(_native.library())"
+    done = python(show, MARS_NATIVE_LIBRARY="libc.so.6")
+    assert done.stdout == "libc.so.6 is another library than that of mars\n"
+
+
 def test_importing_the_package_loads_neither_triton_nor_the_library():
     code = (
         "import sys, mars, mars.kernels\n"
