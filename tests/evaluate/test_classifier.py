@@ -484,7 +484,7 @@ def test_git_blob_is_gits(tmp_path):
     assert classifier.git_blob(tmp_path / "empty") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
     (tmp_path / "hello").write_bytes(b"hello\n")
     assert classifier.git_blob(tmp_path / "hello") == "ce013625030ba8dba906f756967f9e9ca394464a"
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="none does not exist"):
         classifier.git_blob(tmp_path / "none")
 
 
