@@ -78,7 +78,7 @@ def fma_peak(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Place, float
     source = Path(__file__).with_name("peak.cpp")
     if compiler is None or platform.machine() != "x86_64":
         return lambda place, flop: None
-    subprocess.run([compiler, "-O2", "-fopenmp", "-shared", "-fPIC", source, "-o", library], check=True)
+    subprocess.run([compiler, "-O2", "-fopenmp", "-shared", "-fPIC", source, "-o", library], check=True)  # noqa: S603  # no input in it
     function = ctypes.CDLL(str(library)).fma_peak
     function.argtypes, function.restype = [ctypes.c_double, ctypes.c_int, ctypes.c_void_p], ctypes.c_double
 

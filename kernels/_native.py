@@ -53,6 +53,8 @@ def library() -> ctypes.CDLL | str:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} does not load: {error}"
+    if not hasattr(lib, "mars_abi"):
+        return f"{path} is another library than that of mars"
     lib.mars_abi.restype = _I32
     if (found := lib.mars_abi()) != ABI:
         return f"{path} has ABI {found}, want {ABI}: install mars again"

@@ -18,10 +18,11 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from mars.kernels import _backend
 from mars.kernels.linear_cross_entropy import chunked
+from mars.kernels.nearest_code.reference import SCORES
 from mars.kernels.scale_causal_attention import backends, hybrid
 
 _mars, _aten = torch.ops.mars, torch.ops.aten
-_SEARCH = 1 << 26  # bytes of scores that plain PyTorch's search holds at a time
+_SEARCH = 4 * SCORES  # bytes of scores that plain PyTorch's search holds at a time
 Shape = Sequence[int]
 
 

@@ -11,7 +11,8 @@ from tests import cubin
 HEAD = """# Triton kernels, compiled, not run
 
 Every tile that mars launches, compiled by Triton {version} for four generations of GPUs and read from the machine code:
-`python -m scripts.compile_kernels` prints this page, and `tests/kernels/test_compiled.py` checks what it shows. It says
+`python -m scripts.compile_kernels` prints this page, and `tests/kernels/test_compiled.py` checks what it shows; under
+another minor version of Triton only that each tile compiles, fits into shared memory and adds in its order. It says
 that nothing spills and what the inner loops consist of; it does not say how fast they are, since none has run on
 a GPU yet.
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import click
 import numpy as np
@@ -138,6 +139,14 @@ def test_each_script_starts_its_command(name, monkeypatch):
     assert called == [name]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Interrupts as Python has them, also where whoever started the tests has them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 CARELESS = """
 import os, signal, time
 try:
@@ -151,7 +160,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a process cannot send itself an interrupt")
 @pytest.mark.parametrize("parts", [1, 100])
-def test_an_interrupt_waits_for_the_end_of_an_import(parts, tmp_path, monkeypatch):
+def test_an_interrupt_waits_for_the_end_of_an_import(parts, tmp_path, monkeypatch, interruptible):
     (tmp_path / "careless.py").write_text(CARELESS.replace("PARTS", str(parts)))
     monkeypatch.syspath_prepend(tmp_path)
     before = signal.getsignal(signal.SIGINT)
@@ -174,7 +183,7 @@ def test_an_interrupt_waits_for_the_end_of_an_import(parts, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there a process cannot send itself an interrupt")
-def test_a_second_interrupt_does_not_wait(tmp_path):
+def test_a_second_interrupt_does_not_wait(tmp_path, interruptible):
     (tmp_path / "endless.py").write_text(
         "import os, signal, time\nfor _ in range(2): os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
     )

@@ -1,4 +1,4 @@
-"""The definition in plain PyTorch, in slices of `_SCORES` scores; see `op` for the order of the arithmetic."""
+"""The definition in plain PyTorch, in slices of `SCORES` scores; see `op` for the order of the arithmetic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SCORES = 1 << 24  # scores held at a time: 64 MiB of float32
+SCORES = 1 << 24  # scores held at a time: 64 MiB of float32
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     usable = codebook.isfinite().all(-1) & bias.isfinite()
     codebook, bias = codebook.where(usable[:, None], 0), bias.where(usable, float("-inf"))
     ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    rows = max(1, _SCORES // len(codebook))
+    rows = max(1, SCORES // len(codebook))
     with _full_precision(x.device.type):
         for part, found in zip(x.split(rows), ids.split(rows), strict=True):
             scores = torch.addmm(bias, part, codebook.T)

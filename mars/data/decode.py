@@ -321,7 +321,10 @@ def _through_ffmpeg(path: Path, seconds: float, reason: str) -> bytes:
         "-map", "0:a:0", "-t", f"{seconds + 0.1:.3f}", "-c:a", "pcm_f32le", "-f", "wav", "-",
     ]  # fmt: skip
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False)
+        # A list of arguments, of which only the file's path is not ours.
+        done = subprocess.run(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False
+        )
     except subprocess.TimeoutExpired:
         raise BadFileError(f"unreadable (FFmpeg was not done with it in {_PATIENCE} s)") from None
     if done.returncode != 0 or not done.stdout:

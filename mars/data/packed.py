@@ -37,7 +37,7 @@ from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, Labels, fault, one_line
 from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
-from mars.files import opened, parse_json, read_json, read_text, sha256, sync
+from mars.files import opened, parse_json, read_bytes, read_json, read_text, sha256, sync
 
 if TYPE_CHECKING:
     import torch
@@ -269,7 +269,7 @@ def open_dataset(path: str | Path | None) -> Dataset:
 def left_out(path: Path) -> Counter[str]:
     """How many files the packing of the dataset at `path` left out, by the kind of reason. Raises `DataError`."""
     listing, reasons = path / "bad_files.jsonl", []
-    for line in listing.read_bytes().splitlines():
+    for line in read_bytes(listing, DataError).splitlines():
         entry = parse_json(line, str(listing), DataError)
         if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str):
             raise DataError(f"{listing}: want a reason on every line; pack the dataset again")

@@ -220,7 +220,7 @@ def test_a_folder_of_something_else_is_refused(made, model, builtin, tmp_path):
     (out / "zzz.wav").unlink()
     for text in ("[]", "{}", '{"notes": [1]}', "nonsense"):
         (tmp_path / "old" / "notes.json").write_text(text)
-        with pytest.raises(DataError, match=r"notes\.json is not"):
+        with pytest.raises(DataError, match=r"notes\.json (is not|cannot be read as JSON)"):
             make(kind, model, builtin, tmp_path / "old")
 
 

@@ -124,7 +124,7 @@ def test_what_is_no_file_or_not_looked_into_is_refused_and_hidden_files_are_left
     assert notes.names == ("1.wav",)
     refused = dict(notes.record.refused)
     assert refused.keys() == {"linked", "pipe.wav", "3.m4a"}
-    assert refused["pipe.wav"] == "not a regular file"
+    assert refused["pipe.wav"] == "unreadable (not a regular file)"
     assert refused["3.m4a"].startswith("unreadable")
 
 

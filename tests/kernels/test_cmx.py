@@ -361,6 +361,13 @@ def test_the_front_ends_spectrum_is_not_copied():
     assert op._batched(strided(z)).is_contiguous()
 
 
+def test_no_bins_of_zeros_are_added_unless_asked(device):
+    x = inverse_input((2, 6, 4, 5)).to(device)
+    m = inverse_spectrogram_cmx(x, (2, 3), *PRODUCT)
+    assert m.shape == (2, 8, 15)
+    assert torch.equal(inverse_spectrogram_cmx(x, (2, 3), *PRODUCT, zeros=(1, 4))[:, 1:-4], m)
+
+
 def test_gradients_in_float64(device):
     z = magnitudes((4, 6), *PRODUCT, torch.complex128).to(device)
     z = torch.where(z.abs() < 1e-3, 1, z).requires_grad_()

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mars import kernels
 from mars.kernels import _backend, costs, multiscale_quantize, nearest_code, scale_causal_attention
 
 
@@ -63,7 +64,14 @@ def test_only_what_needs_a_workspace_has_one():
     assert costs.workspace(torch.ops.aten.add.Tensor, (x, x)) == 0
     with _backend.planned("cuda"):
         found = costs.workspace(torch.ops.mars.nearest_code.default, (x, torch.ones(100, 4), "l2"))
+        q, rest = torch.ones(2, 3, 5, 16), [None] * 8
+        fused = torch.ops.mars.scale_causal_attention_backward.default
+        assert costs.workspace(fused, (q, q, *rest)) == 2 * 4 * (2 * 3 * 5)
     assert 2 * 4 * 100 * 4 <= found < 10_000
+    packed, large = 8 * 100_000 * 4, torch.ones(1000, 4)
+    with kernels.use("reference"):
+        found = costs.workspace(torch.ops.mars.nearest_code.default, (large, torch.ones(100_000, 4), "l2"))
+    assert found == 2 * 2**26 + packed  # not 2 * 4 * 1000 * 100_000: slices of the scores, and their copy
 
 
 def test_planned_kernels_are_those_of_the_device():

@@ -145,6 +145,13 @@ def test_an_interpreter_that_numpy_stops_is_said(triton, numpy, why, monkeypatch
     assert found is None if why is None else found.startswith(why)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names a library of Linux")
+def test_another_library_is_said_to_be_that():
+    show = "from mars.kernels import _native; print(_native.library())"
+    done = python(show, MARS_NATIVE_LIBRARY="libc.so.6")
+    assert done.stdout == "libc.so.6 is another library than that of mars\n"
+
+
 def test_importing_the_package_loads_neither_triton_nor_the_library():
     code = (
         "import sys, mars, mars.kernels\n"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from mars.kernels import _backend, _native, nearest_code, pack_codebook
+from mars.kernels.nearest_code import reference
 from tests.implementations import NATIVE, running
 
 METRICS = ["l2", "cosine"]
@@ -132,6 +133,7 @@ def test_triton_through_the_op(metric):
     with running("triton"):
         assert_nearest(nearest_code(x, codebook, metric), x, codebook, metric)
         assert pack_codebook(codebook, metric).backend == "triton"
+        assert pack_codebook(torch.randn(30, 256)).backend == "triton"
         wide = torch.randn(7, 257), torch.randn(30, 257)
         assert_nearest(nearest_code(*wide, metric), *wide, metric)
         assert pack_codebook(wide[1], metric).backend == "reference"  # more than its registers hold
@@ -145,6 +147,23 @@ def test_reference_finds_the_nearest(shape, metric):
         ids = nearest_code(x, codebook, metric)
     assert_nearest(ids, x, codebook, metric)
     assert (ids == exact(x, codebook, metric)).double().mean() > 0.98  # but for ties, which are rare
+
+
+def test_the_reference_holds_a_slice_of_the_scores_at_a_time(monkeypatch):
+    x, codebook = inputs(130, 5, 40)
+    whole, rows, addmm = reference.nearest_code(x, codebook, "l2"), [], torch.addmm
+
+    def spy(bias, part, codes):
+        rows.append(len(part))
+        return addmm(bias, part, codes)
+
+    monkeypatch.setattr(torch, "addmm", spy)
+    monkeypatch.setattr(reference, "SCORES", 60 * 40 + 39)
+    assert_nearest(reference.nearest_code(x, codebook, "l2"), x, codebook, "l2")
+    assert rows == [60, 60, 10]
+    monkeypatch.setattr(reference, "SCORES", 1)
+    assert (reference.nearest_code(x, codebook, "l2") == whole).double().mean() > 0.98
+    assert rows[3:] == [1] * 130
 
 
 def test_the_default_is_native_and_l2():

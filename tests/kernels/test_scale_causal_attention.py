@@ -259,6 +259,14 @@ def test_heads_at_a_time_do_not_show(scores, kept, monkeypatch):
             assert_all_as_accurate(found, rounded, exact)
 
 
+def test_weights_are_kept_up_to_64_mib_of_16_bits():
+    def kept(heads, dtype):
+        return hybrid.kept(torch.empty(1, heads, 2048, 16, dtype=dtype, device="meta"), (2048,))
+
+    assert kept(8, torch.bfloat16) == kept(8, torch.float16) == 8 * 2048 * 2048 == 2**26 // 2
+    assert kept(9, torch.bfloat16) == kept(1, torch.float32) == 0
+
+
 def test_weights_are_kept_for_a_backward_only():
     q, k, v = (t.bfloat16() for t in inputs((1, 4)))
     for keep, values in ((False, 0), (True, 2 * 3 * 5 * 5)):
@@ -624,6 +632,7 @@ def raises(q, k, v, scale):
         (raises, "OSError: no kernel image"),
         (lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, scale=2 * scale), "it is off by .* rounding"),
         (lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v.detach(), scale=scale), "it is off by"),
+        (lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, scale=scale) * 1.00005, "it is off by"),
     ],
 )
 @pytest.mark.parametrize("name", ["flash", "xformers"])

@@ -485,3 +485,33 @@ def test_a_second_interrupt_exits_130():
     with pytest.raises(click.ClickException) as caught, user_errors():
         raise KeyboardInterrupt
     assert caught.value.exit_code == 130
+
+
+def test_a_folder_of_any_name_is_trained_in(tmp_path, capsys):
+    """What is in brackets is no markup; going on prints other lines than beginning."""
+    out = tmp_path / "[/b] [red] :smile:"
+    for most in (1, 2):
+        start.train("tokenizer", preset="smoke", overrides=("train.sample_every=0",), out=out, max_steps=most)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(f"run {out}" in line for line in lines) == 2
+    assert sum(f"saved in {out}; the same command with --out {out} goes on" in line for line in lines) == 2
+    assert any("resuming at step 1" in line for line in lines)
+    listed = CliRunner().invoke(main, ["list", str(out)])
+    assert str(out) in listed.output
+
+
+def test_one_bad_run_does_not_hide_the_newest_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = tmp_path / "runs/good"
+    (good / "model").mkdir(parents=True)
+    (good / "model/config.json").write_text("{}")
+    (good / "run.json").write_text(json.dumps({"stage": "tokenizer", "preset": "smoke", "created": 1.0}))
+    for name, text in {
+        "list": "[]",
+        "cut": "{",
+        "null": "null",
+        "when": '{"stage": "tokenizer", "created": "x"}',
+    }.items():
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "run.json").write_text(text)
+    assert start.newest_tokenizer() == Path("runs/good")

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -318,6 +319,69 @@ def test_documents_that_cannot_be_used_are_errors(pitch, tmp_path, changes, mess
         classifier.load(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": 10**9, "classes": None}, "outputs must be 1 to 10,000, got 1000000000"),
+        ({"outputs": 9_999, "classes": None}, "has shape .*, the configuration wants"),
+        ({"network": "inception"}, "lacks tensor"),
+        ({"network": []}, r"network must be a str, got \[\]"),
+        ({"id": "../../elsewhere"}, "id must be of letters, digits and hyphens"),
+        ({"sha256": None}, "sha256 must be a str, got None"),
+        ({"validation": None}, "there is a gate and no validation.accuracy"),
+        ({"validation": {"accuracy": "high"}}, "there is a gate and no validation.accuracy"),
+        ({"classes": [str(n) for n in range(1000, 1128)]}, "must be MIDI numbers"),
+        ({"classes": ["1"] * 128}, "want 128 different classes, got 1"),
+        ({"front_end": None}, "front_end is a group of settings"),
+        ({"front_end": {"samples": 10**12}}, "n_fft is missing"),
+    ],
+    ids=str,
+)
+def test_senseless_but_signed_documents_are_one_line(tmp_path, changes, message):
+    original = classifier.locate("pitch", "tiny")
+    tensors = classifier.checkpoint.read_tensors(original / "network.safetensors")
+    classifier.checkpoint.write_directory(
+        tmp_path / "a", {"network": tensors}, {"classifier": document(original) | changes}
+    )
+    with pytest.raises(CheckpointError, match=message) as caught:
+        classifier.load(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 10**12}, "samples <= 1,048,576"),
+        ({"n_fft": 10**12}, "n_fft / 2 < samples"),
+        ({"hop": 0}, "hop and mels within n_fft"),
+        ({"square": 10**6}, "square at most 4,096"),
+        ({"mels": 64}, "its network does not fit"),
+    ],
+    ids=str,
+)
+def test_a_front_end_that_would_take_the_machine_is_one_line(tmp_path, change, message):
+    original = classifier.locate("pitch", "tiny")
+    tensors = classifier.checkpoint.read_tensors(original / "network.safetensors")
+    changed = document(original)
+    changed["front_end"] |= change
+    classifier.checkpoint.write_directory(tmp_path / "a", {"network": tensors}, {"classifier": changed})
+    with pytest.raises(CheckpointError, match=message):
+        classifier.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "too long"])
+def test_a_weights_folder_that_is_none_is_one_line(tmp_path, monkeypatch, kind):
+    (tmp_path / "file").write_text("")
+    name = {"file": "file", "below a file": "file/below", "too long": "x" * 5000}[kind]
+    monkeypatch.setenv(classifier.WEIGHTS_DIR, str(tmp_path / name))
+    with pytest.raises(ConfigError, match=r"^MARS_WEIGHTS_DIR: want a folder, got "):
+        classifier.folder()
+    monkeypatch.setenv(classifier.WEIGHTS_DIR, str(tmp_path / "new"))
+    assert classifier.folder() == tmp_path / "new"
+    monkeypatch.setenv(classifier.WEIGHTS_DIR, "")
+    assert classifier.folder() == Path("classifiers")
+
+
 def test_a_damaged_classifier_is_an_error(dataset, tmp_path):
     path = train(dataset, tmp_path / "a", epochs=1)
     content = bytearray((path / "network.safetensors").read_bytes())
@@ -420,7 +484,7 @@ def test_git_blob_is_gits(tmp_path):
     assert classifier.git_blob(tmp_path / "empty") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
     (tmp_path / "hello").write_bytes(b"hello\n")
     assert classifier.git_blob(tmp_path / "hello") == "ce013625030ba8dba906f756967f9e9ca394464a"
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="none does not exist"):
         classifier.git_blob(tmp_path / "none")
 
 
