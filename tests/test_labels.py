@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mars.config import FAMILIES, VELOCITIES
 from mars.errors import ConfigError
-from mars.labels import Ranges, condition_ids
+from mars.labels import FAMILIES, VELOCITIES, Ranges, condition_ids
 
 ALL = ("family", "source", "pitch", "velocity")
 NOTES = [  # of a model whose lowest and highest pitches are not known

@@ -29,6 +29,7 @@ from mars.config import Config, TrainConfig
 from mars.data import Dataset
 from mars.errors import ConfigError
 from mars.kernels import _backend, costs
+from mars.labels import LABELS
 from mars.models.tokenizer import Tokenizer
 from mars.runs.stage import StageName
 from mars.runtime import native_bfloat16, stream
@@ -142,6 +143,8 @@ class Allocations(TorchDispatchMode):
 class Notes:
     """Stands in for a dataset: silent notes without labels, all of them for training."""
 
+    words: Mapping[str, list[str]] = {}  # nobody changes it
+
     def __init__(self, samples: int, count: int = 1024) -> None:
         self.samples, self.count = samples, count
 
@@ -156,9 +159,9 @@ class Notes:
         """float32 (notes, samples)."""
         return torch.zeros(len(indices), self.samples)
 
-    def column(self, name: str) -> np.ndarray:
-        """int32 (notes,)."""
-        return np.full(self.count, -1, np.int32)
+    def labels(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """int32 (notes,) each."""
+        return dict.fromkeys(LABELS, np.full(self.count, -1, np.int32))
 
 
 class Rehearsal:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from mars.data import COLUMNS, Dataset, open_dataset
-from mars.data.notes import Labels, parse_json
+from mars.data.notes import parse_json
 from mars.data.packed import Writer
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import sha256
+from mars.labels import Labels
 from tests.data.conftest import list_again
 
 SAMPLES = 200
