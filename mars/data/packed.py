@@ -283,15 +283,6 @@ class Dataset:
         return torch.from_numpy(self.audio[np.asarray(indices, np.int64)].astype(np.float32)) / 32768
 
 
-def open_dataset(path: str | Path | None) -> Dataset:
-    """The packed dataset at `path`, or the built-in notes for None. Raises `DataError`."""
-    if path is None:
-        from mars.data import builtin
-
-        return builtin.load()
-    return Dataset.open(path)
-
-
 def left_out(path: Path) -> Counter[str]:
     """How many files the packing of the dataset at `path` left out, by the kind of reason. Raises `DataError`."""
     listing, reasons = path / "bad_files.jsonl", []

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, cast
 from unittest import mock
 
@@ -143,7 +144,8 @@ class Allocations(TorchDispatchMode):
 class Notes:
     """Stands in for a dataset: silent notes without labels, all of them for training."""
 
-    words: Mapping[str, list[str]] = {}  # nobody changes it
+    words: Mapping[str, list[str]] = MappingProxyType({})
+    fingerprint = ""
 
     def __init__(self, samples: int, count: int = 1024) -> None:
         self.samples, self.count = samples, count
