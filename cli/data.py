@@ -158,8 +158,8 @@ def soundfont(file: Path, out: Path, **options: Any) -> None:
 def info(directory: Path | None, verify: bool) -> None:
     """Say what a dataset holds; without DIRECTORY, the built-in notes."""
     with user_errors():
-        from mars.config import FAMILIES
         from mars.data import SPLITS, Dataset, open_dataset
+        from mars.labels import FAMILIES, some
 
         dataset = Dataset.open(directory, verify=verify) if directory else open_dataset(None)
         _report(dataset, directory)
@@ -170,6 +170,7 @@ def info(directory: Path | None, verify: bool) -> None:
             counts = [int(((family == i) & (split == j)).sum()) for j in range(len(SPLITS))]
             if sum(counts):
                 click.echo(f"{name:>12}" + "".join(f"{count:>12,}" for count in counts))
+        click.echo(f"instrument: {printable(some(dataset.instruments))}")
         known = pitch[pitch >= 0]
         click.echo(f"pitch: {f'MIDI {known.min()} to {known.max()}' if len(known) else 'unknown'}")
         shown = {key: value for key, value in dataset.origin.items() if isinstance(value, str | int)}

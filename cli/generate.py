@@ -38,6 +38,7 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
 @click.option("--family", help="Instrument family, e.g. brass; default: a random one for each note.")
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")
+@click.option("--instrument", metavar="NAME", help="One that the model was trained on; default: any, for each note.")
 @click.option(
     "--allow-untrained",
     is_flag=True,
@@ -84,8 +85,8 @@ def main(n: int, model: str | None, out: Path | None, threads: int | None, devic
     """Generate notes: WAV files, a picture of their spectrograms, and notes.json.
 
     Seed, settings, device and number of threads decide every byte of the WAV files. --pitch, --family,
-    --source and --velocity need a model that was trained with them. The same command with the same --out goes on
-    where an interrupted one was; a folder of anything else is refused.
+    --source, --velocity and --instrument need a model that was trained with them (var.condition). The same
+    command with the same --out goes on where an interrupted one was; a folder of anything else is refused.
     """
     with user_errors():
         _generate(n, model, out, threads, device, settings)
@@ -98,13 +99,14 @@ def _generate(
 
     from mars import terminal
     from mars.files import new_folder
+    from mars.labels import LABELS
     from mars.model import DEFAULT, Timing, load
     from mars.notes import NoteFolder, fill, stem
     from mars.runtime import set_threads
 
     set_threads(threads)
     model = load(name, device)
-    asked = {label: settings[label] for label in ("pitch", "family", "source", "velocity")}
+    asked = {label: settings[label] for label in LABELS}
     drawn = {key: value for key, value in settings.items() if key not in asked}
     conditions = model.choose(n, **asked, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
     model.iterate(n, conditions=conditions, **drawn)  # for its checks, before anything is written

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from mars.errors import ConfigError
 
-Array = Tensor | npt.NDArray[Any]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array: TypeAlias = "Tensor | npt.NDArray[Any]"
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -52,7 +53,9 @@ def tensor(name: str, x: Array, wanted: str) -> Tensor:
     Raises:
         ConfigError: it is something else, or of a dtype that PyTorch does not have; `wanted` is in the message.
     """
-    if isinstance(x, Tensor):
+    import torch  # late: settings and labels are checked without it
+
+    if isinstance(x, torch.Tensor):
         return x
     if isinstance(x, np.ndarray | np.generic):
         try:

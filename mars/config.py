@@ -23,16 +23,10 @@ from typing import Any, Literal, TypeVar
 
 from mars.errors import ConfigError, MarsError
 from mars.files import read_json, write_atomically
+from mars.labels import LABELS
 
 Pair = tuple[int, int]
 T = TypeVar("T")
-
-FAMILIES = (
-    "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal",
-)  # fmt: skip  # NSynth's instrument families, in its own order
-SOURCES = ("acoustic", "electronic", "synthetic")
-VELOCITIES = (25, 50, 75, 100, 127)  # NSynth's five; any other velocity counts as the nearest of them
-
 
 # Far above what can be trained: so that settings of strangers cannot take the machine.
 LARGEST_GRID = 1 << 24  # bins times frames of a note's spectrogram: 8 min with the settings below
@@ -194,10 +188,6 @@ class TokenizerConfig:
         return list(accumulate((h * w for h, w in self.scales), initial=0))
 
 
-Attribute = Literal["family", "source", "pitch", "velocity"]
-CLASSES: dict[str, int] = {"family": len(FAMILIES), "source": len(SOURCES), "pitch": 128, "velocity": len(VELOCITIES)}
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VARConfig:
     """Next-scale transformer (Tian et al. 2024, arXiv:2404.02905)."""
@@ -207,7 +197,7 @@ class VARConfig:
     heads: int = 16
     shared_adaln: bool = False  # one AdaLN projection for all blocks plus a learned offset per block
     drop_path: float = 1 / 15  # of the last block; the published rule is 0.1 depth / 24
-    condition: tuple[Attribute, ...] = ()  # empty: no condition at all
+    condition: tuple[str, ...] = ()  # empty: no condition at all
     condition_dropout: float = 0.1  # chance that a note's whole condition is hidden, for guidance
 
     def __post_init__(self) -> None:
@@ -217,8 +207,8 @@ class VARConfig:
         _within(self, "var", "condition_dropout")
         _require(0 <= self.drop_path < 1, f"var.drop_path must be in [0, 1), got {self.drop_path}")
         _require(self.width % self.heads == 0, f"var.width {self.width} is not a multiple of heads {self.heads}")
-        unknown = [c for c in self.condition if c not in CLASSES]
-        _require(not unknown, f"var.condition: unknown {unknown}; choose among {', '.join(CLASSES)}")
+        for name in self.condition:
+            _require(name in LABELS, f"var.condition must be one of {', '.join(LABELS)}; got {name!r:.80}")
         twice = len(set(self.condition)) < len(self.condition)
         _require(not twice, f"var.condition names an attribute twice: {', '.join(self.condition)}")
 

@@ -1,21 +1,251 @@
-"""The labels of a note (family, source, pitch, velocity) and which of them a model can be asked for."""
+"""The labels of a note: one table of them, how each is read and shown, and what a model can be asked for.
+
+A label's value is what people say: a word ("brass") or a MIDI number; None where it is not known. A dataset keeps a
+number for it, -1 where it is not known: of a word its place among the label's words, else the value itself. A model
+tells classes apart, the last of which is the unknown.
+
+An open label has no words of its own: its words are those of the dataset, and of the training notes those that a model
+learns are stored with it (`Model.words`, `labels.json`). Words that are given for a label always go before those of the
+table, so that own words for `family` need a dataset that has them and nothing here. A further label, as of another
+column of a CSV, is one more entry of `LABELS`: open, or with its words or levels; datasets that were packed before
+give -1 for it. Beside the entry, a field of `Labels`, and where it may be asked for an argument of `Ranges.asked` and
+`Model.iterate` and an option of `mars-generate`.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from mars.arguments import integer
-from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES
-from mars.errors import ConfigError
+from mars.errors import BadFileError, ConfigError
+from mars.text import one_line
 
-Condition = dict[str, Any]  # family, source: name; pitch, velocity: int; None where unknown
-Entry = Mapping[str, Any]  # what the training notes of one family and source hold; see `mars.train.var.ranges`
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Condition = dict[str, Any]  # values by the names of labels; None where unknown
+Entry = Mapping[str, Any]  # what training notes that are alike hold; see `entries`
+Words = Mapping[str, Sequence[str]]  # by the names of labels: words of a dataset or of a model
+Columns = Mapping[str, npt.NDArray[np.int32]]  # by the names of labels: the numbers of notes, (N,)
+
+UNKNOWN = -1  # in a column
+LONGEST_WORD = 1 << 14  # characters
+_LISTED = 10  # words that a message names at most
+
+FAMILIES = (
+    "bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal",
+)  # fmt: skip  # NSynth's instrument families, in its own order
+SOURCES = ("acoustic", "electronic", "synthetic")
+VELOCITIES = (25, 50, 75, 100, 127)  # NSynth's five; any other velocity counts as the nearest of them
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One label: with words, or a MIDI number with levels, or open (neither)."""
+
+    name: str
+    entry: str | None = None  # its key in NSynth's examples.json
+    words: tuple[str, ...] = ()
+    levels: tuple[int, ...] = ()  # that a model tells apart; any other number counts as the nearest of them
+
+    @property
+    def open(self) -> bool:
+        """Whether its words are those of the dataset."""
+        return not self.words and not self.levels
+
+    def values(self, words: Words) -> Sequence[Any]:
+        """What the numbers 0, 1, … of a column stand for."""
+        return words.get(self.name) or self.words or (range(128) if self.levels else ())
+
+    def classes(self, words: Words) -> Sequence[Any]:
+        """The values that a model tells apart; its class for the unknown follows them."""
+        return self.levels or self.values(words)
+
+    def nearest(self, value: Any) -> Any:
+        """The value that a model takes it for."""
+        return min(self.levels, key=lambda v: abs(v - value)) if self.levels else value
+
+    def read(self, cell: str) -> str | int:
+        """The number that a cell of a CSV means, or the word of an open label. Raises `ValueError`."""
+        if self.open:
+            if not one_line(cell):
+                raise ValueError(f"{self.name} {cell!r} has characters that cannot be printed; rename it")
+            return cell
+        if self.words:
+            if cell not in self.words:
+                raise ValueError(f"want a {self.name} of {', '.join(self.words)}; got {cell!r}")
+            return self.words.index(cell)
+        if not (cell.isascii() and cell.isdigit() and len(cell) <= 3 and int(cell) <= 127):
+            raise ValueError(f"want {self.name} 0..127, got {cell!r}")
+        return int(cell)
+
+    def listed(self, value: Any) -> Any:
+        """The value in a listing of notes, None where it is none of the label's. Raises `ValueError` for nonsense."""
+        if value is None:
+            return None
+        if self.levels and not (type(value) is int and 0 <= value < 128):
+            raise ValueError(f"want a {self.name} 0..127 or null, got {value!r:.40}")
+        if self.open and not (isinstance(value, str) and one_line(value)):
+            raise ValueError(f"want a name or null as {self.name}, got {value!r:.40}")
+        return value if not self.words or value in self.words else None
+
+
+LABELS = {
+    label.name: label
+    for label in (
+        Label("family", "instrument_family", words=FAMILIES),
+        Label("source", "instrument_source", words=SOURCES),
+        Label("pitch", "pitch", levels=tuple(range(128))),
+        Label("velocity", "velocity", levels=VELOCITIES),
+        Label("instrument", "instrument_str"),
+    )
+}
+CLOSED = tuple(name for name, label in LABELS.items() if not label.open)  # every condition has these
+_NAME = re.compile(rf"({'|'.join(FAMILIES)})_({'|'.join(SOURCES)})_(\d{{3}})-(\d{{3}})-(\d{{3}})")
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What is known of a note besides its sound, as a dataset keeps it; `UNKNOWN` where nobody said."""
+
+    instrument: str
+    family: int = UNKNOWN
+    source: int = UNKNOWN
+    pitch: int = UNKNOWN
+    velocity: int = UNKNOWN
+
+    @property
+    def known(self) -> Condition:
+        """The values of those that are known."""
+        found = {name: getattr(self, name) for name in LABELS}
+        return {
+            name: value if isinstance(value, str) else LABELS[name].values({})[value]
+            for name, value in found.items()
+            if value not in ("", UNKNOWN)
+        }
+
+
+def labels_of(name: str) -> Labels | None:
+    """The labels that an NSynth name like `bass_electronic_018-060-075` states; None for any other name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    family, source, number, pitch, velocity = match.groups()
+    if int(pitch) > 127 or int(velocity) > 127:
+        return None
+    return Labels(
+        f"{family}_{source}_{number}", FAMILIES.index(family), SOURCES.index(source), int(pitch), int(velocity)
+    )
+
+
+def labels_in(entry: Mapping[str, Any]) -> Labels:
+    """The labels in an entry of NSynth's examples.json. Raises `BadFileError`."""
+    found: dict[str, Any] = {}
+    for name, label in LABELS.items():
+        if label.entry is None:
+            continue
+        value = entry.get(label.entry)
+        if label.open:
+            if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) < 256:
+                raise BadFileError(f"examples.json: want a name for {label.entry}, got {value!r:.40}")
+        elif type(value) is not int or not 0 <= value < len(label.values({})):  # a bool is no number here
+            raise BadFileError(f"examples.json: want {label.entry} 0..{len(label.values({})) - 1}, got {value!r:.40}")
+        elif label.words and entry.get(f"{label.entry}_str", label.words[value]) != label.words[value]:
+            got = entry[f"{label.entry}_str"]
+            raise BadFileError(f"examples.json: want {label.entry}_str {label.words[value]!r}, got {got!r:.40}")
+        found[name] = value
+    return Labels(**found)
+
+
+def described(condition: Condition) -> str:
+    """A condition in words: "acoustic brass, pitch 60, velocity 100"; empty where nothing is known."""
+    kind = " ".join(condition[name] for name in ("source", "family") if condition.get(name) is not None)
+    others = (f"{k} {v}" for k, v in condition.items() if v is not None and k not in ("source", "family"))
+    return ", ".join(filter(None, (kind, *others)))
+
+
+def learnt(attributes: Iterable[str], columns: Columns, words: Words) -> dict[str, list[str]]:
+    """The words that a model with these conditions learns, of those of the dataset: what the training notes have."""
+    return {
+        name: [words[name][i] for i in np.unique(columns[name]) if i != UNKNOWN] for name in attributes if name in words
+    }
+
+
+def sizes(attributes: Iterable[str], words: Words) -> dict[str, int]:
+    """How many classes each condition of a model with these words has, without that of the unknown."""
+    return {name: len(LABELS[name].classes(words)) for name in attributes}
+
+
+def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str], words: Words | None = None) -> Tensor:
+    """int64 (B, attributes): the class of each attribute, for a model with these words."""
+    places = {name: _places(name, words or {}) for name in attributes}
+    rows = [[places[name][c[name]] for name in attributes] for c in conditions]
+    import torch
+
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(conditions), len(attributes))
+
+
+def column_ids(columns: Columns, attributes: Sequence[str], of: Words, words: Words) -> Tensor:
+    """int64 (N, attributes): the class of each attribute of the notes of a dataset.
+
+    What the model has no word for is unknown to it.
+
+    Args:
+        of: the words of the dataset.
+        words: those of the model.
+    """
+    import torch
+
+    classes = []
+    for name in attributes:
+        label, places = LABELS[name], _places(name, words)
+        table = [places.get(label.nearest(value), places[None]) for value in label.values(of)]
+        classes.append(np.array([*table, places[None]], np.int64)[columns[name]])  # the last is that of -1
+    return torch.from_numpy(np.stack(classes, axis=1) if classes else np.zeros((len(columns["family"]), 0), np.int64))
+
+
+def _places(name: str, words: Words) -> dict[Any, int]:
+    """The class of each value, and of None."""
+    return {value: i for i, value in enumerate((*LABELS[name].classes(words), None))}
+
+
+def entries(columns: Columns, attributes: Iterable[str], words: Words) -> list[dict[str, Any]]:
+    """What training notes hold, for each family and source and, where they are conditions, each value of open labels.
+
+    count; pitch: the 5th and 95th percentile; pitch_range: the lowest and the highest; velocity: the levels. Unknown
+    pitches are -1.
+    """
+    names = ("family", "source", *(name for name in attributes if LABELS[name].open))
+    pitch, velocity = columns["pitch"], columns["velocity"]
+    kinds, kind = np.unique(np.stack([columns[name] for name in names], axis=1), axis=0, return_inverse=True)
+    found = []
+    for k, numbers in enumerate(kinds.tolist()):
+        alike = kind.reshape(-1) == k
+        pitches = pitch[alike & (pitch >= 0)]
+        low, high = np.percentile(pitches, (5, 95)).astype(int).tolist() if len(pitches) else (-1, -1)
+        lowest, highest = (int(pitches.min()), int(pitches.max())) if len(pitches) else (-1, -1)
+        values = (
+            LABELS[name].values(words)[number] if number >= 0 else None
+            for name, number in zip(names, numbers, strict=True)
+        )
+        found.append(
+            {
+                **dict(zip(names, values, strict=True)),
+                "count": int(alike.sum()),
+                "pitch": [low, high],
+                "pitch_range": [lowest, highest],
+                "velocity": sorted({level(int(v)) for v in set(velocity[alike & (velocity >= 0)].tolist())}),
+            }
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -25,17 +255,32 @@ class Ranges:
     attributes: those that are conditions of the model.
     notes: what its training notes hold; empty if that is not known, and then any label will do. Models that were
         trained before the lowest and highest pitch were noted know the range of the middle nine tenths alone.
+    words: of its open conditions.
     """
 
     attributes: Sequence[str]
     notes: Sequence[Entry]
+    words: Words = field(default_factory=dict)
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """The open labels that are conditions."""
+        return tuple(name for name in self.attributes if LABELS[name].open)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels that a condition of a note of this model has: all but open ones that are none of its own."""
+        return *CLOSED, *self.opened
 
     def takes(self, name: str, value: Any) -> bool:
         """Whether the model has the condition and was trained on some: of a family or source, on this one."""
-        if name not in self.attributes or not self.notes:
-            return name in self.attributes
-        known = [v for entry in self.notes for v in _values(entry, name)]
-        return bool(known) if name in ("pitch", "velocity") else value in known
+        if name not in self.attributes:
+            return False
+        if not self.notes:
+            return not LABELS[name].open or value in self.words.get(name, ())
+        if LABELS[name].levels:
+            return any(_values(entry, name) for entry in self.notes)
+        return value is not None and any(entry.get(name) == value for entry in self.notes)
 
     def untrained(self, condition: Condition) -> str | None:
         """The first label of a condition that no training note had together with those before it; None if all had.
@@ -54,6 +299,7 @@ class Ranges:
         family: str | None = None,
         source: str | None = None,
         velocity: int | None = None,
+        instrument: str | None = None,
         allow_untrained: bool = False,
     ) -> Condition:
         """What a caller wants, checked, as `choose` takes it: the pitch as (lowest, highest), the velocity as a level.
@@ -64,30 +310,18 @@ class Ranges:
         Raises:
             ConfigError: a label is no condition of the model, out of range, or not one that it was trained on.
         """
-        given = {"pitch": pitch, "family": family, "source": source, "velocity": velocity}
+        given = {"pitch": pitch, "family": family, "source": source, "velocity": velocity, "instrument": instrument}
         for name, value in given.items():
             if value is not None and name not in self.attributes:
                 raise ConfigError(
                     f"{name} {value}: the model was not trained with {name} as a condition "
                     f"(it has {', '.join(self.attributes) or 'none'}); leave it out"
                 )
-        for name, value, known in (("family", family, FAMILIES), ("source", source, SOURCES)):
-            trained = [k for k in known if any(e[name] == k for e in self.notes)]
-            if value is not None and value not in known:
-                near = difflib.get_close_matches(str(value), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-                raise ConfigError(f"unknown {name} {value!r}; {hint}")
-            if value is not None and self.notes and value not in trained:
-                raise ConfigError(
-                    f"{name} {value}: the model was trained on none; it knows {', '.join(trained) or 'no other'}"
-                )
-        limits = None if pitch is None else _limits(pitch)
-        wanted = {
-            "family": None if family is None else str(family),
-            "source": None if source is None else str(source),
-            "pitch": limits,
-            "velocity": None if velocity is None else level(_midi("velocity", velocity)),
-        }
+            if value is not None and not LABELS[name].levels:
+                self._check_word(name, value)
+        wanted: Condition = {name: None if given[name] is None else str(given[name]) for name in self.names}
+        wanted["pitch"] = None if pitch is None else _limits(pitch)
+        wanted["velocity"] = None if velocity is None else level(_midi("velocity", velocity))
         for name, value in (("pitch", pitch), ("velocity", velocity)):
             if value is not None and not self.takes(name, value):
                 raise ConfigError(f"{name} {value}: the model was trained on notes of unknown {name}; leave it out")
@@ -96,7 +330,7 @@ class Ranges:
         return wanted
 
     def accepted(self, condition: Condition, *, allow_untrained: bool = False) -> Condition:
-        """A condition as a note of this model has it: all four attributes, None where it says nothing.
+        """A condition as a note of this model has it: all of `names`, None where it says nothing.
 
         Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
 
@@ -104,11 +338,11 @@ class Ranges:
             ConfigError: a value is out of range, or the model was not trained on it; see `asked`.
         """
         if not isinstance(condition, Mapping):
-            raise ConfigError(f"want a mapping of {', '.join(CLASSES)} as condition, got {condition!r:.80}")
-        if unknown := condition.keys() - CLASSES.keys():
+            raise ConfigError(f"want a mapping of {', '.join(LABELS)} as condition, got {condition!r:.80}")
+        if unknown := condition.keys() - LABELS.keys():
             names = ", ".join(sorted(map(str, unknown)))
-            raise ConfigError(f"{condition}: want {', '.join(CLASSES)} in a condition, got {names}")
-        kept = {name: condition.get(name) if name in self.attributes else None for name in CLASSES}
+            raise ConfigError(f"{condition}: want {', '.join(LABELS)} in a condition, got {names}")
+        kept = {name: condition.get(name) if name in self.attributes else None for name in self.names}
         try:
             if kept["pitch"] is not None:
                 kept["pitch"] = _midi("pitch", kept["pitch"])
@@ -117,18 +351,23 @@ class Ranges:
             raise ConfigError(f"{condition}: {error}") from None
 
     def choose(self, asked: Condition, generator: torch.Generator) -> Condition:
-        """The condition of one note; draws three numbers, whatever is asked.
+        """The condition of one note; draws as many numbers whatever is asked: three, and one more with open labels.
 
-        What is left open is one of the families, the source most common in it, one of its usual pitches and any of its
-        velocities, among the notes that hold what is asked for if there are any.
+        What is left open is one of the families, the source most common in it, any of their instruments where that is
+        a condition, one of its usual pitches and any of its velocities, among the notes that hold what is asked for if
+        there are any.
         """
-        draws = torch.rand(3, generator=generator, dtype=torch.float32).tolist()
-        family, source, pitch, velocity = (asked[name] for name in ("family", "source", "pitch", "velocity"))
+        import torch
+
+        draws = torch.rand(4 if self.opened else 3, generator=generator, dtype=torch.float32).tolist()
+        family, source, pitch, velocity = (asked[name] for name in CLOSED)
+        entry: Entry | None = None
         if self.notes:
             alike, _ = self._narrowed(asked)
-            known = sorted({e["family"] for e in alike if e["family"]}, key=FAMILIES.index) or [None]
+            families = LABELS["family"].values(self.words)
+            known = sorted({e["family"] for e in alike if e["family"]}, key=families.index) or [None]
             family = family or _pick(known, draws[0])
-            entry = max((e for e in alike if e["family"] == family), key=lambda e: e["count"], default=None)
+            entry = self._one_of([e for e in alike if e["family"] == family], draws[-1])
             source = source or (entry and entry["source"])
             for usual in (_span(*entry["pitch"]), _values(entry, "pitch")) if entry else ():
                 within = usual if pitch is None else _overlap(usual, pitch)
@@ -140,12 +379,34 @@ class Ranges:
         if pitch is not None:
             pitch = _pick(range(pitch[0], pitch[1] + 1), draws[1])
         chosen = {"family": family, "source": source, "pitch": pitch, "velocity": velocity}
+        for name in self.opened:
+            value = asked[name]
+            chosen[name] = entry.get(name) if value is None and entry is not None else value
         return {name: value if name in self.attributes else None for name, value in chosen.items()}
+
+    def _one_of(self, alike: Sequence[Entry], uniform: float) -> Entry | None:
+        """Of the entries of a family one with the source most common in it; several have one where labels are open."""
+        counts: dict[str | None, int] = {}
+        for entry in alike:
+            counts[entry["source"]] = counts.get(entry["source"], 0) + entry["count"]
+        common = max(counts, key=lambda source: counts[source], default=None)
+        return _pick([e for e in alike if e["source"] == common], uniform) if alike else None
+
+    def _check_word(self, name: str, value: Any) -> None:
+        """Raise an error if the model does not know the word, or was trained on no note with it."""
+        known, trained = LABELS[name].values(self.words), {entry.get(name) for entry in self.notes}
+        if value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {some(known)}"
+            raise ConfigError(f"unknown {name} {value!r:.80}; {hint}")
+        if self.notes and value not in trained:
+            others = some([word for word in known if word in trained])
+            raise ConfigError(f"{name} {value}: the model was trained on none; it knows {others or 'no other'}")
 
     def _narrowed(self, asked: Condition) -> tuple[Sequence[Entry], str | None]:
         """The training notes that hold as much as can be of what is asked for, and the first label that none has."""
         alike, lacking = self.notes, None
-        for name in ("family", "source", "pitch", "velocity"):
+        for name in ("family", "source", *self.opened, "pitch", "velocity"):
             if asked[name] is not None:
                 holding = [e for e in alike if _holds(e, name, asked[name])]
                 lacking = lacking if holding or lacking else name
@@ -159,24 +420,13 @@ class Ranges:
             return
         low, high = asked["pitch"] or (None, None)
         value = asked[name] if name != "pitch" else f"{low}-{high}" if low != high else low
-        of = " ".join(asked[k] for k in ("source", "family") if asked[k] is not None and k != name)
+        of = " ".join(asked[k] for k in ("source", "family", *self.opened) if asked[k] is not None and k != name)
         values = sorted({v for e in alike for v in _values(e, name)})
-        trained = ", ".join(map(str, values)) if name in ("source", "velocity") else f"{values[0]}-{values[-1]}"
+        trained = f"{values[0]}-{values[-1]}" if name == "pitch" else some(values)
         raise ConfigError(
             f"{name} {value}: the notes{of and f' ({of})'} that the model was trained on are known to have {trained}; "
             "ask for one of these, or set allow_untrained and expect other notes than asked for"
         )
-
-
-def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str]) -> Tensor:
-    """int64 (B, attributes): class of each attribute, CLASSES[name] where it is None."""
-    classes: dict[str, Sequence[Any]] = {
-        "family": FAMILIES, "source": SOURCES, "pitch": range(128), "velocity": VELOCITIES,
-    }  # fmt: skip
-    rows = [
-        [CLASSES[name] if c[name] is None else classes[name].index(c[name]) for name in attributes] for c in conditions
-    ]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(conditions), len(attributes))
 
 
 def _values(entry: Entry, name: str) -> Sequence[Any]:
@@ -185,7 +435,7 @@ def _values(entry: Entry, name: str) -> Sequence[Any]:
         return _span(*entry.get("pitch_range", entry["pitch"]))
     if name == "velocity":
         return tuple(entry.get("velocity", VELOCITIES))
-    return () if entry[name] is None else (entry[name],)
+    return () if entry.get(name) is None else (entry[name],)
 
 
 def _holds(entry: Entry, name: str, value: Any) -> bool:
@@ -219,7 +469,13 @@ def _midi(name: str, value: Any) -> int:
 
 def level(velocity: int) -> int:
     """The velocity that a model takes it for."""
-    return min(VELOCITIES, key=lambda v: abs(v - velocity))
+    return int(LABELS["velocity"].nearest(velocity))
+
+
+def some(words: Sequence[Any]) -> str:
+    """Words for a message, which says how many it leaves out."""
+    more = f" and {len(words) - _LISTED:,} more" if len(words) > _LISTED else ""
+    return ", ".join(map(str, words[:_LISTED])) + more
 
 
 def _pick(items: Sequence[Any], uniform: float) -> Any:

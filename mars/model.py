@@ -23,15 +23,16 @@ from torch import Tensor
 import mars
 from mars import audio, checkpoint, config
 from mars.arguments import Array, integer, number, tensor
-from mars.config import FAMILIES, SOURCES, Config
+from mars.config import Config
 from mars.errors import CheckpointError, ConfigError
 from mars.files import read_text, sha256
-from mars.labels import Condition, Ranges, condition_ids
+from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.notes import Note
 from mars.runtime import autocast, pick_device, stream
 from mars.sampling import sample, tile_size
+from mars.text import one_line
 
 M = TypeVar("M", bound=torch.nn.Module)
 DEFAULT = "notes"  # the packaged model
@@ -67,6 +68,7 @@ class Generation(TypedDict, total=False):
     family: str | None
     source: str | None
     velocity: int | None
+    instrument: str | None
     allow_untrained: bool
     conditions: Sequence[Condition] | None
     cfg: float
@@ -85,7 +87,8 @@ class Model:
     config: Config
     tokenizer: Tokenizer
     var: VAR | None = None
-    notes: list[dict[str, Any]] = field(default_factory=list)  # what it was trained on: see `mars.train.var.ranges`
+    notes: list[dict[str, Any]] = field(default_factory=list)  # what it was trained on: see `mars.labels.entries`
+    words: Words = field(default_factory=dict)  # of those of its conditions whose words are the data's
     data: Mapping[str, str] = field(default_factory=dict)  # fingerprint of what "tokenizer" and "var" were trained on
     card: str = ""  # Markdown: data, licence, figures
     hash: str = ""  # sha256 of the manifest it was loaded from
@@ -118,7 +121,7 @@ class Model:
     @property
     def ranges(self) -> Ranges:
         """What it can be asked for; raises `CheckpointError` where there is no second stage."""
-        return Ranges(self.transformer.config.condition, self.notes)
+        return Ranges(self.transformer.config.condition, self.notes, self.words)
 
     @torch.inference_mode()
     def encode(self, waveform: Array) -> Tensor:
@@ -197,6 +200,7 @@ class Model:
         family: str | None = None,
         source: str | None = None,
         velocity: int | None = None,
+        instrument: str | None = None,
         allow_untrained: bool = False,
         conditions: Sequence[Condition] | None = None,
         cfg: float = 2.0,
@@ -209,17 +213,18 @@ class Model:
     ) -> Iterator[Note]:
         """Notes `start` to `start + n - 1` of `seed`, in order.
 
-        What is not given of pitch, family, source and velocity is drawn for each note from what the model was
-        trained on (`model.notes`): any of its families, the source most common in it, one of its usual pitches,
-        any of its velocities, among the notes that go with what is given. It is left open if that is not known or the
-        model has no such condition.
+        What is not given of the labels is drawn for each note from what the model was trained on (`model.notes`): any
+        of its families, the source most common in it, any of their instruments, one of its usual pitches, any of its
+        velocities, among the notes that go with what is given. It is left open if that is not known or the model has
+        no such condition.
 
         Args:
             pitch: MIDI number, or (lowest, highest); the usual pitches within that range if there are any.
-            velocity: counts as the nearest of VELOCITIES.
+            velocity: counts as the nearest of `mars.labels.VELOCITIES`.
+            instrument: one of `model.words["instrument"]`.
             allow_untrained: take what is out of the range that the model was trained on; see
                 `mars.labels.Ranges.asked`.
-            conditions: n of them, what each note is to be, in place of the four labels; see
+            conditions: n of them, what each note is to be, in place of the labels; see
                 `mars.labels.Ranges.accepted`.
             cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
                 none, at half the cost. Without effect if the model has no condition.
@@ -243,14 +248,17 @@ class Model:
         if not 0 < top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1 (no limit), got {top_p}")
         asked = ranges.asked(
-            pitch=pitch, family=family, source=source, velocity=velocity, allow_untrained=allow_untrained
+            pitch=pitch,
+            family=family,
+            source=source,
+            velocity=velocity,
+            instrument=instrument,
+            allow_untrained=allow_untrained,
         )
         given: dict[int, Condition] = {}
         if conditions is not None:
             if any(value is not None for value in asked.values()):
-                raise ConfigError(
-                    "conditions say what each note is to be; leave out pitch, family, source and velocity"
-                )
+                raise ConfigError(f"conditions say what each note is to be; leave out {', '.join(LABELS)}")
             if not isinstance(conditions, Sequence) or len(conditions) != n:
                 got = len(conditions) if isinstance(conditions, Sequence) else repr(conditions)[:80]
                 raise ConfigError(f"want a condition for each of {n} notes, got {got}")
@@ -267,7 +275,7 @@ class Model:
             conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
             uniforms = torch.stack([torch.rand(var.starts[-1], generator=s, dtype=torch.float32) for s in streams])
             began = time.perf_counter()
-            classes = condition_ids(conditions, var.config.condition).to(device)
+            classes = condition_ids(conditions, var.config.condition, self.words).to(device)
             ids, latent = sample(
                 var,
                 self.tokenizer.quantizer,
@@ -330,6 +338,7 @@ class Model:
         family: str | None = None,
         source: str | None = None,
         velocity: int | None = None,
+        instrument: str | None = None,
         allow_untrained: bool = False,
     ) -> list[Condition]:
         """The conditions that `iterate` chooses with these arguments, to be known before the notes.
@@ -340,7 +349,12 @@ class Model:
         ranges = self.ranges
         n, seed, start = integer("n", n, 1), integer("seed", seed, 0), integer("start", start, 0)
         asked = ranges.asked(
-            pitch=pitch, family=family, source=source, velocity=velocity, allow_untrained=allow_untrained
+            pitch=pitch,
+            family=family,
+            source=source,
+            velocity=velocity,
+            instrument=instrument,
+            allow_untrained=allow_untrained,
         )
         return [ranges.choose(asked, stream(seed, STREAM, index)) for index in range(start, start + n)]
 
@@ -354,6 +368,8 @@ class Model:
         if self.var is not None:
             tensors["var"] = _state(self.var, dtype)
         documents: dict[str, Any] = {"config": config.to_dict(self.config), "notes": self.notes}
+        if self.words:
+            documents["labels"] = {name: list(words) for name, words in self.words.items()}
         if self.data:
             documents["data"] = dict(self.data)
         checkpoint.replace_directory(path, tensors, documents, {"README.md": self.card} if self.card else None)
@@ -380,7 +396,7 @@ def _loaded(build: Callable[[], M], weights: Path, device: str | torch.device) -
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Range:
-    """An entry of notes.json, as `mars.train.var.ranges` makes them."""
+    """An entry of notes.json, as `mars.labels.entries` makes them, but for open labels."""
 
     family: str | None
     source: str | None
@@ -395,18 +411,40 @@ class _Range:
             raise ConfigError(f"want a count and pitches from -1 to 127, got {self.count:,}, {spans[0]} and {spans[1]}")
         if not all(0 <= level < 128 for level in self.velocity):
             raise ConfigError(f"want velocities from 0 to 127, got {self.velocity}")
-        for name, value, known in (("family", self.family, FAMILIES), ("source", self.source, SOURCES)):
+        for name in ("family", "source"):
+            known, value = LABELS[name].words, getattr(self, name)
             if value not in (None, *known):
                 raise ConfigError(f"{name} must be null or one of {', '.join(known)}; got {value!r:.80}")
 
 
-def _ranges(path: Path) -> list[dict[str, Any]]:
+def _ranges(path: Path, words: Words) -> list[dict[str, Any]]:
     entries = checkpoint.read_json(path)
     if not isinstance(entries, list):
         raise CheckpointError(f"{path} must hold a list, got {type(entries).__name__}")
     for i, entry in enumerate(entries):
         config.from_document(_Range, entry, f"{path}: entry {i}", CheckpointError)
+        for name, known in words.items():
+            if (value := entry.get(name)) is not None and value not in known:
+                wanted = f"{name} must be null or one of labels.json"
+                raise CheckpointError(f"{path}: entry {i} cannot be used: {wanted}, got {value!r:.80}")
     return entries
+
+
+def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
+    """The words of the open conditions, which `labels.json` holds; models without such conditions have none."""
+    wanted = {name for name in attributes if LABELS[name].open}
+    if not wanted:
+        return {}
+    found = checkpoint.read_json(path)
+    if not isinstance(found, dict) or not wanted <= found.keys() <= set(attributes):
+        raise CheckpointError(f"{path} must hold the words of {', '.join(sorted(wanted))}, got {found!r:.80}")
+    for name, words in found.items():
+        good = isinstance(words, list) and all(
+            isinstance(word, str) and 0 < len(word) <= LONGEST_WORD and one_line(word) for word in words
+        )
+        if not good or len(set(words)) < len(words):
+            raise CheckpointError(f"{path}: {name} must be a list of different words, each on one line")
+    return found
 
 
 def locate(name: str | Path | None) -> Path:
@@ -446,15 +484,17 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
     checkpoint.verify(path)
     settings = config.load(path / "config.json")
     tokenizer: Tokenizer = _loaded(lambda: Tokenizer(settings), path / "tokenizer.safetensors", device)
-    var = None
+    var, words = None, dict[str, list[str]]()
     if (path / "var.safetensors").exists():
-        var = _loaded(lambda: VAR(settings.var, settings.tokenizer), path / "var.safetensors", device)
+        words = _words(path / "labels.json", settings.var.condition)
+        var = _loaded(lambda: VAR(settings.var, settings.tokenizer, words), path / "var.safetensors", device)
     card = path / "README.md"
     return Model(
         config=settings,
         tokenizer=tokenizer,
         var=var,
-        notes=_ranges(path / "notes.json"),
+        notes=_ranges(path / "notes.json", words),
+        words=words,
         data=_data(path),
         card=read_text(card, CheckpointError) if card.exists() else "",
         hash=sha256(path / checkpoint.MANIFEST),

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from mars import audio, lock
-from mars.config import CLASSES, AudioConfig
+from mars.config import AudioConfig
 from mars.data.notes import parse_json
 from mars.errors import ConfigError, DataError
 from mars.files import write_atomically
-from mars.labels import Condition
+from mars.labels import CLOSED, Condition
 from mars.pages.picture import contact_sheet, write_png
 from mars.runtime import free_space
 
@@ -74,7 +74,7 @@ class NoteFolder:
         picture: bool = False,
     ) -> None:
         notes = [
-            {"index": i, "file": file, "condition": dict.fromkeys(CLASSES) | condition}
+            {"index": i, "file": file, "condition": dict.fromkeys(CLOSED) | condition}
             for i, (file, condition) in enumerate(zip(files, conditions, strict=True))
         ]
         self.path, self.files, self.config, self.picture = path, files, config, picture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 _JOINERS = "\u200c\u200d"  # in words of Persian and Hindi, and in emoji made of several
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # they would reorder what follows
 
 
 def printable(text: str) -> str:
@@ -22,3 +23,10 @@ def _shown(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # how Python keeps a byte that is no UTF-8
         return rf"\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
+
+
+def one_line(name: str) -> bool:
+    """Whether a name can stand on a line of text: any Unicode but controls, ends of lines and turns of direction."""
+    return not any(
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _TURNS for c in name
+    )

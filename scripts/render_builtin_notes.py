@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from mars.config import FAMILIES, SOURCES
 from mars.data.soundfont import PEAK, SAMPLE_RATE, Job, choose, read_presets, render
+from mars.labels import FAMILIES, SOURCES
 
 OUT = Path(__file__).parents[1] / "mars" / "assets" / "notes"
 LEVEL = 1 / 8  # peak in the files

@@ -506,3 +506,59 @@ def test_weights_of_other_kinds_of_numbers_are_one_line(dtype, message, tmp_path
     relist(path)
     with pytest.raises(CheckpointError, match=message):
         model.load(path)
+
+
+def with_instruments(tmp_path: Path) -> Path:
+    words = {"instrument": ["Horn in F", "flute"]}
+    c = preset("smoke", (*SMALL, "var.condition=pitch,instrument"))
+    heard = [{**HEARD[0], "instrument": "flute"}]
+    var = VAR(c.var, c.tokenizer, words)
+    model.Model(config=c, tokenizer=Tokenizer(c), var=var, notes=heard, words=words).save(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_the_words_of_a_model_are_stored_with_it(tmp_path):
+    path = with_instruments(tmp_path)
+    found = model.load(path)
+    assert found.words == {"instrument": ["Horn in F", "flute"]}
+    assert found.transformer.condition["instrument"].weight.shape[0] == 3
+    assert found.ranges.takes("instrument", "flute")
+    assert not (saved_model(tmp_path / "without") / "labels.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("labels.json", None, r"labels\.json"),
+        ("labels.json", "[]", "must hold the words of instrument"),
+        ("labels.json", "{}", "must hold the words of instrument"),
+        ("labels.json", '{"instrument": ["a", "b"], "family": ["a"]}', "must hold the words of instrument"),
+        ("labels.json", '{"instrument": "ab"}', "instrument must be a list of different words"),
+        ("labels.json", '{"instrument": ["a", 3]}', "instrument must be a list of different words"),
+        ("labels.json", '{"instrument": ["a", "a"]}', "instrument must be a list of different words"),
+        ("labels.json", '{"instrument": ["a", ""]}', "instrument must be a list of different words"),
+        ("labels.json", '{"instrument": ["a", "b\\u001b[2J"]}', "instrument must be a list of different words"),
+        ("labels.json", '{"instrument": ["flute"]}', "has shape .*, the configuration wants"),
+        (
+            "notes.json",
+            '[{"family": null, "source": null, "count": 1, "pitch": [1, 2], "instrument": "kazoo"}]',
+            r"entry 0 .*instrument must be null or one of labels\.json, got 'kazoo'",
+        ),
+        (
+            "notes.json",
+            '[{"family": null, "source": null, "count": 1, "pitch": [1, 2], "instrument": [[]]}]',
+            "entry 0 .*instrument must be null or one of",
+        ),
+    ],
+)
+def test_senseless_words_are_one_line(name, text, message, tmp_path):
+    path = with_instruments(tmp_path)
+    if text is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_text(text)
+    relist(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        model.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)

@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from mars.config import FAMILIES, VELOCITIES
-from mars.errors import ConfigError
-from mars.labels import Ranges, condition_ids
+from mars.errors import BadFileError, ConfigError
+from mars.labels import (
+    FAMILIES,
+    LABELS,
+    VELOCITIES,
+    Ranges,
+    column_ids,
+    condition_ids,
+    described,
+    entries,
+    labels_in,
+    labels_of,
+    learnt,
+    sizes,
+)
 
 ALL = ("family", "source", "pitch", "velocity")
 NOTES = [  # of a model whose lowest and highest pitches are not known
@@ -171,3 +183,163 @@ def test_numbers_of_numpy_are_numbers():
 def test_pitches_that_are_none(pitch):
     with pytest.raises(ConfigError, match=r"pitch .*must be"):
         Ranges(ALL, NOTES).asked(pitch=pitch)
+
+
+HORN, FLUTES = "Horn in F", ("flute a", "flute b")
+OPEN = (*ALL, "instrument")
+WORDS = {"instrument": [HORN, *FLUTES, "never trained on"]}
+OWN = [
+    {**EXACT[0], "instrument": HORN},
+    {**EXACT[2], "count": 1, "pitch_range": [50, 60], "pitch": [52, 58], "instrument": FLUTES[0]},
+    {**EXACT[2], "count": 9, "pitch_range": [70, 95], "pitch": [72, 90], "instrument": FLUTES[1]},
+    {**EXACT[1], "count": 3, "instrument": None},
+]
+
+
+def test_a_model_with_instruments_draws_them_too():
+    ranges = Ranges(OPEN, OWN, WORDS)
+    asked = ranges.asked()
+    assert list(asked) == list(ranges.names) == list(OPEN)
+    found = [ranges.choose(asked, torch.Generator().manual_seed(i)) for i in range(200)]
+    assert {(c["family"], c["instrument"]) for c in found} == {("brass", HORN), *(("flute", f) for f in FLUTES)}
+    assert {c["pitch"] for c in found if c["instrument"] == FLUTES[0]} <= set(range(52, 59))
+    assert {c["pitch"] for c in found if c["instrument"] == FLUTES[1]} <= set(range(72, 91))
+    asked = ranges.asked(instrument=HORN)
+    for i in range(20):
+        c = ranges.choose(asked, torch.Generator().manual_seed(i))
+        assert (c["family"], c["source"], c["instrument"]) == ("brass", "acoustic", HORN)
+
+
+def test_models_without_instruments_choose_as_ever():
+    asked = {**dict.fromkeys(ALL), "instrument": None}
+    generator = torch.Generator().manual_seed(3)
+    chosen = Ranges(ALL, NOTES).choose(asked, generator)
+    assert list(chosen) == list(ALL)
+    same = torch.Generator().manual_seed(3)
+    torch.rand(3, generator=same)
+    assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=same))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"instrument": "Horn in G"}, "unknown instrument 'Horn in G'; did you mean Horn in F"),
+        ({"instrument": "zzz"}, "unknown instrument 'zzz'; known: Horn in F, flute a, flute b, never trained on"),
+        ({"instrument": "never trained on"}, "was trained on none; it knows Horn in F, flute a, flute b$"),
+        ({"instrument": HORN, "family": "flute"}, r"instrument Horn in F: the notes \(flute\) .* flute a, flute b;"),
+        ({"instrument": FLUTES[0], "pitch": 80}, r"pitch 80: the notes \(flute a\) .* known to have 50-60"),
+        ({"instrument": 3}, "unknown instrument 3"),
+    ],
+)
+def test_instruments_that_a_model_does_not_know(asked, message):
+    with pytest.raises(ConfigError, match=message):
+        Ranges(OPEN, OWN, WORDS).asked(**asked)
+
+
+def test_instruments_are_refused_by_models_without_them():
+    with pytest.raises(
+        ConfigError, match=r"not trained with instrument as a condition \(it has family, source, pitch,"
+    ):
+        Ranges(ALL, NOTES).asked(instrument=HORN)
+    assert not Ranges(ALL, NOTES).takes("instrument", HORN)
+    assert Ranges(ALL, NOTES).accepted({"instrument": HORN}) == dict.fromkeys(ALL)
+    assert Ranges(OPEN, [], WORDS).takes("instrument", HORN)
+    assert not Ranges(OPEN, [], WORDS).takes("instrument", "kazoo")
+    assert Ranges(OPEN, OWN, WORDS).takes("instrument", HORN)
+    assert not Ranges(OPEN, OWN, WORDS).takes("instrument", "never trained on")
+
+
+def test_a_message_names_a_few_of_many_words():
+    words = {"instrument": [f"x{i}" for i in range(1006)]}
+    with pytest.raises(ConfigError, match=r"known: x0, .*, x9 and 996 more$"):
+        Ranges(OPEN, [], words).asked(instrument="piano")
+
+
+def columns(**values):
+    size = len(next(iter(values.values())))
+    return {name: np.array(values.get(name, [-1] * size), np.int32) for name in LABELS}
+
+
+def test_classes_of_columns_and_of_conditions_agree():
+    words = {"instrument": ["a", "b", "c"]}
+    notes = columns(
+        family=[0, -1, 10], source=[2, 0, -1], pitch=[127, 0, -1], velocity=[0, 38, 114], instrument=[2, 0, 1]
+    )
+    learnt_words = {"instrument": ["a", "c"]}
+    ids = column_ids(notes, OPEN, words, learnt_words)
+    assert ids.tolist() == [[0, 2, 127, 0, 1], [11, 0, 0, 1, 0], [10, 3, 128, 4, 2]]
+    conditions = [
+        {"family": "bass", "source": "synthetic", "pitch": 127, "velocity": 25, "instrument": "c"},
+        {"family": None, "source": "acoustic", "pitch": 0, "velocity": 50, "instrument": "a"},
+        {"family": "vocal", "source": None, "pitch": None, "velocity": 127, "instrument": None},
+    ]
+    assert torch.equal(condition_ids(conditions, OPEN, learnt_words), ids)
+    assert sizes(OPEN, learnt_words) == {"family": 11, "source": 3, "pitch": 128, "velocity": 5, "instrument": 2}
+
+
+def test_a_model_learns_the_words_of_its_training_notes():
+    words = {"instrument": ["a", "b", "c"]}
+    notes = columns(instrument=[2, 0, 2], family=[0, 0, 0], pitch=[50, 40, 60])
+    assert learnt(ALL, notes, words) == {}
+    assert learnt(OPEN, notes, words) == {"instrument": ["a", "c"]}
+    (entry,) = entries(notes, ALL, words)
+    assert "instrument" not in entry
+    found = entries(notes, OPEN, words)
+    assert [(e["family"], e["instrument"], e["count"], e["pitch_range"]) for e in found] == [
+        ("bass", "a", 1, [40, 40]),
+        ("bass", "c", 2, [50, 60]),
+    ]
+
+
+def test_words_of_a_dataset_go_before_those_of_the_table():
+    words = {"family": ["ney", "oud"]}
+    notes = columns(family=[1, 0, -1])
+    assert column_ids(notes, ("family",), words, words).flatten().tolist() == [1, 0, 2]
+    assert [e["family"] for e in entries(notes, (), words)] == [None, "ney", "oud"]
+    assert Ranges(("family",), entries(notes, (), words), words).asked(family="oud")["family"] == "oud"
+
+
+def test_what_a_note_is_in_words():
+    c = {"family": "brass", "source": "acoustic", "pitch": 60, "velocity": 100}
+    assert described(c) == "acoustic brass, pitch 60, velocity 100"
+    assert (
+        described({**c, "source": None, "velocity": None, "instrument": HORN})
+        == "brass, pitch 60, instrument Horn in F"
+    )
+    assert described(dict.fromkeys(OPEN)) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "number"),
+    [("family", "brass", 1), ("source", "synthetic", 2), ("pitch", "060", 60), ("instrument", HORN, HORN)],
+)
+def test_cells_are_read(name, cell, number):
+    assert LABELS[name].read(cell) == number
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "message"),
+    [
+        ("family", "kazoo", "want a family of bass, brass"),
+        ("velocity", "128", "want velocity 0..127, got '128'"),
+        ("pitch", "\u0664", "want pitch 0..127"),
+        ("instrument", "a\x1bb", "instrument .* has characters that cannot be printed"),
+    ],
+)
+def test_senseless_cells_are_explained(name, cell, message):
+    with pytest.raises(ValueError, match=message):
+        LABELS[name].read(cell)
+
+
+def test_the_labels_of_a_name_and_of_its_entry_agree():
+    labels = labels_of("flute_acoustic_002-072-100")
+    entry = {
+        "instrument_str": "flute_acoustic_002", "instrument_family": FAMILIES.index("flute"), "instrument_source": 0,
+        "pitch": 72, "velocity": 100,
+    }  # fmt: skip
+    assert labels == labels_in(entry)
+    assert labels.known == {
+        "family": "flute", "source": "acoustic", "pitch": 72, "velocity": 100, "instrument": "flute_acoustic_002",
+    }  # fmt: skip
+    with pytest.raises(BadFileError, match="want instrument_family_str 'flute', got 'reed'"):
+        labels_in(entry | {"instrument_family_str": "reed"})

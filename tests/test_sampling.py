@@ -218,19 +218,19 @@ def test_conditions_that_the_model_lacks_are_ignored():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conditions": [FLUTE], "pitch": 60}, "leave out pitch"),
+        ({"conditions": [FLUTE], "pitch": 60}, "leave out family, source, pitch, velocity, instrument"),
         ({"conditions": []}, "want a condition for each of 1 notes, got 0"),
         ({"conditions": [FLUTE, FLUTE]}, "want a condition for each of 1 notes, got 2"),
         ({"conditions": [{"pitch": 128}]}, r"\{'pitch': 128\}: pitch .*must be 0..127"),
         ({"conditions": [{"pitch": (40, 50)}]}, r"pitch .*must be a whole number, 0..127, got \(40, 50\)"),
         ({"conditions": [{"pitch": 90}]}, "known to have 40-83; ask for one of these"),
         ({"conditions": [{**FLUTE, "source": "synthetic"}]}, r"source synthetic: .*\(flute\).* known to have acoustic"),
-        ({"conditions": [60]}, "want a mapping of family, source, pitch, velocity as condition, got 60"),
+        ({"conditions": [60]}, "want a mapping of family, source, pitch, velocity, instrument as condition"),
         ({"conditions": [{"family": "vocal"}]}, "trained on none; it knows brass, flute"),
         ({"conditions": [{"family": "flut"}]}, "did you mean flute"),
         ({"conditions": [{"source": "electronic"}]}, "trained on none; it knows acoustic, synthetic"),
         ({"conditions": [{"velocity": 128}]}, "velocity must be"),
-        ({"conditions": [{"tempo": 3}]}, "want family, source, pitch, velocity in a condition, got tempo"),
+        ({"conditions": [{"tempo": 3}]}, "want family, source, pitch, velocity, instrument in a condition, got tempo"),
     ],
 )
 def test_mistaken_conditions_are_explained_at_once(model, settings, message):

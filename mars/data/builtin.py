@@ -15,6 +15,7 @@ import numpy as np
 
 from mars.data.packed import Dataset
 from mars.data.splits import SPLITS
+from mars.labels import CLOSED, labels_in
 
 
 @cache
@@ -26,15 +27,11 @@ def load() -> Dataset:
     listing = json.loads(folder.joinpath("examples.json").read_bytes())
     notes = listing["notes"]
     instruments = sorted({note["instrument_str"] for note in notes.values()})
-    numbers = ("instrument_family", "instrument_source", "pitch", "velocity")
-    rows = [
-        [
-            instruments.index(note["instrument_str"]),
-            *(note[key] for key in numbers),
-            SPLITS.index(note["split"]),
-        ]
-        for note in notes.values()
-    ]
+    rows = []
+    for note in notes.values():
+        labels = labels_in(note)
+        numbers = (getattr(labels, name) for name in CLOSED)
+        rows.append([instruments.index(labels.instrument), *numbers, SPLITS.index(note["split"])])
     metadata = np.array(rows, np.int32)
     files = (io.BytesIO(folder.joinpath("audio", f"{name}.flac").read_bytes()) for name in notes)
     quiet = np.stack([soundfile.read(file, dtype="float32")[0] for file in files])

@@ -9,16 +9,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mars.config import FAMILIES, SOURCES
 from mars.data.decode import SUFFIXES, decode
 from mars.data.kinds import not_a_folder
-from mars.data.notes import SHORTEST, Labels, labels_of, one_line
+from mars.data.notes import SHORTEST
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
 from mars.data.splits import HoldOut
 from mars.errors import BadFileError, DataError
-
-CSV_COLUMNS = ("file", "pitch", "velocity", "family", "source", "instrument")
+from mars.labels import LABELS, Labels, labels_of
 
 
 def pack_folder(
@@ -118,16 +117,14 @@ def _labels(file: Path, folder: Path, row: dict[str, str | int]) -> Labels:
     inside = file.parent.relative_to(folder).as_posix()
     prefix = re.split(r"[-_ .]", file.stem)[0] or file.stem
     known = labels_of(file.stem) or Labels(prefix if inside == "." else inside)
-    return Labels(
-        str(row.get("instrument", known.instrument)),
-        *(int(row.get(key, getattr(known, key))) for key in ("family", "source", "pitch", "velocity")),
-    )
+    said: dict[str, Any] = {name: row.get(name, getattr(known, name)) for name in LABELS}
+    return Labels(**said)
 
 
 def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
     """The labels of each file that a CSV lists; empty cells are left out.
 
-    Columns: file, and any of pitch, velocity (0..127), family, source (names), instrument.
+    Columns: file, and any of the labels (`mars.labels`).
     Raises `DataError` naming the line for whatever is wrong.
     """
     rows: dict[str, dict[str, str | int]] = {}
@@ -135,9 +132,9 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns = reader.fieldnames or []
-            if "file" not in columns or len(set(columns)) < len(columns) or set(columns) - set(CSV_COLUMNS):
+            if "file" not in columns or len(set(columns)) < len(columns) or set(columns) - {"file", *LABELS}:
                 raise DataError(
-                    f"{file}: want the column file and any of {', '.join(CSV_COLUMNS[1:])}; got {', '.join(columns)}"
+                    f"{file}: want the column file and any of {', '.join(LABELS)}; got {', '.join(columns)}"
                 )
             for row in reader:
                 where = f"{file}, line {reader.line_num}"
@@ -154,15 +151,7 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
 
 
 def _cell(key: str, cell: str, where: str) -> str | int:
-    if key == "instrument":
-        if not one_line(cell):
-            raise DataError(f"{where}: instrument {cell!r} has characters that cannot be printed; rename it")
-        return cell
-    if key in ("family", "source"):
-        names = FAMILIES if key == "family" else SOURCES
-        if cell not in names:
-            raise DataError(f"{where}: want a {key} of {', '.join(names)}; got {cell!r}")
-        return names.index(cell)
-    if not (cell.isascii() and cell.isdigit() and len(cell) <= 3 and int(cell) <= 127):
-        raise DataError(f"{where}: want {key} 0..127, got {cell!r}")
-    return int(cell)
+    try:
+        return LABELS[key].read(cell)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None

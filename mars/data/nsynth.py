@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
-from mars.config import FAMILIES, SOURCES
 from mars.data.decode import exactly
 from mars.data.kinds import TAR, kind
-from mars.data.notes import Labels, labels_of
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
 from mars.data.splits import SPLITS
 from mars.errors import BadFileError, DataError
 from mars.files import STRICT
+from mars.labels import Labels, labels_in, labels_of
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
 LICENCE = "CC BY 4.0, Google Inc. (the NSynth dataset, magenta.tensorflow.org/datasets/nsynth)"
@@ -185,29 +184,11 @@ def _labels(name: str, entry: Any) -> Labels:
     """Checks one entry of examples.json. Raises `BadFileError`."""
     if not isinstance(entry, dict):
         raise BadFileError(f"its entry of examples.json is no object but {type(entry).__name__}")
-    limits = {
-        "instrument_family": len(FAMILIES),
-        "instrument_source": len(SOURCES),
-        "pitch": 128,
-        "velocity": 128,
-    }
-    values = []
-    for key, limit in limits.items():
-        value = entry.get(key)
-        if type(value) is not int or not 0 <= value < limit:  # a bool is no number here
-            raise BadFileError(f"examples.json: want {key} 0..{limit - 1}, got {value!r:.40}")
-        values.append(value)
-    instrument = entry.get("instrument_str")
-    if not isinstance(instrument, str) or not instrument.isprintable() or not 0 < len(instrument) < 256:
-        raise BadFileError(f"examples.json: want a name for instrument_str, got {instrument!r:.40}")
-    claims = {
-        "note_str": name, "sample_rate": SAMPLE_RATE,
-        "instrument_family_str": FAMILIES[values[0]], "instrument_source_str": SOURCES[values[1]],
-    }  # fmt: skip
-    for key, want in claims.items():
+    labels = labels_in(entry)
+    for key, want in {"note_str": name, "sample_rate": SAMPLE_RATE}.items():
         if entry.get(key, want) != want:
             raise BadFileError(f"examples.json: want {key} {want!r}, got {entry[key]!r:.40}")
-    return Labels(instrument, *values)
+    return labels
 
 
 def _folder(path: Path) -> Iterator[Entry]:

@@ -2,9 +2,10 @@
 
 A dataset appears under its name complete or not at all. Its files:
   audio.i16         (N, samples) little-endian int16, of which no more is read than the notes asked for
-  metadata.npy      (N, 6) int32, columns as in COLUMNS, -1 = unknown
+  metadata.npy      (N, columns) int32, -1 = unknown
   names.txt, instruments.txt   one name a line
-  dataset.json      format, version, sample_rate (Hz), samples, count, origin, splits, bad, and how they were packed:
+  dataset.json      format, version, sample_rate (Hz), samples, count, origin, splits, bad, columns (the names of those
+                    of metadata.npy; COLUMNS where it says nothing), and how they were packed:
                     changes (notes by what was done to them), ignored (files by suffix), held_out (what, and why)
   bad_files.jsonl   {"file", "reason"} a line: what was left out
   manifest.json     size in bytes and sha256 of every other file
@@ -23,7 +24,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -32,17 +33,18 @@ import numpy as np
 import numpy.typing as npt
 
 from mars import lock
-from mars.config import FAMILIES, SOURCES
 from mars.data.kinds import not_a_folder
-from mars.data.notes import Audio, Labels, fault, one_line
+from mars.data.notes import Audio, fault
 from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import opened, parse_json, read_bytes, read_json, read_text, sha256, sync
+from mars.labels import CLOSED, LABELS, UNKNOWN, Condition, Labels
+from mars.text import one_line
 
 if TYPE_CHECKING:
     import torch
 
-COLUMNS = ("instrument", "family", "source", "pitch", "velocity", "split")
+COLUMNS = ("instrument", *CLOSED, "split")
 FORMAT, VERSION = "mars-dataset", 1
 ALLOW_BAD = 0.01  # of the files; more points at a wrong folder or a broken download
 
@@ -50,9 +52,9 @@ _FILES = ("audio.i16", "metadata.npy", "names.txt", "instruments.txt", "dataset.
 _LARGEST_JSON = 1 << 24  # bytes
 _BLOCK = 1 << 24  # bytes that are hashed at a time
 _NPY = b"\x93NUMPY\x01\x00"  # how a .npy file begins, version 1.0; the length of its header follows
-_SHAPE = re.compile(rb"\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+), 6\), \} *\n")
+_SHAPE = re.compile(rb"\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+), (\d+)\), \} *\n")
 _LARGEST_NAME = 1 << 14  # bytes; what the paths of a file system may have, at most four bytes a letter
-_LIMITS = (None, len(FAMILIES), len(SOURCES), 128, 128, len(SPLITS))  # of COLUMNS; exclusive
+_MOST_COLUMNS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +155,14 @@ class Dataset:
     """Notes with their labels, on disk or in memory."""
 
     audio: npt.NDArray[np.int16] | AudioFile  # (N, samples); 32768 is full scale
-    metadata: npt.NDArray[np.int32]  # (N, 6), columns as in COLUMNS
+    metadata: npt.NDArray[np.int32]  # (N, columns)
     names: list[str]
     instruments: list[str]
     sample_rate: int  # Hz
     fingerprint: str  # sha256 of the content, in hex
     origin: dict[str, Any]  # where the notes came from
     packing: Packing = field(default_factory=lambda: Packing())
+    columns: tuple[str, ...] = COLUMNS  # of the metadata; also such as this version of mars does not know
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
@@ -198,7 +201,8 @@ class Dataset:
             bytes_wanted = count * samples * 2
             if min(count, samples, rate) < 1 or (path / "audio.i16").stat().st_size != bytes_wanted:
                 raise DataError(f"{path}/audio.i16: want {count} x {samples} int16, got another size; {again}")
-            metadata = _read_metadata(path / "metadata.npy", count)
+            columns = _columns(info.get("columns", COLUMNS), path / "dataset.json")
+            metadata = _read_metadata(path / "metadata.npy", count, len(columns))
             names, instruments = (
                 read_text(path / f"{file}.txt", DataError, _LARGEST_NAME * count).splitlines()
                 for file in ("names", "instruments")
@@ -209,12 +213,15 @@ class Dataset:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
         if len(names) != count:
             raise DataError(f"{path}/names.txt: want {count} names, got {len(names)}; {again}")
-        for column, limit, values in zip(COLUMNS, _LIMITS, metadata.T, strict=True):
-            least = 0 if column in ("instrument", "split") else -1
-            if values.min() < least or values.max() >= (limit or len(instruments)):
+        limits = {name: len(label.values({"instrument": instruments})) for name, label in LABELS.items()}
+        limits["split"] = len(SPLITS)
+        for column, values in zip(columns, metadata.T, strict=True):
+            least = 0 if column in ("instrument", "split") else UNKNOWN
+            if values.min() < least or values.max() >= limits.get(column, 1 << 31):
                 raise DataError(f"{path}/metadata.npy: a {column} is out of range; {again}")
         audio = AudioFile(path / "audio.i16", count, samples, sums["audio.i16"])
         dataset = cls(audio, metadata, names, instruments, rate, sha256(path / "manifest.json"), origin, packing)
+        dataset = replace(dataset, columns=columns)
         if verify:
             dataset.verify()
         return dataset
@@ -228,10 +235,29 @@ class Dataset:
         return len(self.audio)
 
     def column(self, name: str) -> npt.NDArray[np.int32]:
-        """One of COLUMNS for every note, (N,); -1 = unknown. Raises `DataError` for another name."""
-        if name not in COLUMNS:
-            raise DataError(f"want one of the columns {', '.join(COLUMNS)}; got {name!r}")
-        return self.metadata[:, COLUMNS.index(name)]
+        """A label or the split of every note, (N,); -1 = unknown, as are labels that the dataset was packed without.
+
+        Raises `DataError` for another name.
+        """
+        if name in self.columns:
+            return self.metadata[:, self.columns.index(name)]
+        if name not in LABELS:
+            raise DataError(f"want one of the columns {', '.join(self.columns)}; got {name!r}")
+        return np.full(len(self), UNKNOWN, np.int32)
+
+    @property
+    def words(self) -> dict[str, list[str]]:
+        """The words of the labels that have none of their own; see `mars.labels`."""
+        return {"instrument": self.instruments}
+
+    def labels(self, rows: npt.NDArray[np.int64] | None = None) -> dict[str, npt.NDArray[np.int32]]:
+        """The numbers of every label, by its name, of the notes at these places (None: all)."""
+        return {name: self.column(name)[slice(None) if rows is None else rows] for name in LABELS}
+
+    def known(self, note: int) -> Condition:
+        """The values of the labels of a note, as far as they are known."""
+        numbers = {name: int(self.column(name)[note]) for name in LABELS}
+        return {name: LABELS[name].values(self.words)[i] for name, i in numbers.items() if i != UNKNOWN}
 
     def split(self, name: Literal["train", "valid", "test"]) -> npt.NDArray[np.int64]:
         """Indices of the notes of one split; none where nothing was held out for it."""
@@ -255,15 +281,6 @@ class Dataset:
         import torch
 
         return torch.from_numpy(self.audio[np.asarray(indices, np.int64)].astype(np.float32)) / 32768
-
-
-def open_dataset(path: str | Path | None) -> Dataset:
-    """The packed dataset at `path`, or the built-in notes for None. Raises `DataError`."""
-    if path is None:
-        from mars.data import builtin
-
-        return builtin.load()
-    return Dataset.open(path)
 
 
 def left_out(path: Path) -> Counter[str]:
@@ -420,15 +437,16 @@ class Writer:
         decided = iter(splits)
         table = [
             (
-                index[labels.instrument], labels.family, labels.source, labels.pitch, labels.velocity,
+                index[labels.instrument],
+                *(getattr(labels, name) for name in CLOSED),
                 next(decided) if split < 0 else split,
             )
             for _, labels, split in rows
-        ]  # fmt: skip
+        ]
         metadata = np.array(table, np.int32)
         info = {
             "format": FORMAT, "version": VERSION, "sample_rate": self.sample_rate, "samples": self.samples,
-            "count": len(rows), "origin": self.origin,
+            "count": len(rows), "columns": COLUMNS, "origin": self.origin,
             "splits": {name: int((metadata[:, -1] == i).sum()) for i, name in enumerate(SPLITS)},
             "bad": len(self._bad), "ignored": self.ignored, "held_out": held_out,
             "changes": Counter(change for name in self._rows for change in self._changes.get(name, ())),
@@ -478,17 +496,27 @@ def _digest(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _read_metadata(path: Path, count: int) -> npt.NDArray[np.int32]:
-    """(count, 6) int32. NumPy's own reader makes room for whatever the file claims, and compiles its header."""
+def _columns(names: Any, path: Path) -> tuple[str, ...]:
+    """The columns that a dataset.json names, checked."""
+    words: list[Any] = list(names) if isinstance(names, list | tuple) else []
+    if not all(isinstance(name, str) and one_line(name) for name in words) or not (
+        {"instrument", "split"} <= set(words) and len(set(words)) == len(words) <= _MOST_COLUMNS
+    ):
+        raise DataError(f"{path}: want the names of columns, instrument and split among them; pack the dataset again")
+    return tuple(words)
+
+
+def _read_metadata(path: Path, count: int, columns: int) -> npt.NDArray[np.int32]:
+    """(count, columns) int32. NumPy's own reader makes room for whatever the file claims, and compiles its header."""
     with opened(path) as file:
         start = file.read(len(_NPY) + 2)
         header = file.read(int.from_bytes(start[-2:], "little"))
-        content = file.read(count * len(COLUMNS) * 4)
+        content = file.read(count * columns * 4)
     shape = _SHAPE.fullmatch(header)
-    right = start.startswith(_NPY) and shape is not None and shape[1] == b"%d" % count
-    if not right or len(content) < count * len(COLUMNS) * 4:
-        raise DataError(f"{path} is damaged: want {count} x {len(COLUMNS)} int32; pack the dataset again")
-    return np.frombuffer(bytearray(content), np.dtype("<i4")).reshape(count, len(COLUMNS))
+    right = start.startswith(_NPY) and shape is not None and shape.groups() == (b"%d" % count, b"%d" % columns)
+    if not right or len(content) < count * columns * 4:
+        raise DataError(f"{path} is damaged: want {count} x {columns} int32; pack the dataset again")
+    return np.frombuffer(bytearray(content), np.dtype("<i4")).reshape(count, columns)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

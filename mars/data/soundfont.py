@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from mars.config import FAMILIES, SOURCES, VELOCITIES
-from mars.data.notes import SILENT, Audio, Labels, fit
+from mars.data.notes import SILENT, Audio, fit
 from mars.data.packed import ALLOW_BAD, Dataset, Writer
 from mars.data.splits import HoldOut
 from mars.errors import DataError, LostProcess, needed
 from mars.files import sha256
+from mars.labels import FAMILIES, SOURCES, VELOCITIES, Labels
 
 SAMPLE_RATE = 16_000  # Hz
 HELD, RELEASED = 3, 1  # s

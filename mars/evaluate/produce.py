@@ -13,12 +13,11 @@ from typing import Any
 from torch.nn import functional
 
 from mars import audio
-from mars.config import FAMILIES, SOURCES
 from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.baselines import phases
 from mars.evaluate.sets import SAMPLE_RATE, NoteSet
 from mars.evaluate.sets import stem as stem_of
-from mars.labels import Condition
+from mars.labels import CLOSED, Condition
 from mars.model import Model
 from mars.notes import Filled, Note, NoteFolder, fill, stem
 from mars.runtime import autocast
@@ -48,7 +47,7 @@ def reconstruct(
     notes.by_id()
     settings = {"made": "reconstructions", "of": notes.fingerprint, "iterations": iterations, "seed": seed}
     files = [f"{stem_of(name)}.wav" for name in notes.names]
-    labels = [_labels(notes, i) for i in range(len(notes))]
+    labels = [_labels(notes, i, CLOSED) for i in range(len(notes))]
     size, samples = tile_size(model.device), model.config.audio.samples
     with fill(_folder(model, out, settings, files, labels)) as folder:
         missing = set(folder.missing)
@@ -105,8 +104,8 @@ def generate_like(
     """
     _not_negative(seed=seed)
     real = real.shuffled(seed)
-    labels = [_labels(real, i % len(real)) for i in range(n)]
     ranges = model.ranges
+    labels = [_labels(real, i % len(real), ranges.names) for i in range(n)]
     taken = [{name: value for name, value in note.items() if ranges.takes(name, value)} for note in labels]
     refused = Counter(name for note, t in zip(labels, taken, strict=True) for name in note.keys() - t.keys())
     conditions = [ranges.accepted(note, allow_untrained=True) for note in taken]
@@ -146,15 +145,9 @@ def _produced(model: Model, settings: Mapping[str, Any], filled: Filled) -> dict
     return {"model_hash": model.hash, "settings": dict(settings), "quieter": filled.full_scale}
 
 
-def _labels(notes: NoteSet, i: int) -> Condition:
-    """What is known of a note, as a condition without the rest."""
-    known = {
-        "family": (notes.family, FAMILIES),
-        "source": (notes.instrument_source, SOURCES),
-        "pitch": (notes.pitch, range(128)),
-        "velocity": (notes.velocity, range(128)),
-    }
-    return {name: values[int(column[i])] for name, (column, values) in known.items() if column[i] >= 0}
+def _labels(notes: NoteSet, i: int, names: Sequence[str]) -> Condition:
+    """What is known of a note, of these labels."""
+    return {name: notes.labels[i][name] for name in names if name in notes.labels[i]}
 
 
 def _not_negative(**settings: int) -> None:

@@ -14,21 +14,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mars.config import FAMILIES, SOURCES
 from mars.data import SPLITS, open_dataset
 from mars.data.decode import SUFFIXES, convert, record
 from mars.data.folder import find
 from mars.data.kinds import not_a_folder
-from mars.data.notes import UNKNOWN, Audio, Labels, fault, labels_of
+from mars.data.notes import Audio, fault
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.files import opened, read_json
+from mars.labels import LABELS, UNKNOWN, Condition, labels_of
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
@@ -55,9 +54,7 @@ class NoteSet:
     names: tuple[str, ...]  # file or note
     keys: tuple[str, ...]  # what each note's sound is: a hash of its file, or its place in a dataset
     pitch: npt.NDArray[np.int32]  # (n,) MIDI, -1 = unknown; asked for, where notes were generated
-    family: npt.NDArray[np.int32]  # (n,) index into FAMILIES, -1 = unknown
-    instrument_source: npt.NDArray[np.int32]  # (n,) index into SOURCES, -1 = unknown
-    velocity: npt.NDArray[np.int32]  # (n,) MIDI, -1 = unknown
+    labels: tuple[Condition, ...]  # of each note the values that are known
     record: Record
     _read: Callable[[Sequence[int]], Tensor] = field(repr=False)
     sample_rate: int = SAMPLE_RATE  # Hz
@@ -94,9 +91,7 @@ class NoteSet:
             names=names,
             keys=tuple(self.keys[i] for i in places),
             pitch=self.pitch[places],
-            family=self.family[places],
-            instrument_source=self.instrument_source[places],
-            velocity=self.velocity[places],
+            labels=tuple(self.labels[i] for i in places),
             record=replace(record, padded=record.padded & kept, cut=record.cut & kept, clipped=record.clipped & kept),
             _read=lambda chosen: self._read([places[i] for i in chosen]),
         )
@@ -248,9 +243,7 @@ def _packed(path: str | Path | None, split: str, progress: Callable[[int, int], 
         names=names,
         keys=tuple(f"{dataset.fingerprint}:{i}" for i in rows),
         pitch=dataset.column("pitch")[rows],
-        family=dataset.column("family")[rows],
-        instrument_source=dataset.column("source")[rows],
-        velocity=dataset.column("velocity")[rows],
+        labels=tuple(dataset.known(int(i)) for i in rows),
         record=Record(
             padded=frozenset(names if dataset.samples < SAMPLES else ()),
             cut=frozenset(names if dataset.samples > SAMPLES else ()),
@@ -299,15 +292,13 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
     def read(chosen: Sequence[int]) -> Tensor:
         return torch.from_numpy(np.stack([_again(path / names[i], kept[names[i]]) for i in chosen]))
 
-    labels = [_labels(name, conditions) for name in names]
+    labels = tuple(_labels(name, conditions) for name in names)
     return NoteSet(
         source=str(path),
         names=names,
         keys=tuple(file.sha256 for file in kept.values()),
-        pitch=np.array([label.pitch for label in labels], np.int32),
-        family=np.array([label.family for label in labels], np.int32),
-        instrument_source=np.array([label.source for label in labels], np.int32),
-        velocity=np.array([label.velocity for label in labels], np.int32),
+        pitch=np.array([known.get("pitch", UNKNOWN) for known in labels], np.int32),
+        labels=labels,
         record=Record(
             padded=frozenset(name for name, file in kept.items() if file.frames < SAMPLES),
             cut=frozenset(name for name, file in kept.items() if file.frames > SAMPLES),
@@ -362,33 +353,29 @@ def _again(path: Path, known: _File) -> Audio:
     return np.clip(_decode(content)[0], -1, 1)
 
 
-def _conditions(path: Path) -> dict[str, dict[str, Any]]:
-    """What `notes.json` says that each file was to be; empty where there is none."""
+def _conditions(path: Path) -> dict[str, Condition]:
+    """The labels that `notes.json` says each file was to have; empty where there is none."""
     listing = path / "notes.json"
     if not listing.exists():
         return {}
     content = read_json(listing, DataError)
     try:
-        found = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
-        numbers = [(name, condition.get(name)) for condition in found.values() for name in ("pitch", "velocity")]
+        asked = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
-    for name, value in numbers:
-        if value is not None and not (type(value) is int and 0 <= value < 128):
-            raise DataError(f"{listing}: want a {name} 0..127 or null, got {value!r:.40}")
-    return found
+    try:
+        found = {
+            file: {name: label.listed(condition.get(name)) for name, label in LABELS.items()}
+            for file, condition in asked.items()
+        }
+    except ValueError as error:
+        raise DataError(f"{listing}: {error}") from None
+    return {file: {k: v for k, v in condition.items() if v is not None} for file, condition in found.items()}
 
 
-def _labels(name: str, conditions: dict[str, dict[str, Any]]) -> Labels:
+def _labels(name: str, conditions: dict[str, Condition]) -> Condition:
     """What is known of a note: asked for, or in its name."""
-    if name not in conditions:
-        return labels_of(stem(name)) or Labels("")
-    asked = {label: value for label, value in conditions[name].items() if value is not None}
-    family, source = asked.get("family"), asked.get("source")
-    return Labels(
-        "",
-        FAMILIES.index(family) if family in FAMILIES else UNKNOWN,
-        SOURCES.index(source) if source in SOURCES else UNKNOWN,
-        asked.get("pitch", UNKNOWN),
-        asked.get("velocity", UNKNOWN),
-    )
+    if name in conditions:
+        return conditions[name]
+    labels = labels_of(stem(name))
+    return labels.known if labels is not None else {}

@@ -1,7 +1,7 @@
 """VAR: a transformer that predicts one whole scale of tokens at a time (Tian et al. 2024, arXiv:2404.02905, §3.2).
 
 AdaLN blocks, l2-normalised attention with a learned scale per head, absolute and level embeddings. The condition is
-ours: instrument family, source, pitch and velocity, each an embedding with a null row, added up; or none at all.
+ours: any of `mars.labels.LABELS`, each an embedding with a null row, added up; or none at all.
 
 Letters: B batch, N scales, n_k tokens of scale k, L tokens in all, W width, V codebook size, D code dimension.
 """
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mars.config import CLASSES, TokenizerConfig, VARConfig
+from mars import labels
+from mars.config import TokenizerConfig, VARConfig
 from mars.kernels import cached_attention, scale_causal_attention
 from mars.models.tokenizer import drop_path, recomputed
 from mars.runtime import to_device
@@ -88,14 +89,16 @@ class VAR(nn.Module):
 
     checkpointing = False  # in training mode: see `mars.models.tokenizer.recomputed`
 
-    def __init__(self, config: VARConfig, tokenizer: TokenizerConfig) -> None:
+    def __init__(self, config: VARConfig, tokenizer: TokenizerConfig, words: labels.Words | None = None) -> None:
+        """words: of the conditions whose words are those of the training notes; see `mars.labels.learnt`."""
         super().__init__()
         self.config = config
         self.lengths = [h * w for h, w in tokenizer.scales]
         self.starts = tokenizer.starts
         width, first, tokens = config.width, self.lengths[0], tokenizer.tokens
         # The last row of each table is the null condition.
-        self.condition = nn.ModuleDict({name: nn.Embedding(CLASSES[name] + 1, width) for name in config.condition})
+        sizes = labels.sizes(config.condition, words or {})
+        self.condition = nn.ModuleDict({name: nn.Embedding(size + 1, width) for name, size in sizes.items()})
         self.start = None if config.condition else nn.Parameter(torch.empty(1, width))  # stands for the condition
         self.start_position = nn.Parameter(torch.empty(1, first, width))
         self.position = nn.Parameter(torch.empty(1, tokens, width))
@@ -140,11 +143,11 @@ class VAR(nn.Module):
 
     def null_condition(self, batch: int) -> Tensor:
         """int64 (B, attributes): every attribute unknown."""
-        rows = [CLASSES[name] for name in self.config.condition]
+        rows = [typing.cast(nn.Embedding, table).num_embeddings - 1 for table in self.condition.values()]
         return to_device(torch.tensor(rows, dtype=torch.int64), self.position.device).expand(batch, -1)
 
     def embed_condition(self, condition: Tensor) -> Tensor:
-        """(B, W) of the class ids (B, attributes) in the order of `config.condition`; CLASSES[name] is unknown."""
+        """(B, W) of the class ids (B, attributes) in the order of `config.condition`; the last class is the unknown."""
         if self.start is not None:
             return self.start.expand(len(condition), -1)
         tables = self.condition.values()  # in the order of config.condition

@@ -1,7 +1,7 @@
 """Pictures and sounds of a few held-out notes, made at intervals while a model trains.
 
-A tokenizer shows how it reconstructs them. A VAR shows the notes it generates when asked for their pitch, family,
-source and velocity, as far as it has these conditions; seed and index stay, so that the same note can be followed.
+A tokenizer shows how it reconstructs them. A VAR shows the notes it generates when asked for their labels, as far
+as these are conditions of it; seed and index stay, so that the same note can be followed.
 Where no notes are held out they are training notes, and their names say so.
 
     samples/originals/       the held-out notes themselves; not for a VAR without conditions
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from mars import audio
-from mars.config import FAMILIES, SOURCES
 from mars.data import Dataset
 from mars.errors import CheckpointError
 from mars.files import write_atomically
+from mars.labels import described
 from mars.model import Model
 from mars.pages.picture import Picture, spectrogram_picture, write_png
 from mars.runs.stage import Stage
@@ -99,24 +99,14 @@ class Sampler:
         for index, note in enumerate(self.notes):
             asked = self._condition(model, int(note))
             (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **asked)
-            c = generated.condition
-            pitch = None if c["pitch"] is None else f"pitch {c['pitch']}"
-            velocity = None if c["velocity"] is None else f"velocity {c['velocity']}"
-            instrument = " ".join(filter(None, (c["source"], c["family"])))
-            name = ", ".join(filter(None, (instrument, pitch, velocity))) or f"note {index}"
+            name = described(generated.condition) or f"note {index}"
             made.append(Sample(name, generated.waveform, generated.spectrogram))
         return made
 
     def _condition(self, model: Model, note: int) -> dict[str, Any]:
         """What to ask for: what is known of the note, and known to the model."""
-        found: dict[str, Any] = {}
-        for name in model.ranges.attributes:
-            value: Any = int(self.dataset.column(name)[note])
-            if value >= 0:
-                value = {"family": FAMILIES, "source": SOURCES}.get(name, range(128))[value]
-                if model.ranges.takes(name, value):
-                    found[name] = value
-        return found
+        ranges = model.ranges
+        return {name: value for name, value in self.dataset.known(note).items() if ranges.takes(name, value)}
 
 
 def write(path: Path, samples: Sequence[Sample], sample_rate: int) -> None:

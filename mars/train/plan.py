@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, cast
 from unittest import mock
 
@@ -29,6 +30,7 @@ from mars.config import Config, TrainConfig
 from mars.data import Dataset
 from mars.errors import ConfigError
 from mars.kernels import _backend, costs
+from mars.labels import LABELS
 from mars.models.tokenizer import Tokenizer
 from mars.runs.stage import StageName
 from mars.runtime import native_bfloat16, stream
@@ -142,6 +144,9 @@ class Allocations(TorchDispatchMode):
 class Notes:
     """Stands in for a dataset: silent notes without labels, all of them for training."""
 
+    words: Mapping[str, list[str]] = MappingProxyType({})
+    fingerprint = ""
+
     def __init__(self, samples: int, count: int = 1024) -> None:
         self.samples, self.count = samples, count
 
@@ -156,9 +161,9 @@ class Notes:
         """float32 (notes, samples)."""
         return torch.zeros(len(indices), self.samples)
 
-    def column(self, name: str) -> np.ndarray:
-        """int32 (notes,)."""
-        return np.full(self.count, -1, np.int32)
+    def labels(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """int32 (notes,) each."""
+        return dict.fromkeys(LABELS, np.full(self.count, -1, np.int32))
 
 
 class Rehearsal:

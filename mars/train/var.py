@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mars import checkpoint
-from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
+from mars import checkpoint, labels
+from mars.config import Config
 from mars.data import Dataset
 from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.kernels import linear_cross_entropy, token_scores
-from mars.labels import level
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
@@ -81,10 +80,14 @@ class VARStage:
         self.dataset, self.device, self.world = dataset, device, world
         self.tokenizer, self.tokens = tokenizer, tokens
         self.data = {"var": dataset.fingerprint} | ({"tokenizer": tokenizer_data} if tokenizer_data else {})
-        self.conditions = condition_ids(dataset, config.var.condition)
+        columns, attributes = dataset.labels(), config.var.condition
+        learning = dataset.labels(dataset.split("train"))
+        self.words = labels.learnt(attributes, learning, dataset.words)
+        self.conditions = labels.column_ids(columns, attributes, dataset.words, self.words)
+        self.notes = labels.entries(learning, attributes, dataset.words)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
-            self.model = VAR(config.var, config.tokenizer).to(device)
+            self.model = VAR(config.var, config.tokenizer, self.words).to(device)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.checkpointing = self.train.checkpointing
         self.objective, self.judge = Objective(self.model), Objective(self.averaged)
@@ -192,7 +195,9 @@ class VARStage:
         if not self.world.main:
             return None
         tokenizer = copy.deepcopy(self.tokenizer).cpu() if self.sharded else self.tokenizer  # where the VAR is
-        return Model(config=self.config, tokenizer=tokenizer, var=var, notes=ranges(self.dataset), data=self.data)
+        return Model(
+            config=self.config, tokenizer=tokenizer, var=var, notes=self.notes, words=self.words, data=self.data
+        )
 
     def _whole_average(self) -> VAR | None:
         """The averaged VAR on the CPU of the main process, to which every process contributes."""
@@ -200,48 +205,7 @@ class VARStage:
         if not self.world.main:
             return None
         with torch.device("meta"):
-            var = VAR(self.config.var, self.config.tokenizer)
+            var = VAR(self.config.var, self.config.tokenizer, self.words)
         var.load_state_dict(weights, assign=True)
         var.scale_of = self.averaged.scale_of.cpu()
         return var.requires_grad_(False).eval()
-
-
-def condition_ids(dataset: Dataset, attributes: tuple[str, ...]) -> Tensor:
-    """int64 (notes, attributes): class of each attribute, CLASSES[name] where unknown."""
-    columns = []
-    for name in attributes:
-        values = torch.from_numpy(dataset.column(name).astype(np.int64))
-        known = values >= 0
-        if name == "velocity":
-            levels = torch.tensor(VELOCITIES)
-            values = (values[:, None] - levels).abs().argmin(dim=1)
-        columns.append(torch.where(known, values, CLASSES[name]))
-    return torch.stack(columns, dim=1) if columns else torch.zeros(len(dataset), 0, dtype=torch.int64)
-
-
-def ranges(dataset: Dataset) -> list[dict[str, Any]]:
-    """What the training notes hold, per family and source, as `mars.labels.Ranges` has it.
-
-    count; pitch: the 5th and 95th percentile; pitch_range: the lowest and the highest; velocity: the levels. Unknown
-    pitches are -1.
-    """
-    train = dataset.split("train")
-    family, source = dataset.column("family")[train], dataset.column("source")[train]
-    pitch, velocity = dataset.column("pitch")[train], dataset.column("velocity")[train]
-    found = []
-    for f, s in sorted({(int(a), int(b)) for a, b in zip(family, source, strict=True)}):
-        alike = (family == f) & (source == s)
-        pitches = pitch[alike & (pitch >= 0)]
-        low, high = np.percentile(pitches, (5, 95)).astype(int).tolist() if len(pitches) else (-1, -1)
-        lowest, highest = (int(pitches.min()), int(pitches.max())) if len(pitches) else (-1, -1)
-        found.append(
-            {
-                "family": FAMILIES[f] if f >= 0 else None,
-                "source": SOURCES[s] if s >= 0 else None,
-                "count": int(alike.sum()),
-                "pitch": [low, high],
-                "pitch_range": [lowest, highest],
-                "velocity": sorted({level(int(v)) for v in set(velocity[alike & (velocity >= 0)].tolist())}),
-            }
-        )
-    return found

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mars.config import FAMILIES, SOURCES
-from mars.data.notes import labels_of
+from mars.labels import FAMILIES, SOURCES, labels_of
 
 RATE, SAMPLES = 16_000, 64_000
 

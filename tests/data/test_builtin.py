@@ -5,9 +5,8 @@ from importlib import resources
 
 import numpy as np
 
-from mars.config import FAMILIES
 from mars.data import open_dataset
-from mars.data.notes import labels_of
+from mars.labels import FAMILIES, labels_of
 
 
 def test_the_built_in_notes_are_a_dataset():

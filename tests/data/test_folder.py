@@ -12,9 +12,9 @@ import soundfile
 from mars.data import Dataset
 from mars.data.decode import CHANGES, decode
 from mars.data.folder import pack_folder, read_csv
-from mars.data.notes import one_line
 from mars.data.packed import Packing, left_out
 from mars.errors import BadFileError, DataError, MissingPackage, TooManyBadError
+from mars.text import one_line
 from tests.data.conftest import list_again
 
 RATE = 16_000

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from mars.config import FAMILIES, SOURCES
-from mars.data.notes import labels_of
 from mars.data.nsynth import pack_nsynth
 from mars.errors import DataError, TooManyBadError
+from mars.labels import FAMILIES, SOURCES, labels_of
 
 GENUINE = Path(__file__).parents[3] / "shared" / "data" / "nsynth-sample"
 

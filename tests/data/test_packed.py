@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from mars.data import COLUMNS, Dataset, open_dataset
-from mars.data.notes import Labels, parse_json
+from mars.data.notes import parse_json
 from mars.data.packed import Writer
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import sha256
+from mars.labels import Labels
 from tests.data.conftest import list_again
 
 SAMPLES = 200
@@ -456,3 +457,81 @@ def test_a_hostile_table_is_one_line(content, tmp_path):
     with pytest.raises(DataError, match=r"metadata.npy .*pack it again|metadata.npy is over") as caught:
         Dataset.open(with_metadata(tmp_path, content))
     assert "\n" not in str(caught.value)
+
+
+def columns_of(out, names, metadata):
+    """Give a dataset other columns, as another version of mars would have written it."""
+    info = json.loads((out / "dataset.json").read_text())
+    info.pop("columns")
+    if names is not None:
+        info["columns"] = names
+    (out / "dataset.json").write_text(json.dumps(info))
+    np.save(out / "metadata.npy", metadata)
+    for name in ("dataset.json", "metadata.npy"):
+        list_again(out, name)
+
+
+def test_a_dataset_says_which_columns_it_has(tmp_path):
+    write(tmp_path / "packed")
+    assert tuple(json.loads((tmp_path / "packed" / "dataset.json").read_text())["columns"]) == COLUMNS
+
+
+def test_a_dataset_of_before_columns_had_names_opens(tmp_path):
+    out = tmp_path / "packed"
+    metadata = write(out).metadata
+    columns_of(out, None, metadata)
+    dataset = Dataset.open(out)
+    assert dataset.columns == ("instrument", "family", "source", "pitch", "velocity", "split")
+    np.testing.assert_array_equal(dataset.metadata, metadata)
+
+
+def test_a_dataset_with_a_column_that_nobody_knows_opens(tmp_path):
+    out = tmp_path / "packed"
+    before = write(out)
+    take = np.arange(20, dtype=np.int32)[:, None]
+    columns_of(out, ["take", *COLUMNS], np.hstack([take, before.metadata]))
+    dataset = Dataset.open(out)
+    for name in COLUMNS:
+        np.testing.assert_array_equal(dataset.column(name), before.column(name))
+    assert dataset.column("take").tolist() == list(range(20))
+    assert [dataset.known(i) for i in range(20)] == [before.known(i) for i in range(20)]
+
+
+def test_a_label_that_a_dataset_was_packed_without_is_unknown(tmp_path):
+    out = tmp_path / "packed"
+    before = write(out)
+    columns_of(out, [name for name in COLUMNS if name != "velocity"], np.delete(before.metadata, 4, axis=1))
+    dataset = Dataset.open(out)
+    assert dataset.column("velocity").tolist() == [-1] * 20
+    np.testing.assert_array_equal(dataset.column("split"), before.column("split"))
+    with pytest.raises(DataError, match=r"want one of the columns instrument, family, .*got 'tempo'"):
+        dataset.column("tempo")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        None, "split", 3, [], ["split"], [*COLUMNS[:-1], "take"], [*COLUMNS, "split"], [*COLUMNS, 3],
+        [*COLUMNS, "a\nb"],
+        [*COLUMNS, *map(str, range(999))], {"split": 1, "instrument": 2},
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_senseless_columns_are_one_line(names, tmp_path):
+    out = tmp_path / "packed"
+    metadata = write(out).metadata
+    columns_of(out, names, metadata)
+    if names is None:
+        info = json.loads((out / "dataset.json").read_text()) | {"columns": None}
+        (out / "dataset.json").write_text(json.dumps(info))
+        list_again(out, "dataset.json")
+    with pytest.raises(DataError, match=r"dataset\.json: want the names of columns, instrument and split") as caught:
+        Dataset.open(out)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_columns_than_there_are_numbers_are_refused(tmp_path):
+    out = tmp_path / "packed"
+    columns_of(out, [*COLUMNS, "take"], write(out).metadata)
+    with pytest.raises(DataError, match="want 20 x 7 int32"):
+        Dataset.open(out)

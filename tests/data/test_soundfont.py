@@ -15,11 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mars.config import FAMILIES, SOURCES, VELOCITIES
 from mars.data import soundfont
-from mars.data.notes import labels_of
 from mars.data.soundfont import Preset, Renderer, choose, pack_soundfont, read_presets, render
 from mars.errors import DataError, LostProcess, MissingPackage
+from mars.labels import FAMILIES, SOURCES, VELOCITIES, labels_of
 
 FONTS = sorted(Path("/usr/share/sounds/sf2").glob("*.sf2"))
 

@@ -78,7 +78,7 @@ def test_a_baseline_keeps_what_is_known_and_has_keys_of_its_own(notes):
         assert derived.names == notes.names
         assert derived.ids == notes.ids
         assert np.array_equal(derived.pitch, notes.pitch)
-        assert np.array_equal(derived.family, notes.family)
+        assert derived.labels == notes.labels
         assert derived.source.startswith(notes.source + ", ")
     others = [griffin_lim_oracle(notes, FRONT_END, 1), griffin_lim_oracle(notes, FRONT_END, 0, seed=1)]
     others.append(griffin_lim_oracle(notes, AudioConfig(min_db=-60), 0))

@@ -11,7 +11,6 @@ import pytest
 import soundfile
 import torch
 
-from mars.config import FAMILIES, SOURCES
 from mars.data import open_dataset
 from mars.data.folder import pack_folder
 from mars.errors import DataError, TooManyBadError
@@ -157,9 +156,8 @@ def test_labels_come_from_nsynth_names(tmp_path):
     write(tmp_path / "other.wav")
     notes = open_notes(tmp_path)
     assert notes.pitch.tolist() == [72, -1]
-    assert notes.family.tolist() == [FAMILIES.index("flute"), -1]
-    assert notes.instrument_source.tolist() == [0, -1]
-    assert notes.velocity.tolist() == [100, -1]
+    known = {"family": "flute", "source": "acoustic", "pitch": 72, "velocity": 100, "instrument": "flute_acoustic_002"}
+    assert notes.labels == (known, {})
 
 
 def listing(path, *entries, **more):
@@ -174,12 +172,10 @@ def test_labels_come_from_what_generation_was_asked_for(tmp_path):
     listing(tmp_path, ("0000-brass-060.wav", 60, "brass"), ("0001-any-any.wav", None, None))
     notes = open_notes(tmp_path)
     assert notes.pitch.tolist() == [60, -1]
-    assert notes.family.tolist() == [FAMILIES.index("brass"), -1]
-    assert notes.instrument_source.tolist() == notes.velocity.tolist() == [-1, -1]
+    assert notes.labels == ({"family": "brass", "pitch": 60}, {})
     listing(tmp_path, ("0001-any-any.wav", 60, "brass"), source="synthetic", velocity=75)
     notes = open_notes(tmp_path)
-    assert notes.instrument_source.tolist() == [-1, SOURCES.index("synthetic")]
-    assert notes.velocity.tolist() == [-1, 75]
+    assert notes.labels == ({}, {"family": "brass", "source": "synthetic", "pitch": 60, "velocity": 75})
 
 
 def test_a_note_that_was_generated_and_is_gone_counts_as_refused(tmp_path):
@@ -219,9 +215,8 @@ def test_a_packed_split_is_a_set(tmp_path):
     rows = dataset.split("valid")
     assert notes.source == "built-in notes (valid)"
     assert notes.names == tuple(dataset.names[i] for i in rows)
-    for name in ("pitch", "family", "velocity"):
-        assert getattr(notes, name).tolist() == dataset.column(name)[rows].tolist()
-    assert notes.instrument_source.tolist() == dataset.column("source")[rows].tolist()
+    assert notes.pitch.tolist() == dataset.column("pitch")[rows].tolist()
+    assert notes.labels == tuple(dataset.known(i) for i in rows)
     short = dataset.samples
     assert torch.equal(notes.waveforms([2])[0, :short], dataset.waveforms(rows[[2]])[0, :64_000])
     assert notes.waveforms([2]).shape == (1, 64_000)
@@ -300,8 +295,7 @@ def test_a_subset_is_a_set(tmp_path):
     notes = open_notes(tmp_path)
     part = notes.subset([3, 1, 2]).subset([0, 2])
     assert part.pitch.tolist() == [63, 62]
-    assert part.velocity.tolist() == [100, 100]
-    assert len(part.instrument_source) == 2
+    assert [known["velocity"] for known in part.labels] == [100, 100]
     assert part.keys == (notes.keys[3], notes.keys[2])
     assert torch.equal(part.waveforms(), notes.waveforms([3, 2]))
 

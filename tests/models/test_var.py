@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mars.config import CLASSES, TokenizerConfig, VARConfig, preset
+from mars.config import TokenizerConfig, VARConfig, preset
+from mars.labels import CLOSED, sizes
 from mars.models.quantizer import Quantizer
 from mars.models.tokenizer import drop_path
 from mars.models.var import VAR
 from tests.reference_var import ReferenceVAR
+
+CLASSES = sizes(CLOSED, {})
 
 SCALES = ((1, 1), (2, 2), (3, 4), (4, 6))
 TALL = ((2, 1), (3, 2), (5, 2))  # several start tokens

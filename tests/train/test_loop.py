@@ -18,8 +18,9 @@ from rich.console import Console
 from torch import nn
 
 from mars import checkpoint, runtime
-from mars.config import CLASSES, TrainConfig, VARConfig
+from mars.config import TrainConfig, VARConfig
 from mars.errors import CheckpointError, Diverged
+from mars.labels import CLOSED
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.runs.folder import RunFolder
@@ -182,12 +183,12 @@ def decayed(module: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_weights_of_layers_decay_and_nothing_else(shared, smoke):
-    config = VARConfig(depth=1, width=8, heads=2, shared_adaln=shared, condition=tuple(CLASSES))
+    config = VARConfig(depth=1, width=8, heads=2, shared_adaln=shared, condition=CLOSED)
     with torch.device("meta"):
         model = VAR(config, smoke.tokenizer)
     block = {f"blocks.0.{n}.weight" for n in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")}
     ada = {"shared_ada.1.weight" if shared else "blocks.0.ada.1.weight", "head_ada.1.weight"}
-    tables = {f"condition.{name}.weight" for name in CLASSES}
+    tables = {f"condition.{name}.weight" for name in CLOSED}
     assert decayed(model) == block | ada | tables | {"embed.weight", "head.weight"}
     with torch.device("meta"):
         names = decayed(Tokenizer(smoke))

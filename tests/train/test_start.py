@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from mars import checkpoint, model
 from mars.cli.train import main
 from mars.data import Dataset
-from mars.data.notes import Labels
 from mars.data.packed import Writer
+from mars.labels import Labels
 from mars.train.tokenizer import TokenizerStage
 
 AUDIO = ("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1")

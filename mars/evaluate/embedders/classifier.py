@@ -30,7 +30,7 @@ from torch import Tensor
 
 import mars
 from mars import checkpoint, runtime, terminal
-from mars.config import FAMILIES, SOURCES, from_document
+from mars.config import from_document
 from mars.data import SPLITS, Dataset
 from mars.errors import CheckpointError, ConfigError, DataError, Diverged
 from mars.evaluate.embedders.features import Embedding
@@ -39,6 +39,7 @@ from mars.evaluate.embedders.networks import Network, build, initialise, outline
 from mars.evaluate.embedders.weights import git_blob, read_weights
 from mars.evaluate.metrics.bootstrap import SEED
 from mars.evaluate.sets import NoteSet
+from mars.labels import FAMILIES, SOURCES
 from mars.runtime import stream
 from mars.train.loop import batch_indices
 

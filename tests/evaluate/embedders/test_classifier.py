@@ -122,7 +122,7 @@ def test_published_logits_are_of_a_network_that_still_trains(dataset, pitch, mon
     audio = dataset.waveforms(range(50))
     names = tuple(map(str, range(50)))
     unknown = np.full(50, -1, np.int32)
-    notes = NoteSet("test", names, names, unknown, unknown, unknown, unknown, Record(), lambda rows: audio[list(rows)])
+    notes = NoteSet("test", names, names, unknown, ({},) * 50, Record(), lambda rows: audio[list(rows)])
     found = classifier.logits_vinay2022(made, notes)
     network = copy.deepcopy(made.network).train()
     with torch.no_grad():

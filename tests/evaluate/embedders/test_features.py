@@ -26,9 +26,7 @@ def notes(*values: float) -> NoteSet:
         names=tuple(map(str, values)),
         keys=tuple(map(str, values)),
         pitch=unknown,
-        family=unknown,
-        instrument_source=unknown,
-        velocity=unknown,
+        labels=({},) * len(values),
         record=Record(),
         _read=lambda rows: audio[list(rows)],
     )
