@@ -1,4 +1,4 @@
-"""`python -m mars.kernels`: which implementations of the ops this machine has, and why not the others."""
+"""`python -m mars.kernels` prints which implementations of the operations this machine has, and why not the others."""
 
 from __future__ import annotations
 
