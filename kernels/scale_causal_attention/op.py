@@ -179,12 +179,18 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def choice() -> str:
+    """Return what MARS_ATTENTION asks for, "auto" included, or raise ConfigError where it is none of `BACKENDS`."""
+    if _choice not in _CHOICES:  # not when it is read: an error of an import could not be told as one line
+        raise ConfigError(f"MARS_ATTENTION: want one of {', '.join(_CHOICES)}, got {_choice!r}")
+    return _choice
+
+
 def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: bool) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
-    if _choice not in _CHOICES:  # not when it is read: an error of an import could not be told as one line
-        raise ConfigError(f"MARS_ATTENTION: want one of {', '.join(_CHOICES)}, got {_choice!r}")
-    name, device = backend or _choice, _backend.device_type(q)
+    asked, device = choice(), _backend.device_type(q)
+    name = backend or asked
     if name != "auto":
         if not torch.compiler.is_compiling() and (why := _missing(name, device, q.dtype)) is not None:
             raise KernelError(f"scale_causal_attention: {name} cannot run: {why}")
