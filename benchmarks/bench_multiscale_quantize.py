@@ -19,6 +19,7 @@ from mars import kernels
 from mars.config import preset
 from mars.kernels import multiscale_quantize
 from mars.kernels.multiscale_quantize import reference
+from mars.kernels.multiscale_quantize.problem import Problem
 from mars.models.quantizer import Quantizer
 
 
@@ -77,7 +78,7 @@ def bench_gradient(benchmark: Any, place: Place, name: str) -> None:
     f, *weights, phi_index, scales = arguments(name, sized(benchmark, 32 * 680), place.device)
     weights = [w.requires_grad_() for w in weights]
     ids, ours = multiscale_quantize(f, *weights, phi_index, scales)
-    wanted, plain = reference.multiscale_quantize(f, *weights, phi_index, scales, "l2", 0.5, None)
+    wanted, plain = reference.multiscale_quantize(Problem(f, *weights, phi_index, scales, "l2", 0.5, None))
     factors = torch.randn_like(ours) * agreeing(ids, wanted)[:, None, None, None]  # the others' gradients are 0
 
     def run(totals: Tensor) -> Callable[[], Any]:

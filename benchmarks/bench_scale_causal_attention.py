@@ -7,7 +7,7 @@ On a GPU (RTX 5000 Ada, by the roofline): 0.10 ms forward and 0.22 ms backward f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,14 +16,37 @@ from torch import Tensor
 
 from benchmarks.contenders import Contender, Place, race
 from mars.kernels import scale_causal_attention
-from mars.kernels.scale_causal_attention import availability, reference
+from mars.kernels.scale_causal_attention import availability, backends, reference
 
 CASES = {  # preset: scales, batch on a CPU, heads
     "paper": ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2, 16),
     "notes": ((1, 2, 3, 4, 5, 6, 8), 32, 4),
 }
 D = 64
-PEERS = ["dense", "grouped", "per_scale", "math", "hybrid", "flash", "xformers", "flex"]
+PEERS = ["dense", "grouped", "hybrid", "flash", "xformers", "flex"]
+
+
+def by_products(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """Two matrix products and a softmax in float32, on all keys: what attention costs without a fused kernel."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(dtype), k.to(dtype).mT) * scale
+    if len(lengths) > 1:
+        scores = scores.masked_fill(~reference.mask(lengths, q.device), float("-inf"))
+    return torch.matmul(scores.softmax(dim=-1).to(v.dtype), v)
+
+
+OTHERS: dict[str, backends.Attend] = {"per_scale": backends.per_scale, "math": by_products}  # not to be selected
+
+
+def normalised_first(attend: backends.Attend) -> Callable[..., Tensor]:
+    """With the arguments of `scale_causal_attention`."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, head_scale: Tensor | None) -> Tensor:
+        if head_scale is not None:
+            q, k = reference.normalize(q, k, head_scale)
+        return attend(q, k, v, lengths, scale)
+
+    return run
 
 
 @pytest.mark.benchmark(group="scale_causal_attention forward and backward")
@@ -62,6 +85,8 @@ def bench_attention(benchmark: Any, place: Place, preset: str, dtype: torch.dtyp
         if why_not[name] is None:
             run = step(lambda *args, name=name, **kwargs: scale_causal_attention(*args, backend=name, **kwargs))
             contenders[name] = Contender(run, flop=flop, bytes=bytes_, check=close)
+    for name, attend in OTHERS.items():
+        contenders[name] = Contender(step(normalised_first(attend)), flop=flop, bytes=bytes_, check=close)
     wanted = 1.3 if dtype == torch.float32 else 1.8 if normalised else 2.0
     targets = {"dense": wanted} if place.device == "cpu" and preset == "paper" else {}
     benchmark.extra_info |= {"dtype": str(dtype)}

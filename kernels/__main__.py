@@ -1,4 +1,4 @@
-"""`python -m mars.kernels`: which implementations of the ops this machine has, and why not the others."""
+"""`python -m mars.kernels` prints which implementations of the operations this machine has, and why not the others."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from mars.errors import ConfigError, KernelError
 from mars.kernels import _backend, _native
 from mars.kernels._backend import Backend
-from mars.kernels.scale_causal_attention.op import availability
+from mars.kernels.scale_causal_attention.op import availability, choice
 
 
 def main() -> None:
     write = sys.stdout.write
     devices = ["cpu"] + [d for d in ("cuda", "mps") if getattr(torch, d).is_available()]
     _backend.choice()
+    choice()
     for device in devices:
         try:
             write(f"{device}: {_backend.backend(device)}\n")

@@ -1,4 +1,4 @@
-"""Which implementation the ops run.
+"""This module decides which implementation an operation runs.
 
 MARS_KERNELS chooses: "auto" (native on a CPU and Triton on CUDA where they are there, else plain PyTorch),
 "reference" (plain PyTorch everywhere), "native" or "triton" (an error where that is missing). It is read when this
@@ -7,14 +7,15 @@ module is imported; `use` changes it for a while.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from mars.errors import ConfigError, KernelError
 from mars.kernels import _native
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Backend = Literal["reference", "native", "triton"]
+_Entry = TypeVar("_Entry")
 _CHOICES = ("auto", *get_args(Backend))
 _FAST: dict[str, Backend] = {"cpu": "native", "cuda": "triton"}  # what "auto" takes on a device type
 
@@ -31,7 +33,7 @@ _choice = os.environ.get("MARS_KERNELS", "auto")
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Run the ops on another implementation meanwhile; the names are those of MARS_KERNELS."""
+    """Run the operations inside the `with` block on another implementation, named as for MARS_KERNELS."""
     global _choice
     if name not in _CHOICES:
         raise ValueError(f"kernels.use: want one of {', '.join(_CHOICES)}, got {name!r}")
@@ -47,7 +49,7 @@ _planned: str | None = None
 
 @contextmanager
 def planned(device: str) -> Iterator[None]:
-    """Choose meanwhile as on a device type that has its kernels, wherever the tensors are: they must be fake ones."""
+    """Inside the `with` block, choose as on a device type that has its kernels, wherever the (fake) tensors are."""
     global _planned
     before, _planned = _planned, device
     try:
@@ -57,12 +59,12 @@ def planned(device: str) -> Iterator[None]:
 
 
 def device_type(x: Tensor) -> str:
-    """The device type to choose for: that of x, or the one that is planned for."""
+    """Return the device type to choose for: that of x, or the one that is planned for."""
     return _planned or x.device.type
 
 
 def choice() -> str:
-    """What MARS_KERNELS or `use` asks for, "auto" included: for an op with implementations of its own.
+    """Return what MARS_KERNELS or `use` asks for, "auto" included.
 
     Raises ConfigError where MARS_KERNELS is none of them.
     """
@@ -72,7 +74,7 @@ def choice() -> str:
 
 
 def missing(backend: Backend, device: str) -> str | None:
-    """Why an implementation cannot run on tensors of a device type; None where it can."""
+    """Return why an implementation cannot run on tensors of a device type, or None where it can."""
     if device == _planned:
         return None
     if backend == "native":
@@ -92,7 +94,7 @@ def missing(backend: Backend, device: str) -> str | None:
 
 @cache
 def _interpreter_stops() -> str | None:
-    """Triton's interpreter before 3.7 makes Python numbers of arrays of one value, which NumPy 2.4 refuses."""
+    """Return why Triton's interpreter fails here: before 3.7 it makes numbers of arrays, which NumPy 2.4 refuses."""
     triton, numpy = metadata.version("triton"), metadata.version("numpy")
     if _minor(triton) < (3, 7) and _minor(numpy) >= (2, 4):
         return f"the interpreter of Triton {triton} stops on NumPy {numpy}: it wants Triton 3.7 or NumPy below 2.4"
@@ -105,7 +107,7 @@ def _minor(version: str) -> tuple[int, int]:
 
 
 def backend(device: str) -> Backend:
-    """The implementation for tensors of a device type ("cpu", "cuda", "mps", ...).
+    """Return the implementation for tensors of a device type ("cpu", "cuda", "mps", ...).
 
     Raises ConfigError where MARS_KERNELS is unknown, KernelError where it asks for one that cannot run here.
     """
@@ -122,6 +124,29 @@ def backend(device: str) -> Backend:
     if (why := missing(chosen, device)) is not None:
         raise KernelError(f"MARS_KERNELS={chosen}: {why}")
     return chosen
+
+
+def select(op: str, table: Mapping[str, _Entry], backend: str) -> _Entry:
+    """Return what the table {backend: function} of an operation holds for a backend.
+
+    Raises KernelError where it holds nothing: no operation runs on an implementation that was not asked for.
+    """
+    if backend not in table:
+        raise KernelError(f"{op}: want a backend of {', '.join(table)}, got {backend!r}")
+    return table[backend]
+
+
+def deferred(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a module that is imported at its first call, as `import mars` must not need Triton."""
+    function: Callable[..., Any] | None = None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal function
+        if function is None:
+            function = getattr(importlib.import_module(module), name)
+        return function(*arguments)
+
+    return call
 
 
 @cache  # once a process

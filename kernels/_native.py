@@ -1,4 +1,4 @@
-"""The native CPU kernels: finds and loads the library, declares its functions, selects the instruction set.
+"""This module loads the library of native CPU kernels, declares its functions and selects the instruction set.
 
 Two environment variables are read when the library is loaded: MARS_NATIVE_LIBRARY, a path in place of the installed
 library, and MARS_NATIVE_LEVEL, one of `LEVELS` in place of the best that the processor has.
@@ -45,7 +45,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 
 @cache
 def library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """Return the library, or the reason why there is none."""
     path = _path()
     if path is None:
         return "not built: this installation found no C++17 compiler (install mars again where there is one)"
@@ -74,7 +74,7 @@ def _path() -> Path | None:
 
 
 def functions() -> ctypes.CDLL:
-    """The library. Raises KernelError where there is none."""
+    """Return the library, or raise KernelError where there is none."""
     lib = library()
     if isinstance(lib, str):
         raise KernelError(f"no native kernels: {lib}")
@@ -92,7 +92,7 @@ def check_memory(op: str, *tensors: torch.Tensor | None) -> None:
 
 
 def _reach(x: torch.Tensor) -> int | torch.SymInt:
-    """Bytes from the start of its storage to the end of its last element."""
+    """Return the bytes from the start of the storage of x to the end of its last element."""
     if x.is_contiguous():
         return x.nbytes + x.storage_offset() * x.itemsize
     last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
@@ -106,24 +106,24 @@ def check(status: int) -> None:
 
 
 def threads() -> int:
-    """How many threads a call may use: as many as torch, or one where the library was built without OpenMP."""
+    """Return how many threads a call may use: those of torch, or one where the library was built without OpenMP."""
     return torch.get_num_threads() if functions().mars_threaded() else 1
 
 
 def levels() -> list[str]:
-    """The instruction sets that this processor and the library have, in the order of preference, best last."""
+    """Return the instruction sets that both this processor and the library have, the best last."""
     lib = functions()
     return [name for i, name in enumerate(LEVELS) if lib.mars_level_supported(i)]
 
 
 def level() -> str:
-    """The instruction set in use."""
+    """Return the instruction set in use."""
     return LEVELS[functions().mars_level()]
 
 
 @contextmanager
 def use_level(name: str) -> Iterator[None]:
-    """Compute with another instruction set meanwhile. Raises ConfigError where the processor lacks it."""
+    """Use another instruction set inside the `with` block; raises ConfigError where the processor lacks it."""
     lib = functions()
     before = lib.mars_level()
     _set_level(lib, name)

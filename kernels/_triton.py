@@ -1,4 +1,4 @@
-"""How the Triton kernels are listed, so that each can be compiled and inspected without a GPU.
+"""This module says how Triton kernels are listed, so that each can be compiled and inspected without a GPU.
 
 Every kernels/<op>/triton.py has a tuple `CONFIGS` of `Compilation`: each kernel at each tile size that it launches,
 with what its machine code must keep to. tests/kernels/test_compiled.py compiles and checks them all.
@@ -15,7 +15,7 @@ ARCHITECTURES = (80, 89, 90, 120)  # compute capabilities: A100; RTX 40 and Ada;
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compilation:
-    """One kernel at one tile size, and what its machine code must keep to.
+    """This is one kernel at one tile size, and what its machine code must keep to.
 
     That it neither spills nor has a stack, and that its shared memory fits, is checked of every kernel.
     """
@@ -41,5 +41,5 @@ class Compilation:
 
     @property
     def name(self) -> str:
-        """Kernel, tile, warps and stages, e.g. `_filter_kernel 128x128 D=32 w4 s3`."""
+        """Return kernel, tile, warps and stages, e.g. `_filter_kernel 128x128 D=32 w4 s3`."""
         return f"{self.kernel.fn.__name__} {self.tile} w{self.warps} s{self.stages}"

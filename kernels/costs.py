@@ -1,4 +1,4 @@
-"""What the operations cost beyond what their schemas show, for planning a training step on fake tensors.
+"""This module says what the operations cost beyond what their schemas show, to plan a step on fake tensors.
 
 Importing this registers formulas with `torch.utils.flop_counter`, in PyTorch's convention: a multiply-add is two FLOPs,
 only products count, and a backward of attention computes the scores again.
@@ -27,7 +27,7 @@ Shape = Sequence[int]
 
 
 def visible(lengths: Sequence[int]) -> int:
-    """Pairs of a query and a key that it sees, over all scales: sum of n_k (n_1 + ... + n_k)."""
+    """Count the pairs of a query and a key that it sees: the sum over scales of n_k (n_1 + ... + n_k)."""
     return sum(n * end for n, end in zip(lengths, accumulate(lengths), strict=True))
 
 
@@ -47,7 +47,7 @@ def _quantize(
     *_: Any,
     **__: Any,
 ) -> int:
-    """The search of every token and a 3 x 3 convolution per scale; up- and down-sampling are left out."""
+    """Count the search of every token and a 3 x 3 convolution per scale, without the up- and down-sampling."""
     batch, dim, height, width = f
     tokens = sum(h * w for h, w in zip(scales[::2], scales[1::2], strict=True))
     return 2 * batch * (tokens * codebook[0] * dim + len(phi_index) * 9 * dim * dim * height * width)
@@ -57,19 +57,19 @@ def _quantize(
 def _attention(
     q: Shape, k: Shape, v: Shape, head_scale: Shape | None, lengths: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    """Two products of what is visible, on whatever implementation."""
+    """Count two products of what is visible, on whatever implementation."""
     return 2 * 2 * q[0] * q[1] * q[3] * visible(lengths)
 
 
 @register_flop_formula([_mars.scale_causal_attention_backward, _mars.hybrid_attention_backward])
 def _attention_backward(do: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **_: Any) -> int:
-    """Five products."""
+    """Count five products of what is visible."""
     return 5 * 2 * q[0] * q[1] * q[3] * visible(rest[-2])
 
 
 @register_flop_formula(_mars.linear_cross_entropy)
 def _cross_entropy(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    """The logits and, with them, the gradients of x and of the weight."""
+    """Count the logits and the gradients of x and of the weight, which come with them."""
     return 3 * 2 * x[0] * x[1] * weight[0]
 
 
@@ -83,13 +83,13 @@ for _formula, _op in (
 
 
 def workspace(op: Any, arguments: Sequence[Any]) -> int:
-    """Bytes that an operator (`torch._ops.OpOverload`) holds while it runs, besides its arguments and results."""
+    """Return the bytes that a `torch._ops.OpOverload` holds while it runs, besides its arguments and results."""
     formula = _WORKSPACES.get(op.overloadpacket)
     return formula(*arguments) if formula is not None else 0
 
 
 def _search_workspace(x: Tensor, codebook: Tensor, *_: Any) -> int:
-    """The codebook as the kernel reads it, twice, and per row what is kept of each part of the codebook."""
+    """Count the codebook as the kernel reads it, twice, and per row what is kept of each part of the codebook."""
     (rows, dim), size = x.shape, len(codebook)
     if _backend.backend(_backend.device_type(x)) == "reference":
         return 2 * min(_SEARCH, 4 * rows * size) + 8 * size * dim
@@ -97,12 +97,12 @@ def _search_workspace(x: Tensor, codebook: Tensor, *_: Any) -> int:
 
 
 def _quantize_workspace(f: Tensor, codebook: Tensor, *_: Any) -> int:
-    """The residual, its rows, and the search of the finest scale."""
+    """Count the residual, its rows, and the search of the finest scale."""
     return 4 * f.numel() + _search_workspace(f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]), codebook)
 
 
 def _fused_backward_workspace(do: Tensor, q: Tensor, *_: Any) -> int:
-    """Two float32 per query: the row sums of the softmax's gradient, and those of the head's scale."""
+    """Count two float32 per query: the row sums of the softmax's gradient, and those of the head's scale."""
     return 8 * q.numel() // q.shape[3]
 
 
@@ -120,7 +120,7 @@ def _hybrid_backward_workspace(do: Tensor, q: Tensor, *rest: Any) -> int:
 
 
 def _slabs(q: Tensor, lengths: Sequence[int]) -> int:
-    """Scores in float32 and in the dtype of q, and the rows of their heads, normalised."""
+    """Count the scores in float32 and in the dtype of q, and the normalised rows of their heads."""
     slabs = hybrid.Slabs(q, backends.groups(lengths))
     rows = min(slabs.samples, len(q)) * slabs.heads * q.shape[2]
     return slabs.size * (4 + q.element_size()) + 24 * rows * q.shape[3]
@@ -129,7 +129,7 @@ def _slabs(q: Tensor, lengths: Sequence[int]) -> int:
 def _cross_entropy_workspace(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch.dtype, *_: Any
 ) -> int:
-    """The logits of a chunk and their softmax; for products of a lower dtype also copies in it."""
+    """Count the logits of a chunk and their softmax, and copies in the dtype of the products where that is lower."""
     rows, (codes, width) = chunked.rows_at_once(x, len(weight)), weight.shape
     exact = torch.promote_types(dtype, torch.float32)
     held = rows * codes * exact.itemsize * (1 if _backend.device_type(x) == "cpu" else 2)
@@ -139,7 +139,7 @@ def _cross_entropy_workspace(
 
 
 def _flash_backward_workspace(do: Tensor, q: Tensor, *_: Any) -> int:
-    """On a GPU the gradient of q is added up in float32."""
+    """Count the gradient of q in float32, in which a GPU adds it up."""
     return 4 * q.numel() if _backend.device_type(q) == "cuda" else 0
 
 

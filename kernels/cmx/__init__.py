@@ -1,4 +1,4 @@
-"""Channel multiplexing; see `mars.kernels.cmx.op`."""
+"""This operation is channel multiplexing; `mars.kernels.cmx.op` is its contract."""
 
 from mars.kernels.cmx.op import cmx as cmx
 from mars.kernels.cmx.op import inverse_cmx as inverse_cmx

@@ -1,4 +1,4 @@
-"""Channel multiplexing (CMX): neighbouring bins and frames become channels, exactly and without parameters.
+"""Channel multiplexing (CMX) turns neighbouring bins and frames into channels, exactly and without parameters.
 
 Ristori et al., "MARS", arXiv:2509.26007: a spectrogram gets shorter along both axes, with more channels, so
 that a tokeniser can afford it. Channel c = i_f * r_t + i_t holds the bins i_f, i_f + r_f, ... and the frames
@@ -9,14 +9,14 @@ i_t, i_t + r_t, ...: the order of `torch.nn.PixelUnshuffle`, with a factor for e
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mars.kernels import _backend, _native
-from mars.kernels.cmx import reference
+from mars.kernels.cmx import layout, native, reference
 
 # Within these float32 neither overflows below the clipping nor loses silence.
 _EPSILONS = (1e-25, 1e25)
@@ -50,7 +50,7 @@ def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
 
 
 def spectrogram_cmx(spectrum: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
-    """`cmx` of the normalised log magnitude min(scale * log(1 + |z| / epsilon) - 1, 1) of a spectrum, in one pass.
+    """Compute `cmx` of min(scale * log(1 + |z| / epsilon) - 1, 1), the log magnitude of a spectrum, in one pass.
 
     spectrum: (..., F, T), complex64 (fastest where frames or bins are contiguous) or complex128 (plain PyTorch).
     factors: (r_f, r_t), which must divide (F, T). epsilon: 1e-25..1e25, in units of the spectrum. scale: 0.05..1e6.
@@ -65,7 +65,7 @@ def spectrogram_cmx(spectrum: Tensor, factors: tuple[int, int], epsilon: float, 
 def inverse_spectrogram_cmx(
     x: Tensor, factors: tuple[int, int], epsilon: float, scale: float, zeros: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """Magnitudes of a spectrogram in CMX, undoing `spectrogram_cmx`: epsilon * expm1((x + 1) / scale) in one pass.
+    """Undo `spectrogram_cmx`: compute the magnitudes epsilon * expm1((x + 1) / scale) of a CMX tensor in one pass.
 
     x: (..., r_f * r_t, F, T), float32 or float64 (plain PyTorch), clamped to [-1, 1]. zeros: how many bins of
     zeros to add below and above. factors, epsilon and scale: those given to `spectrogram_cmx`.
@@ -76,110 +76,92 @@ def inverse_spectrogram_cmx(
     return torch.ops.mars.inverse_spectrogram_cmx(x, *factors, epsilon, scale, *zeros)
 
 
+_TRITON = "mars.kernels.cmx.triton"
+_CMX: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.cmx,
+    "native": native.cmx,
+    "triton": _backend.deferred(_TRITON, "cmx"),
+}
+_INVERSE_CMX: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.inverse_cmx,
+    "native": native.inverse_cmx,
+    "triton": _backend.deferred(_TRITON, "inverse_cmx"),
+}
+_SPECTROGRAM_CMX: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.spectrogram_cmx,
+    "native": native.spectrogram_cmx,
+    "triton": _backend.deferred(_TRITON, "spectrogram_cmx"),
+}
+_SPECTROGRAM_CMX_BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.spectrogram_cmx_backward,
+    "native": native.spectrogram_cmx_backward,
+    "triton": _backend.deferred(_TRITON, "spectrogram_cmx_backward"),
+}
+_INVERSE_SPECTROGRAM_CMX: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.inverse_spectrogram_cmx,
+    "native": native.inverse_spectrogram_cmx,
+    "triton": _backend.deferred(_TRITON, "inverse_spectrogram_cmx"),
+}
+
+
+def _kernels_of(x: Tensor) -> str:
+    """Return the backend for x; double precision is computed in plain PyTorch."""
+    backend = _backend.backend(x.device.type)
+    return "reference" if x.dtype in (torch.float64, torch.complex128) else backend
+
+
 @torch.library.custom_op("mars::cmx", mutates_args=())
 def _cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
     _check_divides("cmx", "x", x, r_f, r_t)
     _native.check_memory("cmx", x)
-    backend = _backend.backend(x.device.type)
-    if backend == "reference":
-        return reference.cmx(x, (r_f, r_t))
-    x = _plain(x)
-    y = x.new_empty(_multiplexed(x, r_f, r_t))
-    if backend == "native":
-        run = _native.functions().mars_cmx
-        _native.check(run(*_sizes(x), r_f, r_t, x.element_size(), x.data_ptr(), y.data_ptr(), _native.threads()))
-    else:
-        from mars.kernels.cmx import triton
-
-        with torch.cuda.device_of(x):
-            triton.cmx(x, y, r_f, r_t)
-    return y
+    return _backend.select("cmx", _CMX, _backend.backend(x.device.type))(x, (r_f, r_t))
 
 
 @_cmx.register_fake
 def _cmx_fake(x: Tensor, r_f: int, r_t: int) -> Tensor:
     _check_divides("cmx", "x", x, r_f, r_t)
-    return x.new_empty(_multiplexed(x, r_f, r_t))
+    return x.new_empty(layout.multiplexed(x, r_f, r_t))
 
 
 @torch.library.custom_op("mars::inverse_cmx", mutates_args=())
 def _inverse_cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
     _check_channels("inverse_cmx", x, r_f, r_t)
     _native.check_memory("inverse_cmx", x)
-    backend = _backend.backend(x.device.type)
-    if backend == "reference":
-        return reference.inverse_cmx(x, (r_f, r_t))
-    x = _plain(x)
-    y = x.new_empty(_demultiplexed(x, r_f, r_t))
-    if backend == "native":
-        run = _native.functions().mars_inverse_cmx
-        _native.check(run(*_sizes(y), r_f, r_t, x.element_size(), x.data_ptr(), y.data_ptr(), _native.threads()))
-    else:
-        from mars.kernels.cmx import triton
-
-        with torch.cuda.device_of(x):
-            triton.inverse_cmx(x, y, r_f, r_t)
-    return y
+    return _backend.select("inverse_cmx", _INVERSE_CMX, _backend.backend(x.device.type))(x, (r_f, r_t))
 
 
 @_inverse_cmx.register_fake
 def _inverse_cmx_fake(x: Tensor, r_f: int, r_t: int) -> Tensor:
     _check_channels("inverse_cmx", x, r_f, r_t)
-    return x.new_empty(_demultiplexed(x, r_f, r_t))
+    return x.new_empty(layout.demultiplexed(x, r_f, r_t))
 
 
 @torch.library.custom_op("mars::spectrogram_cmx", mutates_args=())
 def _spectrogram_cmx(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
     _check_spectrum("spectrogram_cmx", z, r_f, r_t, epsilon, scale)
     _native.check_memory("spectrogram_cmx", z)
-    backend = _backend.backend(z.device.type)
-    if backend == "reference" or z.dtype == torch.complex128:
-        return reference.spectrogram_cmx(z, (r_f, r_t), epsilon, scale)
-    x = z.new_empty(_multiplexed(z, r_f, r_t), dtype=torch.float32)
-    z = _batched(z)
-    if backend == "native":
-        run = _native.functions().mars_spectrogram_cmx
-        pointers = z.data_ptr(), *z.stride(), x.data_ptr()
-        _native.check(run(*z.shape, r_f, r_t, epsilon, scale, *pointers, _native.threads()))
-    else:
-        from mars.kernels.cmx import triton
-
-        with torch.cuda.device_of(z):
-            triton.spectrogram_cmx(z, x, r_f, r_t, epsilon, scale)
-    return x
+    backend = _kernels_of(z)
+    return _backend.select("spectrogram_cmx", _SPECTROGRAM_CMX, backend)(z, (r_f, r_t), epsilon, scale)
 
 
 @_spectrogram_cmx.register_fake
 def _spectrogram_cmx_fake(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
     _check_spectrum("spectrogram_cmx", z, r_f, r_t, epsilon, scale)
-    return z.new_empty(_multiplexed(z, r_f, r_t), dtype=z.dtype.to_real())
+    return z.new_empty(layout.multiplexed(z, r_f, r_t), dtype=z.dtype.to_real())
 
 
 @torch.library.custom_op("mars::spectrogram_cmx_backward", mutates_args=())
 def _spectrogram_cmx_backward(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
     _check_gradient(grad, z, r_f, r_t, epsilon, scale)
     _native.check_memory("spectrogram_cmx_backward", grad, z)
-    backend = _backend.backend(z.device.type)
-    grad_z = _empty_like(z)
-    if backend == "reference" or z.dtype == torch.complex128:
-        return grad_z.copy_(reference.spectrogram_cmx_backward(grad, z, (r_f, r_t), epsilon, scale))
-    grad, z, to = _plain(grad), _batched(z), _batched(grad_z)
-    if backend == "native":
-        run = _native.functions().mars_spectrogram_cmx_backward
-        pointers = grad.data_ptr(), z.data_ptr(), *z.stride(), to.data_ptr(), *to.stride()
-        _native.check(run(*z.shape, r_f, r_t, epsilon, scale, *pointers, _native.threads()))
-    else:
-        from mars.kernels.cmx import triton
-
-        with torch.cuda.device_of(grad):
-            triton.spectrogram_cmx_backward(grad, z, to, r_f, r_t, epsilon, scale)
-    return grad_z
+    run = _backend.select("spectrogram_cmx_backward", _SPECTROGRAM_CMX_BACKWARD, _kernels_of(z))
+    return run(grad, z, (r_f, r_t), epsilon, scale)
 
 
 @_spectrogram_cmx_backward.register_fake
 def _spectrogram_cmx_backward_fake(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
     _check_gradient(grad, z, r_f, r_t, epsilon, scale)
-    return _empty_like(z)
+    return layout.empty_like(z)
 
 
 @torch.library.custom_op("mars::inverse_spectrogram_cmx", mutates_args=())
@@ -188,23 +170,8 @@ def _inverse_spectrogram_cmx(
 ) -> Tensor:
     _check_inverse(x, r_f, r_t, epsilon, scale, below, above)
     _native.check_memory("inverse_spectrogram_cmx", x)
-    backend = _backend.backend(x.device.type)
-    if backend == "reference" or x.dtype == torch.float64:
-        return reference.inverse_spectrogram_cmx(x, (r_f, r_t), epsilon, scale, (below, above))
-    x = _plain(x)
-    m = x.new_empty(_demultiplexed(x, r_f, r_t, below + above))
-    n, bins, frames = _sizes(m)
-    bins -= below + above
-    if backend == "native":
-        run = _native.functions().mars_inverse_spectrogram_cmx
-        size = n, bins, frames, r_f, r_t, below, above
-        _native.check(run(*size, epsilon, scale, x.data_ptr(), m.data_ptr(), _native.threads()))
-    else:
-        from mars.kernels.cmx import triton
-
-        with torch.cuda.device_of(x):
-            triton.inverse_spectrogram_cmx(x, m, r_f, r_t, epsilon, scale, below, above)
-    return m
+    run = _backend.select("inverse_spectrogram_cmx", _INVERSE_SPECTROGRAM_CMX, _kernels_of(x))
+    return run(x, (r_f, r_t), epsilon, scale, (below, above))
 
 
 @_inverse_spectrogram_cmx.register_fake
@@ -212,7 +179,7 @@ def _inverse_spectrogram_cmx_fake(
     x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int
 ) -> Tensor:
     _check_inverse(x, r_f, r_t, epsilon, scale, below, above)
-    return x.new_empty(_demultiplexed(x, r_f, r_t, below + above))
+    return x.new_empty(layout.demultiplexed(x, r_f, r_t, below + above))
 
 
 def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -248,45 +215,6 @@ _spectrogram_cmx.register_autograd(_backward_spectrogram_cmx, setup_context=_sav
 _inverse_spectrogram_cmx.register_autograd(_backward_inverse_spectrogram_cmx, setup_context=_save_all)
 
 
-def _multiplexed(x: Tensor, r_f: int, r_t: int) -> tuple[int, ...]:
-    *lead, F, T = x.shape
-    return *lead, r_f * r_t, F // r_f, T // r_t
-
-
-def _demultiplexed(x: Tensor, r_f: int, r_t: int, more_bins: int = 0) -> tuple[int, ...]:
-    *lead, _, F, T = x.shape
-    return *lead, F * r_f + more_bins, T * r_t
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int]:
-    """(samples, bins, frames) of (..., bins, frames)."""
-    *lead, F, T = x.shape
-    return math.prod(lead), F, T
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Contiguous, and its memory its values: no lazy conjugation or negation."""
-    return x.resolve_conj().resolve_neg().contiguous()
-
-
-def _bins_contiguous(z: Tensor) -> bool:
-    return z.stride(-2) == 1 and z.stride(-1) != 1
-
-
-def _empty_like(z: Tensor) -> Tensor:
-    """New memory with bins contiguous where those of z are, else frames."""
-    return z.new_empty(z.mT.shape).mT if _bins_contiguous(z) else z.new_empty(z.shape)
-
-
-def _batched(z: Tensor) -> Tensor:
-    """(samples, bins, frames) with contiguous bins or frames; copied where the strides do not allow a view."""
-    n, F, T = _sizes(z)
-    z = z.resolve_conj()
-    if _bins_contiguous(z):
-        return z.mT.reshape(n, T, F).mT
-    return (z if z.stride(-1) == 1 else z.contiguous()).reshape(n, F, T)
-
-
 def _check_spectrum(name: str, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> None:
     if z.dtype not in (torch.complex64, torch.complex128):
         raise ValueError(f"{name}: want a spectrum in complex64 or complex128, got {z.dtype}")
@@ -297,7 +225,7 @@ def _check_spectrum(name: str, z: Tensor, r_f: int, r_t: int, epsilon: float, sc
 def _check_gradient(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> None:
     name = "spectrogram_cmx_backward"
     _check_spectrum(name, z, r_f, r_t, epsilon, scale)
-    want, dtype = _multiplexed(z, r_f, r_t), z.dtype.to_real()
+    want, dtype = layout.multiplexed(z, r_f, r_t), z.dtype.to_real()
     if grad.shape != want or grad.dtype != dtype or grad.device != z.device:
         raise ValueError(
             f"{name}: want a gradient {tuple(want)} of {dtype} on {z.device}, "

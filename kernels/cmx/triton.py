@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mars.kernels._triton import Compilation
-from mars.kernels.cmx import reference
+from mars.kernels.cmx import layout, reference
 
 _SPLITS = (1, 2, 4, 8)  # frame factors with kernels of their own
 _FRAMES = 256  # of a tile whose frames are contiguous
@@ -295,17 +295,26 @@ def _turned_tile(r_t: int) -> dict[str, int]:
     return {"R_T": r_t, "BINS": _TILE_BINS, "COLUMNS": _TILE_FRAMES // r_t}
 
 
-def cmx(x: Tensor, y: Tensor, r_f: int, r_t: int) -> None:
-    """Contiguous x (..., bins, frames), of any dtype, into the contiguous CMX tensor y."""
-    _copy(x, y, r_f, r_t, inverse=False)
+def cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
+    """See `op.cmx`."""
+    x = layout.plain(x)
+    y = x.new_empty(layout.multiplexed(x, *factors))
+    with torch.cuda.device_of(x):
+        _copy(x, y, *factors, inverse=False)
+    return y
 
 
-def inverse_cmx(x: Tensor, y: Tensor, r_f: int, r_t: int) -> None:
-    """A contiguous CMX tensor x, of any dtype, into contiguous y (..., bins, frames)."""
-    _copy(y, x, r_f, r_t, inverse=True)
+def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
+    """See `op.inverse_cmx`."""
+    x = layout.plain(x)
+    y = x.new_empty(layout.demultiplexed(x, *factors))
+    with torch.cuda.device_of(x):
+        _copy(y, x, *factors, inverse=True)
+    return y
 
 
 def _copy(x: Tensor, y: Tensor, r_f: int, r_t: int, inverse: bool) -> None:
+    """Copy contiguous x (..., bins, frames), of any dtype, to the contiguous CMX tensor y; inverse: y to x."""
     if x.numel() == 0:
         return
     if x.dtype == torch.complex128:
@@ -328,27 +337,44 @@ def _copy(x: Tensor, y: Tensor, r_f: int, r_t: int, inverse: bool) -> None:
         general(x, y, rows * frames, bins, columns, r_f, r_t, BLOCK=_BLOCK, INVERSE=inverse, num_warps=_WARPS)
 
 
-def spectrogram_cmx(z: Tensor, x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> None:
-    """Complex z (samples, bins, frames), its frames or bins contiguous, into the contiguous CMX tensor x."""
+def spectrogram_cmx(z: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
+    """See `op.spectrogram_cmx`; z is complex64."""
+    x = z.new_empty(layout.multiplexed(z, *factors), dtype=torch.float32)
+    z = layout.batched(z)
+    with torch.cuda.device_of(z):
+        _spectrogram(z, x, *factors, epsilon, scale)
+    return x
+
+
+def _spectrogram(z: Tensor, x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> None:
+    """Compute the contiguous CMX tensor x of complex z (samples, bins, frames), its frames or bins contiguous."""
     if z.numel() == 0:
         return
     if r_t not in _SPLITS:
         whole = x.new_empty(z.shape)
-        spectrogram_cmx(z, whole, 1, 1, epsilon, scale)
-        return cmx(whole, x, r_f, r_t)
+        _spectrogram(z, whole, 1, 1, epsilon, scale)
+        return _copy(whole, x, r_f, r_t, inverse=False)
     _launch_spectrogram(z, x, z, r_f, r_t, epsilon, scale, backward=False)
 
 
-def spectrogram_cmx_backward(
+def spectrogram_cmx_backward(grad: Tensor, z: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
+    """Return the gradient of `spectrogram_cmx` to z, in memory whose contiguous dimension is that of z."""
+    grad_z = layout.empty_like(z)
+    with torch.cuda.device_of(grad):
+        _spectrogram_backward(layout.plain(grad), layout.batched(z), layout.batched(grad_z), *factors, epsilon, scale)
+    return grad_z
+
+
+def _spectrogram_backward(
     grad: Tensor, z: Tensor, grad_z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float
 ) -> None:
-    """Gradient, into grad_z, whose contiguous dimension is that of z (samples, bins, frames)."""
+    """Compute grad_z, whose contiguous dimension is that of z (samples, bins, frames)."""
     if z.numel() == 0:
         return
     if r_t not in _SPLITS:
         whole = grad.new_empty(z.shape)
-        inverse_cmx(grad, whole, r_f, r_t)
-        return spectrogram_cmx_backward(whole, z, grad_z, 1, 1, epsilon, scale)
+        _copy(whole, grad, r_f, r_t, inverse=True)
+        return _spectrogram_backward(whole, z, grad_z, 1, 1, epsilon, scale)
     _launch_spectrogram(z, grad, grad_z, r_f, r_t, epsilon, scale, backward=True)
 
 
@@ -374,17 +400,26 @@ def _launch_spectrogram(
 
 
 def inverse_spectrogram_cmx(
-    x: Tensor, m: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int
-) -> None:
-    """A contiguous CMX tensor x into contiguous magnitudes m (..., below + bins + above, frames)."""
+    x: Tensor, factors: tuple[int, int], epsilon: float, scale: float, zeros: tuple[int, int]
+) -> Tensor:
+    """See `op.inverse_spectrogram_cmx`; x is float32."""
+    x = layout.plain(x)
+    m = x.new_empty(layout.demultiplexed(x, *factors, sum(zeros)))
+    with torch.cuda.device_of(x):
+        _magnitudes(x, m, *factors, epsilon, scale, *zeros)
+    return m
+
+
+def _magnitudes(x: Tensor, m: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int) -> None:
+    """Compute contiguous magnitudes m (..., below + bins + above, frames) of a contiguous CMX tensor x."""
     if m.numel() == 0:
         return
     (*_, bins, frames), columns = m.shape, x.shape[-1]
     bins -= below + above
     if r_t not in _SPLITS:
         whole = x.new_empty(*x.shape[:-3], 1, bins, frames)
-        inverse_cmx(x, whole.squeeze(-3), r_f, r_t)
-        return inverse_spectrogram_cmx(whole, m, 1, 1, epsilon, scale, below, above)
+        _copy(whole.squeeze(-3), x, r_f, r_t, inverse=True)
+        return _magnitudes(whole, m, 1, 1, epsilon, scale, below, above)
     rows, tile = m.numel() // frames, _row_tile(r_t, 4)
     grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
     factor = math.log2(math.e) / scale

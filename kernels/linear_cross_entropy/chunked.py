@@ -1,4 +1,4 @@
-"""The logits of some rows at a time, and the gradient while they are at hand; on any device.
+"""This implementation holds the logits of some rows at a time, on any device.
 
 As in Wijmans et al. 2024 (arXiv:2411.09009, §3), rows go through the head in chunks; unlike there the gradient is made
 right after the loss, while the chunk's probabilities are at hand, so that no product is computed twice. With W the
@@ -17,7 +17,7 @@ CHUNK = {"cpu": 1 << 22, "other": 1 << 25}  # logits at once: near the cache; on
 
 
 def rows_at_once(x: Tensor, codes: int) -> int:
-    """Rows of x (N, W) whose logits exist at a time, for a head of `codes` codes; at least 1 and at most N."""
+    """Return for how many rows of x (N, W) the logits of `codes` codes are to exist at a time: 1 to N."""
     room = CHUNK["cpu" if _backend.device_type(x) == "cpu" else "other"]
     return min(max(room // codes, 1), len(x))
 
@@ -25,7 +25,7 @@ def rows_at_once(x: Tensor, codes: int) -> int:
 def mean_and_gradients(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mean cross-entropy, and the gradients of the *sum* over rows for x, weight and bias.
+    """Return the mean cross-entropy, and the gradients of the *sum* over rows for x, weight and bias.
 
     Args:
         x, weight, bias, target: as for `op.linear_cross_entropy`.
@@ -52,7 +52,7 @@ def mean_and_gradients(
 
 
 def scores(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Per row the cross-entropy (N,) and whether the target has the largest logit, bool (N,); see `op.token_scores`."""
+    """Return per row the loss (N,) and whether the target has the largest logit, bool (N,); see `op.token_scores`."""
     head, losses, right = _Head(x, weight, bias, dtype), [], []
     for rows, aims in zip(x.split(head.rows), target.split(head.rows), strict=True):
         logits = head.logits(rows.to(dtype))
@@ -62,7 +62,7 @@ def scores(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch
 
 
 class _Head:
-    """Logits of some rows at a time, in memory that serves all of them: float32, or float64 for such products."""
+    """This gives logits of some rows at a time, all in the same memory: float32, or float64 if its products are."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.bias = weight.to(dtype), bias.to(dtype)
@@ -73,17 +73,17 @@ class _Head:
         self._low = self._logits if dtype == self.exact else torch.empty(shape, device=x.device, dtype=dtype)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Logits (n, V) of rows (n, W); overwrites those given before."""
+        """Return the logits (n, V) of rows (n, W), which overwrite those returned before."""
         low = torch.addmm(self.bias, rows, self.weight.T, out=self._low[: len(rows)])
         return low if self._low is self._logits else self._logits[: len(rows)].copy_(low)
 
     def lowered(self, gradient: Tensor) -> Tensor:
-        """The gradient (n, V) of the logits in the dtype of the products."""
+        """Return the gradient (n, V) of the logits in the dtype of the products."""
         return gradient if self._low is self._logits else self._low[: len(gradient)].copy_(gradient)
 
 
 def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The probabilities, on a CPU in place of the logits, and the losses log sum exp(z) - z_t.
+    """Return the probabilities, on a CPU in place of the logits, and the losses log sum exp(z) - z_t.
 
     The largest probability is exp(z_max) / sum exp(z), so that no second pass of exponentials is needed.
     """

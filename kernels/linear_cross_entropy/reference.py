@@ -1,4 +1,4 @@
-"""The definition, in plain PyTorch: the linear head and the cross-entropy of all its logits at once."""
+"""This is the definition, in plain PyTorch: the linear head and the cross-entropy of all its logits at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def logits(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits (N, V) of rows x (N, W): the product in `dtype`, the result in float32, or in float64 for that dtype."""
+    """Return the logits (N, V) of rows x (N, W): products in `dtype`, the result in float32, or in float64 for that."""
     z = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
     return z if dtype == torch.float64 else z.float()
 

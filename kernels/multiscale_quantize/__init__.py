@@ -1,4 +1,4 @@
-"""Multi-scale residual vector quantisation."""
+"""This operation is VAR's multi-scale residual vector quantisation; `op` is its contract."""
 
 from mars.kernels.multiscale_quantize.op import area_downsample as area_downsample
 from mars.kernels.multiscale_quantize.op import dequantize_scale as dequantize_scale

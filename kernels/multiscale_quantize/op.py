@@ -1,24 +1,20 @@
-"""Contract of `multiscale_quantize`: the coarse-to-fine residual quantiser of VAR."""
+"""This is the contract of `multiscale_quantize`, the coarse-to-fine residual quantiser of VAR."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mars.kernels import _native
-from mars.kernels._backend import backend
-from mars.kernels.multiscale_quantize import reference
+from mars.kernels import _backend, _native
+from mars.kernels.multiscale_quantize import native, reference
+from mars.kernels.multiscale_quantize.problem import Problem
 from mars.kernels.multiscale_quantize.reference import area_downsample as area_downsample
 from mars.kernels.multiscale_quantize.reference import dequantize_scale as dequantize_scale
-from mars.kernels.multiscale_quantize.resampling import bicubic_matrix
-from mars.kernels.nearest_code import PackedCodebook
+from mars.kernels.multiscale_quantize.resampling import pairs, shifted_matrices
 from mars.kernels.nearest_code.op import Metric
 
 
@@ -65,59 +61,11 @@ def multiscale_quantize(
     return ids, totals
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _check(
-    f: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    phi_index: Sequence[int],
-    scales: Sequence[tuple[int, int]],
-    metric: str,
-    keep: Tensor | None,
-) -> None:
-    if f.ndim != 4 or codebook.ndim != 2 or f.shape[1] != codebook.shape[1] or 0 in codebook.shape:
-        raise ValueError(
-            f"multiscale_quantize: want f (B, D, H, W) and codebook (V, D), D and V at least 1; "
-            f"got {tuple(f.shape)}, {tuple(codebook.shape)}"
-        )
-    dim, height, width = f.shape[1:]
-    if weight.shape[1:] != (dim, dim, 3, 3) or bias.shape != (len(weight), dim):
-        raise ValueError(
-            f"multiscale_quantize: want weight (Q, {dim}, {dim}, 3, 3) and bias (Q, {dim}); "
-            f"got {tuple(weight.shape)}, {tuple(bias.shape)}"
-        )
-    others = (codebook, weight, bias)
-    if f.dtype not in (torch.float32, torch.float64) or any(t.dtype != f.dtype for t in others):
-        raise ValueError(
-            "multiscale_quantize: want f, codebook, weight and bias all float32 or all float64; "
-            f"got {', '.join(str(t.dtype) for t in (f, *others))}"
-        )
-    if any(t.device != f.device for t in (*others, *([] if keep is None else [keep]))):
-        raise ValueError(f"multiscale_quantize: want all tensors on f's device, {f.device}")
-    if not scales or tuple(scales[-1]) != (height, width) or len(phi_index) != len(scales):
-        raise ValueError(
-            f"multiscale_quantize: the last of the scales {tuple(scales)} must be f's grid {(height, width)} "
-            f"and phi_index needs one entry per scale, got {len(phi_index)}"
-        )
-    if any(not (1 <= h <= height and 1 <= w <= width) for h, w in scales):
-        raise ValueError(
-            f"multiscale_quantize: want scales within (1, 1)..{(height, width)}, f's grid, got {tuple(scales)}"
-        )
-    if any(a > b for coarse, fine in pairwise(scales) for a, b in zip(coarse, fine, strict=True)):
-        raise ValueError(
-            f"multiscale_quantize: want scales coarse to fine, none smaller than the one before; got {scales}"
-        )
-    if any(not 0 <= q < len(weight) for q in phi_index):
-        raise ValueError(f"multiscale_quantize: want phi_index in 0..{len(weight) - 1}, got {list(phi_index)}")
-    if metric not in get_args(Metric):
-        raise ValueError(f"multiscale_quantize: metric must be l2 or cosine, got {metric!r}")
-    if keep is not None and (keep.shape != f.shape[:1] or keep.dtype not in _INTEGERS):
-        raise ValueError(
-            f"multiscale_quantize: want keep ({len(f)},) of integers, got {tuple(keep.shape)} of {keep.dtype}"
-        )
+_IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Tensor, Tensor]]] = {
+    "reference": reference.multiscale_quantize,
+    "native": native.multiscale_quantize,
+    "triton": _backend.deferred("mars.kernels.multiscale_quantize.triton", "multiscale_quantize"),
+}
 
 
 @torch.library.custom_op("mars::multiscale_quantize", mutates_args=())
@@ -132,60 +80,16 @@ def _quantize(
     ratio: float,
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    grids = _pairs(scales)
-    _check(f, codebook, weight, bias, phi_index, grids, metric, keep)
+    problem = Problem(f, codebook, weight, bias, phi_index, pairs(scales), metric, ratio, keep)  # type: ignore[arg-type]
+    problem.check()  # the type of the metric, too
     _native.check_memory("multiscale_quantize", f, codebook, weight, bias, keep)
-    if keep is not None and keep.device.type == "cpu" and ((keep < 0) | (keep > len(grids))).any():
-        raise ValueError(f"multiscale_quantize: want keep in 0..{len(grids)}, got {keep.tolist()}")
-    arguments: Any = (f, codebook, weight, bias, phi_index, grids, metric, ratio, keep)
-    chosen = backend(f.device.type) if f.dtype == torch.float32 else "reference"
+    most = len(problem.scales)
+    if keep is not None and keep.device.type == "cpu" and ((keep < 0) | (keep > most)).any():
+        raise ValueError(f"multiscale_quantize: want keep in 0..{most}, got {keep.tolist()}")
+    backend = _backend.backend(f.device.type) if f.dtype == torch.float32 else "reference"
     with torch.autocast(f.device.type, enabled=False):
-        if chosen == "native":
-            ids, totals = _on_cpu(*arguments)
-        elif chosen == "triton":
-            from mars.kernels.multiscale_quantize import triton
-
-            with torch.cuda.device_of(f):
-                ids, totals = triton.multiscale_quantize(*arguments)
-        else:
-            ids, totals = reference.multiscale_quantize(*arguments)
+        ids, totals = _backend.select("multiscale_quantize", _IMPLEMENTATIONS, backend)(problem)
     return totals, ids  # the differentiable one first, as `torch.library.opcheck` needs it
-
-
-def _on_cpu(
-    f: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    phi_index: Sequence[int],
-    scales: list[tuple[int, int]],
-    metric: Metric,
-    ratio: float,
-    keep: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    f, codebook, flat = f.contiguous(), codebook.contiguous(), [size for scale in scales for size in scale]
-    packed = PackedCodebook(codebook, metric, "native")
-    taps, bias = reference.fold(weight, ratio), (bias * ratio).contiguous()
-    keep = None if keep is None else keep.to(torch.int64).contiguous()
-    totals, ids = _outputs(f, scales)
-    status = _native.functions().mars_multiscale_quantize(
-        f.data_ptr(),
-        *f.shape,
-        codebook.data_ptr(),
-        packed.pointer,
-        taps.data_ptr(),
-        bias.data_ptr(),
-        len(scales),
-        (ctypes.c_int64 * len(flat))(*flat),
-        (ctypes.c_int64 * len(scales))(*phi_index),
-        _shifted_on(tuple(flat), f.dtype, f.device).data_ptr(),
-        None if keep is None else keep.data_ptr(),
-        ids.data_ptr(),
-        totals.data_ptr(),
-        _native.threads(),
-    )
-    _native.check(status)
-    return ids, totals
 
 
 @_quantize.register_fake
@@ -196,24 +100,17 @@ def _fake(
     bias: Tensor,
     phi_index: Sequence[int],
     scales: Sequence[int],
-    metric: str,
-    ratio: float,
-    keep: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    grids = _pairs(scales)
-    _check(f, codebook, weight, bias, phi_index, grids, metric, keep)
-    return _outputs(f, grids)
-
-
-def _outputs(f: Tensor, grids: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Uninitialised running sums and tokens."""
-    ids = f.new_empty((len(f), sum(h * w for h, w in grids)), dtype=torch.int64)
-    return f.new_empty((len(grids), *f.shape)), ids
+    problem = Problem(f, codebook, weight, bias, phi_index, pairs(scales), *rest)
+    problem.check()
+    ids, totals = problem.outputs()
+    return totals, ids
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, codebook, weight, _, ctx.phi_index, scales, _, ctx.ratio, keep = inputs
-    ctx.scales = _pairs(scales)
+    ctx.scales = pairs(scales)
     ctx.save_for_backward(codebook, weight, output[1], keep)
 
 
@@ -223,7 +120,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """No chain through the scales: the tokens are known, and a contribution is part of its own and of all later sums.
+    """Compute all scales' gradients: a contribution, whose tokens are known, is part of its own and all later sums.
 
     A contribution is bias + sum_{s,t} R_s z C_t^T taps[s, t], where R_s and C_t up-sample and shift. So its gradient is
     brought to the grid of the scale first, once per tap, and the rest are products over tokens.
@@ -260,37 +157,20 @@ _quantize.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("mars::shifted_bicubic_matrices", mutates_args=())
 def _shifted(like: Tensor, scales: Sequence[int]) -> Tensor:
-    """All scales' up-sampling to the last and its shifts by -1, 0, 1, end to end: rows (H, 3, h), columns (W, 3, w).
+    """Return `shifted_matrices` on the device and in the dtype of `like`.
 
     An operator, so that a compiled gradient finds them on the device, too, instead of copying them there.
     """
     _check_sizes(scales)
-    return _shifted_on(tuple(scales), like.dtype, like.device).clone()
+    return shifted_matrices(tuple(scales), like.dtype, like.device).clone()
 
 
 @_shifted.register_fake
 def _(like: Tensor, scales: Sequence[int]) -> Tensor:
     _check_sizes(scales)
-    return like.new_empty(sum(3 * size * out for s in _pairs(scales) for size, out in zip(s, scales[-2:], strict=True)))
+    return like.new_empty(sum(3 * size * out for s in pairs(scales) for size, out in zip(s, scales[-2:], strict=True)))
 
 
 def _check_sizes(scales: Sequence[int]) -> None:
     if len(scales) < 2 or min(scales) < 1:
         raise ValueError(f"shifted_bicubic_matrices: want scales of 1 or more cells each way, got {list(scales)}")
-
-
-@lru_cache(maxsize=64)
-def _shifted_on(scales: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    entries: list[float] = []
-    for scale in _pairs(scales):
-        for size, out in zip(scale, scales[-2:], strict=True):
-            none = [(0.0,) * size]
-            padded = [*none, *bicubic_matrix(size, out), *none]
-            entries += [entry for i in range(out) for row in padded[i : i + 3] for entry in row]
-    return torch.tensor(entries, dtype=dtype, device=device)
-
-
-def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
-    if len(flat) % 2:
-        raise ValueError(f"multiscale_quantize: want scales in pairs (h, w), got {len(flat)} numbers")
-    return list(zip(flat[::2], flat[1::2], strict=True))

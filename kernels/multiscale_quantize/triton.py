@@ -7,7 +7,7 @@ the device, so that a CUDA graph can capture a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mars.kernels._triton import Compilation
 from mars.kernels.multiscale_quantize import reference
+from mars.kernels.multiscale_quantize.problem import Problem
 from mars.kernels.nearest_code import PackedCodebook
-from mars.kernels.nearest_code.op import Metric
 
 _BLOCK_X = 16  # cells of a row that one program of `_update_kernel` computes
 
@@ -165,36 +165,32 @@ _AREA_D, _AREA_WARPS, _UPDATE_WARPS = 32, 1, 8
 
 
 def _area_tile(width: int, w: int) -> int:
-    """The narrow one where every window fits into it: windows reach over at most width / w + 2 cells."""
+    """Take the narrow one where every window fits into it: windows reach over at most width / w + 2 cells."""
     return _AREA_TILES[width > 2 * w]
 
 
 def _update_tile(dim: int, w: int) -> tuple[int, int]:
-    """Columns that are sources of BLOCK_X neighbouring ones and their convolution: at most 22, and at most w."""
+    """Take as many columns as BLOCK_X neighbouring ones and their convolution come from: at most 22, and at most w."""
     return _UPDATE_TILES[2 if w > 16 else dim > 16]
 
 
-def multiscale_quantize(
-    f: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    phi_index: Sequence[int],
-    scales: Sequence[tuple[int, int]],
-    metric: Metric,
-    ratio: float,
-    keep: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def multiscale_quantize(problem: Problem) -> tuple[Tensor, Tensor]:
     """See `op.multiscale_quantize`."""
+    with torch.cuda.device_of(problem.f):
+        return _quantize(problem)
+
+
+def _quantize(problem: Problem) -> tuple[Tensor, Tensor]:
+    f, scales, keep = problem.f, problem.scales, problem.keep
     batch, dim, height, width = f.shape
-    codebook = codebook.contiguous()
-    packed = PackedCodebook(codebook, metric, "triton")
-    taps, bias = reference.fold(weight, ratio), (bias * ratio).contiguous()
+    codebook = problem.codebook.contiguous()
+    packed = PackedCodebook(codebook, problem.metric, "triton")
+    taps, bias = reference.fold(problem.weight, problem.ratio), (problem.bias * problem.ratio).contiguous()
     keep = f.new_full((batch,), len(scales), dtype=torch.int64) if keep is None else keep.long().contiguous()
     residual = f.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     totals = f.new_empty((len(scales), *f.shape))
     ids = []
-    for k, (h, w) in enumerate(scales):
+    for k, ((h, w), q) in enumerate(zip(scales, problem.phi_index, strict=True)):
         sizes = (height, width, dim, h, w)
         rows = residual.view(-1, dim)
         if (h, w) != (height, width):
@@ -210,8 +206,8 @@ def multiscale_quantize(
             _update_kernel[(batch * height, triton.cdiv(width, _BLOCK_X), triton.cdiv(dim, block_d))](
                 ids[-1],
                 codebook,
-                taps[phi_index[k]],
-                bias[phi_index[k]],
+                taps[q],
+                bias[q],
                 keep,
                 residual,
                 totals[max(k - 1, 0)],

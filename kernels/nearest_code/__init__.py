@@ -1,4 +1,4 @@
-"""Index of the nearest codebook row."""
+"""This operation finds the nearest codebook row; `op` is its contract."""
 
 from mars.kernels.nearest_code.op import PackedCodebook as PackedCodebook
 from mars.kernels.nearest_code.op import nearest_code as nearest_code

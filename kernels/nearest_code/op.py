@@ -1,4 +1,4 @@
-"""Contract of `nearest_code`: the vector quantiser's search (van den Oord et al. 2017, eq. 1).
+"""This is the contract of `nearest_code`, the vector quantiser's search (van den Oord et al. 2017, eq. 1).
 
 What is computed, in float32 and in this order: the score of code v starts at -|c_v|^2 / 2 ("l2", summed in float64 and
 then rounded) or at 0 ("cosine", on rows of the codebook divided by their length), and x_d c_vd is added to it with one
@@ -13,24 +13,23 @@ is not a float32, is never chosen unless no other is left.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, Literal, NoReturn, Self, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, NoReturn, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mars.kernels import _native
-from mars.kernels._backend import Backend, backend
-from mars.kernels.nearest_code import reference
+from mars.kernels import _backend, _native
+from mars.kernels.nearest_code import native, packing, reference
 
 Metric = Literal["l2", "cosine"]
 _TRITON_DIM = 256  # a row of x is held in registers
 
 
 def nearest_code(x: Tensor, codebook: Tensor | PackedCodebook, metric: Metric = "l2") -> Tensor:
-    """Index of the codebook row nearest to each row of x, the lowest index on ties. Never holds an (N, V) matrix.
+    """Return the index of the codebook row nearest to each row of x, the lowest on ties, without an (N, V) matrix.
 
     Args:
         x: (N, D), any float dtype and strides; the search is in float32. No gradient.
@@ -68,52 +67,50 @@ def pack_codebook(codebook: Tensor, metric: Metric = "l2") -> PackedCodebook:
         ValueError: as `nearest_code`.
     """
     _check_codebook(codebook, metric)
-    return PackedCodebook(_plain(_with_memory(codebook)), metric, backend(codebook.device.type))
+    return PackedCodebook(_plain(_with_memory(codebook)), metric, _backend.backend(codebook.device.type))
+
+
+class _Implementation(NamedTuple):
+    """A backend prepares a codebook, float32 (V, D) and contiguous, and searches what that made of it."""
+
+    pack: Callable[[Tensor, str], Any]
+    search: Callable[[Tensor, Any], Tensor]
+
+
+def _unit(codebook: Tensor, metric: str) -> Tensor:
+    return F.normalize(codebook, dim=-1) if metric == "cosine" else codebook
+
+
+_IMPLEMENTATIONS = {
+    "reference": _Implementation(
+        lambda codebook, metric: (codebook.clone(), metric), lambda x, packed: reference.nearest_code(x, *packed)
+    ),
+    "native": _Implementation(
+        lambda codebook, metric: native.Packed(_unit(codebook, metric), metric == "cosine"), native.search
+    ),
+    "triton": _Implementation(
+        lambda codebook, metric: packing.pack(_unit(codebook, metric), biased=metric == "l2"),
+        _backend.deferred("mars.kernels.nearest_code.triton", "search"),
+    ),
+}
 
 
 class PackedCodebook:
-    """A codebook in the layout of the kernel that will search it, unchanging, for this process. See `pack_codebook`."""
+    """This is a codebook in the layout of the kernel that will search it, for this process; see `pack_codebook`."""
 
-    def __init__(self, codebook: Tensor, metric: str, chosen: Backend) -> None:
-        if chosen == "triton" and codebook.shape[1] > _TRITON_DIM:
-            chosen = "reference"
-        self.shape, self.device, self.metric, self.backend = codebook.shape, codebook.device, metric, chosen
-        self._packed: Any
-        if chosen == "reference":
-            self._packed = codebook.clone()
-            return
-        if metric == "cosine":
-            codebook = F.normalize(codebook, dim=-1)
-        if chosen == "triton":
-            from mars.kernels.nearest_code import triton
-
-            with torch.cuda.device_of(codebook):
-                self._packed = triton.prepare(codebook, biased=metric == "l2")
-        else:
-            lib = _native.functions()
-            self._packed = lib.mars_codebook_pack(codebook.data_ptr(), *codebook.shape, metric == "cosine")
-            if not self._packed:
-                raise MemoryError(f"nearest_code: no memory to pack a codebook {tuple(codebook.shape)}")
-            weakref.finalize(self, lib.mars_codebook_free, self._packed)
+    def __init__(self, codebook: Tensor, metric: str, backend: str) -> None:
+        if backend == "triton" and codebook.shape[1] > _TRITON_DIM:
+            backend = "reference"
+        pack, self._search = _backend.select("nearest_code", _IMPLEMENTATIONS, backend)
+        self.shape, self.device, self.metric, self.backend = codebook.shape, codebook.device, metric, backend
+        self._packed = pack(codebook, metric)
 
     def search(self, x: Tensor) -> Tensor:
-        """int64 (N,): see `nearest_code`. x: (N, D)."""
+        """Return int64 (N,) for x (N, D); see `nearest_code`."""
         _check(x, self.shape, self.device)
         if torch.compiler.is_compiling():
             raise RuntimeError("nearest_code: a packed codebook cannot be compiled; give the codebook (V, D) itself")
-        x = _plain(_with_memory(x))
-        if self.backend == "reference":
-            return reference.nearest_code(x, self._packed, self.metric)
-        if self.backend == "triton":
-            from mars.kernels.nearest_code import triton
-
-            with torch.cuda.device_of(x):
-                return triton.search(x, self._packed)
-        ids = x.new_empty(len(x), dtype=torch.int64)
-        _native.check(
-            _native.functions().mars_nearest_code(self._packed, x.data_ptr(), len(x), ids.data_ptr(), _native.threads())
-        )
-        return ids
+        return self._search(_plain(_with_memory(x)), self._packed)
 
     def __copy__(self) -> Self:
         return self
@@ -126,18 +123,18 @@ class PackedCodebook:
 
     @property
     def pointer(self) -> int:
-        """The packed form for the library's own functions ("native" only)."""
-        assert self.backend == "native"
-        return self._packed
+        """Return the address of the packed form for the library's own functions ("native" only)."""
+        assert isinstance(self._packed, native.Packed)
+        return self._packed.pointer
 
 
 def _plain(x: Tensor) -> Tensor:
-    """What the kernels read: float32, contiguous, and no view that negates on reading."""
+    """Return x as the kernels read it: float32, contiguous, and no view that negates on reading."""
     return x.detach().float().contiguous().resolve_neg()
 
 
 def _with_memory(x: Tensor) -> Tensor:
-    """x, whose values the kernels will find. An op is not run on fake tensors; packing and a packed search could be."""
+    """Return x, or raise ValueError where it is fake, which packing could be called with, or lacks its memory."""
     if isinstance(x, FakeTensor):
         raise ValueError(f"nearest_code: want tensors with their values in memory; {tuple(x.shape)} is a fake one")
     _native.check_memory("nearest_code", x)

@@ -1,4 +1,4 @@
-"""The definition in plain PyTorch, in slices of `SCORES` scores; see `op` for the order of the arithmetic."""
+"""This is the definition in plain PyTorch, in slices of `SCORES` scores; `op` gives the order of the arithmetic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
 
 @contextmanager
 def _full_precision(device: str) -> Iterator[None]:
-    """Products in full float32: neither autocast, nor the TF32 or bfloat16 that a lower matmul precision allows."""
+    """Multiply in full float32, without autocast and without the TF32 or bfloat16 of a lower matmul precision."""
     precision = torch.get_float32_matmul_precision()
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")

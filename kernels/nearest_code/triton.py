@@ -9,8 +9,7 @@ in float32; b_v is -|c_v|^2 / 2, summed in float64, or 0 for cosine. The kernels
 - the re-rank computes the scores of those groups, one or two a row, in the stated order;
 - the exact kernel computes all scores of the rows with more candidates than the filter keeps. Small problems are its.
 
-The codes are sorted by length, so that those of a group have errors of one size, and centred where that keeps the order
-of the scores, so that a common offset costs no precision.
+`packing` prepares the codebook for all three.
 """
 
 from __future__ import annotations
@@ -23,29 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mars.kernels._triton import ARCHITECTURES, Compilation
+from mars.kernels.nearest_code import packing
+from mars.kernels.nearest_code.packing import Packed
 
-_GROUP = tl.constexpr(32)  # codes
-_TILE = tl.constexpr(
-    128
-)  # codes: of the four threads that share a row of the tensor cores' results, each holds a group
-_NONE = tl.constexpr(2**31 - 1)  # no code
-_LARGE = tl.constexpr(1e18)  # lengths from here on are left to the exact kernel, as products could overflow
-_RATIO = tl.constexpr(0.0018)  # |x - bfloat16(x)| to |x|, typically; any value is correct
+_GROUP, _TILE, _NONE = tl.constexpr(packing.GROUP), tl.constexpr(packing.TILE), tl.constexpr(packing.NONE)
+_LARGE, _RATIO = tl.constexpr(packing.LARGE), tl.constexpr(packing.RATIO)
 _EXACT_PROGRAMS = 512  # at most; they take turns
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A codebook made ready by `prepare`; all but `size` are tensors, V and D padded where it says so."""
-
-    size: int  # V
-    codes: Tensor  # float32 (groups, D, 32), sorted; 0 where not finite
-    bias: Tensor  # float32 (groups * 32,); -inf: never chosen
-    order: Tensor  # int32 (groups * 32,): the index in the codebook
-    rounded: Tensor  # bfloat16 (groups * 32, padded D): centred, in the order of the tensor cores' columns
-    rounded_bias: Tensor  # float32 (groups * 32,): of the centred codes, in that order
-    bounds: Tensor  # float32 (tiles, 2, 4): a score of the filter errs by at most bounds[:, 0] |x| + bounds[:, 1]
-    shift: Tensor  # float32 (padded D,): what the filter takes from x
 
 
 @dataclass(frozen=True)
@@ -81,84 +63,21 @@ _RERANK = {"rows": 4, "warps": 4, "stages": 3}
 _EXACT = {"rows": 64, "columns": 64, "depth": 16, "warps": 8, "stages": 2}
 
 
-@torch.no_grad()
-def prepare(codebook: Tensor, biased: bool) -> Packed:
-    """What the kernels need of a codebook.
-
-    Args:
-        codebook: float32 (V, D), contiguous, 1 <= V < 2**31, 1 <= D <= 256; for cosine, rows of length 1.
-        biased: whether the scores start at -|c|^2 / 2, which gives the smallest distance, or at 0, for cosine.
-    """
-    size, d = codebook.shape
-    depth = max(16, triton.next_power_of_2(d))
-    group, tile = _GROUP.value, _TILE.value
-    padded = triton.cdiv(size, tile) * tile
-    valid = codebook.isfinite().all(1)
-    codes = torch.where(valid[:, None], codebook, 0.0).double()
-    bias = -0.5 * codes.square().sum(1) if biased else torch.zeros_like(codes[:, 0])
-    valid &= bias.float().isfinite()
-    codes = torch.where(valid[:, None], codes, 0.0)
-
-    mean = (codes.sum(0) / valid.sum().clamp_min(1)).float()
-    shift = mean if biased else torch.zeros_like(mean)
-    centred = torch.where(valid[:, None], codes - mean, 0.0)
-    order = torch.where(valid, centred.square().sum(1), torch.inf).argsort(stable=True)
-
-    def pad(values: Tensor, value: float) -> Tensor:
-        """Sorted, with rows added up to a whole number of tiles."""
-        out = values.new_full((padded, *values.shape[1:]), value)
-        out[:size] = values[order]
-        return out
-
-    codes, centred = pad(codes, 0.0), pad(centred, 0.0)
-    bias = pad(torch.where(valid, bias, -torch.inf), -torch.inf)
-    rounded = centred.float().bfloat16()
-    known = bias > -torch.inf
-    centred_bias = torch.where(known, -0.5 * centred.square().sum(1), 0.0) if biased else torch.zeros_like(bias)
-
-    # What the sums lose, relative to |x| |c| + |b|: `chain` in the stated order, `sums` on the tensor cores, twice what
-    # they lose where they add 16 products at a time, cut off at 24 bits.
-    chain, sums = (d + 4) * 2.0**-24, (depth + 16) * 2.0**-22
-    length, kept = codes.norm(dim=1), rounded.double().norm(dim=1)
-    scale = (_RATIO.value + sums) * kept + (centred - rounded.double()).norm(dim=1) + chain * length
-    offset = chain * (torch.where(known, -bias, 0.0) + shift.double().norm() * length) - sums * centred_bias
-    offset += 2.0**-100  # what underflows
-    offset.masked_fill_((length > _LARGE.value) | (centred_bias < -1e38), torch.inf)
-    bounds = torch.stack((scale, offset)).view(2, -1, 4, group).amax(3).transpose(0, 1) * (1 + 2.0**-8)
-
-    rounded_bias = torch.where(known, centred_bias.clamp_min(-1e38), -torch.inf)
-    index = torch.arange(size, dtype=torch.int32, device=codebook.device)
-    return Packed(
-        size=size,
-        codes=codes.float().view(-1, group, d).transpose(1, 2).contiguous(),
-        bias=bias.float(),
-        order=pad(index, _NONE.value),
-        rounded=_columns(torch.nn.functional.pad(rounded, (0, depth - d))),
-        rounded_bias=_columns(rounded_bias.float()),
-        bounds=bounds.float().contiguous(),
-        shift=torch.nn.functional.pad(shift, (0, depth - d)),
-    )
-
-
-def _columns(values: Tensor) -> Tensor:
-    """Each tile's codes in the order of the tensor cores' columns: 8 j + 2 q + b holds code 2 j + b of group q."""
-    tiles = values.view(-1, 4, _GROUP.value // 2, 2, *values.shape[1:])
-    return tiles.transpose(1, 2).reshape(values.shape)
-
-
 def search(x: Tensor, packed: Packed) -> Tensor:
-    """The nearest code of each row, the lowest index on ties.
+    """Return the nearest code of each row, the lowest index on ties.
 
     x is float32 (N, D), contiguous. A row with a NaN or an infinity gets 0; a code with one, or with a bias beyond
     float32, is never chosen unless all are (then 0). Returns int64 (N,). Nothing waits for the GPU.
     """
     products = len(x) * packed.rounded.numel()
     # Below, launches and memory decide, not arithmetic.
-    return (search_exact if packed.size <= 2048 or products <= 1 << 27 else search_filtered)(x, packed)
+    run = search_exact if packed.size <= 2048 or products <= 1 << 27 else search_filtered
+    with torch.cuda.device_of(x):
+        return run(x, packed)
 
 
 def search_exact(x: Tensor, packed: Packed) -> Tensor:
-    """`search` without the filter."""
+    """Do what `search` does, without the filter."""
     blocks = triton.cdiv(len(x), _EXACT["rows"])
     scratch = torch.zeros(len(x) + blocks + 1, dtype=torch.int64, device=x.device)
     ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -167,7 +86,10 @@ def search_exact(x: Tensor, packed: Packed) -> Tensor:
 
 
 def search_filtered(x: Tensor, packed: Packed, splits: int | None = None) -> Tensor:
-    """`search` with the filter. `splits`, one of 1, 2, 4, 8, 16: programs that share the codes of a block of rows."""
+    """Do what `search` does, with the filter.
+
+    splits: 1, 2, 4, 8 or 16, the programs that share the codes of a block of rows.
+    """
     n, d = x.shape
     ids = torch.empty(n, dtype=torch.int64, device=x.device)
     if n == 0:
@@ -231,7 +153,7 @@ def _capability(device: torch.device) -> int:
 
 
 def _splits(blocks: int, tiles: int) -> int:
-    """As many as give about 256 programs with four tiles each or more."""
+    """Return how many splits give about 256 programs with four tiles each or more."""
     wanted = min(triton.cdiv(256, blocks), max(1, tiles // 4))
     return max(s for s in _SPLITS if s <= wanted)
 

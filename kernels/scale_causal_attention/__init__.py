@@ -1,4 +1,4 @@
-"""Attention that is bidirectional inside a scale and causal across scales."""
+"""This operation is attention that is bidirectional inside a scale and causal across scales; `op` is its contract."""
 
 from mars.kernels.scale_causal_attention.op import attention as attention
 from mars.kernels.scale_causal_attention.op import availability as availability

@@ -1,4 +1,4 @@
-"""Scale-causal attention by PyTorch's own functions and by packages that may be installed.
+"""These are scale-causal attentions by PyTorch's own functions and by packages that may be installed.
 
 Each takes q, k, v (B, H, L, D), normalised already where that is wanted, the lengths of the scales and the factor on
 the scores, and returns (B, H, L, D).
@@ -25,19 +25,19 @@ GROUP = 160  # tokens: scales are joined up to here, since many small calls cost
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """One `scaled_dot_product_attention`, masked where there is more than one scale."""
+    """Call `scaled_dot_product_attention` once, with a mask where there is more than one scale."""
     mask = reference.mask(lengths, q.device) if len(lengths) > 1 else None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def per_scale(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """A `scaled_dot_product_attention` for each scale, on the keys up to its own end: no mask."""
+    """Call `scaled_dot_product_attention` for each scale, on the keys up to its end: no mask, which NaN could pass."""
     parts = (F.scaled_dot_product_attention(*part, scale=scale) for part in _scales(q, k, v, lengths, dim=2))
     return torch.cat(list(parts), dim=2)
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """A `scaled_dot_product_attention` for each group of scales, masked inside the group."""
+    """Call `scaled_dot_product_attention` for each group of scales, with a mask inside the group."""
     parts = []
     for start, end, group in groups(lengths):
         mask = None
@@ -49,17 +49,8 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: floa
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-def math(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """Two matrix products and a softmax in float32, on all keys."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.to(dtype), k.to(dtype).mT) * scale
-    if len(lengths) > 1:
-        scores = scores.masked_fill(~reference.mask(lengths, q.device), float("-inf"))
-    return torch.matmul(scores.softmax(dim=-1).to(v.dtype), v)
-
-
 def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """The flash-attn package, a call for each scale."""
+    """Call the flash-attn package for each scale."""
     from flash_attn import flash_attn_func
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -68,7 +59,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """The xformers package, a call for each scale."""
+    """Call the xformers package for each scale."""
     from xformers.ops import memory_efficient_attention
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -77,16 +68,16 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: flo
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """FlexAttention (Dong et al. 2024, arXiv:2412.05496), compiled."""
+    """Call FlexAttention (Dong et al. 2024, arXiv:2412.05496), compiled."""
     attend, block_mask = _compiled_flex(), _block_mask(tuple(lengths), q.device)
     out: Tensor = attend(q, k, v, block_mask=block_mask, scale=scale)
     return out
 
 
 def groups(lengths: Sequence[int], least: int | None = None) -> list[Group]:
-    """(start, end, lengths of its scales) of consecutive groups of `least` tokens (`GROUP`) or more, but for the last.
+    """Join scales to groups of `least` tokens (`GROUP`) or more: (start, end, lengths of its scales) of each.
 
-    With 1 each scale is a group of its own.
+    The last may be smaller. With 1 each scale is a group of its own.
     """
     least = GROUP if least is None else least
     found: list[tuple[int, ...]] = [()]
@@ -99,12 +90,12 @@ def groups(lengths: Sequence[int], least: int | None = None) -> list[Group]:
 
 
 def finite(*tensors: Tensor) -> bool:
-    """Whether the sums of the tensors are. On a CPU only: elsewhere the answer would make the host wait."""
+    """Return whether the sums of the tensors are finite. On a GPU the answer would make the host wait."""
     return all(isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()) for x in tensors)
 
 
 def hiding(lengths: Sequence[int], least: int | None = None) -> int:
-    """The rows, from the first on, whose group has keys that are hidden from them by a mask; 0: there is no mask.
+    """Return how many rows, from the first on, have keys in their group that a mask hides; 0 where there is no mask.
 
     A weight of 0 hides what is finite only: 0 times NaN is NaN, and so is NaN less infinity, PyTorch's own masking.
     """
@@ -134,6 +125,6 @@ def _block_mask(lengths: tuple[int, ...], device: torch.device) -> Any:
 def _scales(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dim: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The queries of each scale and the keys and values up to its end; dim: that of the tokens."""
+    """Yield the queries of each scale and the keys and values up to its end; `dim` is that of the tokens."""
     for n, end in zip(lengths, accumulate(lengths), strict=True):
         yield q.narrow(dim, end - n, n), k.narrow(dim, 0, end), v.narrow(dim, 0, end)

@@ -1,4 +1,4 @@
-"""Scale-causal attention on a CPU: PyTorch's fused forward, or matrix products where a backward will follow.
+"""This is the attention of a CPU: PyTorch's fused forward, or matrix products where a backward will follow.
 
 The fused forward reads q, k and v once and keeps its scores in float32, in bfloat16 too. Its backward is the slow half,
 in bfloat16 above all, where it does not reach the matrix units. Matrix products do (Dao et al. 2022, arXiv:2205.14135,
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mars.kernels.scale_causal_attention import backends, reference
+from mars.kernels.scale_causal_attention.heads import empty_like_heads
 
 KEPT = 1 << 26  # bytes of P, at most, that a call keeps for its backward
 _SCORES = {4: 1 << 20, 2: 1 << 22}  # held at a time, by bytes of a value: a product in bfloat16 costs more to start
@@ -29,7 +30,7 @@ _EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 def kept(q: Tensor, lengths: Sequence[int]) -> int:
-    """Values of P that `forward` keeps: only in 16 bits, where they save the most, and none if above `KEPT` bytes."""
+    """Count the values of P that `forward` keeps: only in 16 bits, and none if they take more than `KEPT` bytes."""
     values = q.shape[0] * q.shape[1] * sum((end - start) * end for start, end, _ in backends.groups(lengths))
     return values if q.element_size() == 2 and 2 * values <= KEPT else 0
 
@@ -37,9 +38,8 @@ def kept(q: Tensor, lengths: Sequence[int]) -> int:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, L, D), laid out as (B, L, H, D), and P for `backward`, empty if it is not to be kept or not small."""
-    B, H, L, D = q.shape
-    out = q.new_empty(B, L, H, D).transpose(1, 2)
+    """Return (B, H, L, D), laid out as (B, L, H, D), and P for `backward`, empty if not wanted or not small."""
+    out = empty_like_heads(q)
     weights = q.new_empty(kept(q, lengths) if keep else 0)
     if len(weights) == 0:
         if head_scale is not None:
@@ -83,7 +83,7 @@ def backward(
     lengths: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it); weights: of `forward`."""
+    """Return the gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it)."""
     found = _backward(do, q, k, v, head_scale, weights, backends.groups(lengths), scale)
     if backends.hiding(lengths) and not backends.finite(*found[:3]):
         return _backward(do, q, k, v, head_scale, weights[:0], backends.groups(lengths, least=1), scale)
@@ -126,7 +126,7 @@ def _backward(
 
 
 class _Normalized:
-    """x / |x| of (n, L, D) in float32 or better, times a gain per head: n is a multiple of the heads."""
+    """This is x / |x| of (n, L, D) in float32 or better, times a gain per head; n is a multiple of the heads."""
 
     def __init__(self, x: Tensor, gain: Tensor | None = None) -> None:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -152,7 +152,7 @@ _Step = tuple[int, int, Tensor]  # a group's queries start:end, which see the ke
 
 
 class Slabs:
-    """A tensor (B, H, ...) cut into parts of a few heads, whose scores stay in the cache."""
+    """This cuts tensors (B, H, ...) into parts of a few heads, whose scores stay in the cache."""
 
     def __init__(self, q: Tensor, groups: list[backends.Group]) -> None:
         self.groups = groups[::-1]
@@ -173,12 +173,12 @@ class Slabs:
                 yield slice(b, b + self.samples), slice(h, h + self.heads)
 
     def of(self, part: tuple[slice, slice], *tensors: Tensor) -> list[Tensor]:
-        """The part of each tensor (B, H, L, D), as (heads, L, D)."""
+        """Return the part of each tensor (B, H, L, D), as (heads, L, D)."""
         cut = [x[part].flatten(0, 1) for x in tensors]
         return [x.contiguous() for x in cut] if self.contiguous else cut
 
     def softmax(self, q: Tensor, k: Tensor, scale: float) -> Iterator[_Step]:
-        """The weights of each group, the last first; each is overwritten by the next."""
+        """Yield the weights of each group, the last first; each is overwritten by the next."""
         q, k = q.to(self.scores.dtype), k.to(self.scores.dtype)
         for start, end, group in self.groups:
             S = self.scores[: len(q) * (end - start) * end].view(len(q), end - start, end)
@@ -188,7 +188,7 @@ class Slabs:
             yield start, end, torch.softmax(S, dim=-1, out=S)
 
     def cut(self, values: Tensor, heads: int) -> Iterator[_Step]:
-        """The same, from kept weights."""
+        """Yield what `softmax` does, from kept weights."""
         for start, end, _ in self.groups:
             size = heads * (end - start) * end
             yield start, end, values[:size].view(heads, end - start, end)

@@ -1,4 +1,4 @@
-"""Contract of `scale_causal_attention`: VAR's block-causal attention (Tian et al. 2024, arXiv:2404.02905, §3.2).
+"""This is the contract of `scale_causal_attention`, VAR's attention (Tian et al. 2024, arXiv:2404.02905, §3.2).
 
 MARS_ATTENTION chooses the implementation: "auto", or one of `BACKENDS`, which is then an error where it cannot run. It
 is read when this module is imported. "auto" follows MARS_KERNELS, and is otherwise
@@ -21,8 +21,8 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -33,10 +33,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mars.errors import ConfigError, KernelError
 from mars.kernels import _backend
 from mars.kernels.scale_causal_attention import backends, reference, registered
+from mars.kernels.scale_causal_attention.heads import TRITON_DTYPES, TRITON_SIZES
 
-AttentionBackend = Literal[
-    "triton", "hybrid", "grouped", "per_scale", "dense", "math", "flash", "xformers", "flex", "reference"
-]
+AttentionBackend = Literal["triton", "hybrid", "grouped", "dense", "flash", "xformers", "flex", "reference"]
 BACKENDS: tuple[AttentionBackend, ...] = get_args(AttentionBackend)
 _CHOICES = ("auto", *BACKENDS)
 
@@ -55,10 +54,10 @@ def scale_causal_attention(
     head_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Each token attends to all tokens of its own and of coarser scales.
+    """Let each token attend to all tokens of its own and of coarser scales.
 
     On a CPU the rows of a scale stay what they are when keys or values of a finer one are not finite; in a compiled
-    graph they do with "hybrid" and "per_scale". Elsewhere asking would make the host wait, and NaN can pass the masks.
+    graph they do with "hybrid". Elsewhere asking would make the host wait, and NaN can pass the masks.
 
     Args:
         q, k, v: (B, H, L, D), any strides, all of one float dtype; autocast casts them as for a matrix product.
@@ -86,19 +85,11 @@ def scale_causal_attention(
         )
     q, k, v = _autocast(q, k, v)
     name = _chosen(backend, q, lengths, head_scale is not None)
-    if name == "triton":
-        return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
-    if name == "hybrid":
-        keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        return registered.hybrid_attention(q, k, v, head_scale, lengths, scale, keep)[0]
-    if head_scale is not None:
-        q, k = reference.normalize(q, k, head_scale)
-    out = (reference.scale_causal_attention if name == "reference" else _FUNCTIONS[name])(q, k, v, lengths, scale)
-    return backends.per_scale(q, k, v, lengths, scale) if _hidden_shows(name, k, v, lengths) else out
+    return _backend.select("scale_causal_attention", _TABLE, name)(q, k, v, head_scale, lengths, scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
-    """Softmax attention of all q (B, H, n, D) to all k, v (B, H, m, D).
+    """Compute the softmax attention of all q (B, H, n, D) to all k, v (B, H, m, D).
 
     With n = m it is `scale_causal_attention` of a single scale, else PyTorch's fused attention.
 
@@ -123,7 +114,7 @@ def cached_attention(
     *,
     head_scale: Tensor | None = None,
 ) -> Tensor:
-    """The rows of one scale of `scale_causal_attention`, for generation, given the keys and values of the coarser ones.
+    """Compute one scale of `scale_causal_attention`, for generation, from the keys and values of the coarser ones.
 
     Args:
         q, k, v: (B, H, n, D), of the new scale.
@@ -154,7 +145,7 @@ def cached_attention(
 
 
 def availability(device: str | None = None) -> dict[str, str | None]:
-    """For each of `BACKENDS`, why it cannot run on a device type, or None where it can.
+    """Return for each of `BACKENDS` why it cannot run on a device type, or None where it can.
 
     Where the device is not named it is CUDA if there is one, else the CPU. Packages and FlexAttention are tried with a
     real call, forward and backward, in bfloat16 on CUDA and in float32 elsewhere, once a process.
@@ -188,12 +179,18 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def choice() -> str:
+    """Return what MARS_ATTENTION asks for, "auto" included, or raise ConfigError where it is none of `BACKENDS`."""
+    if _choice not in _CHOICES:  # not when it is read: an error of an import could not be told as one line
+        raise ConfigError(f"MARS_ATTENTION: want one of {', '.join(_CHOICES)}, got {_choice!r}")
+    return _choice
+
+
 def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: bool) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
-    if _choice not in _CHOICES:  # not when it is read: an error of an import could not be told as one line
-        raise ConfigError(f"MARS_ATTENTION: want one of {', '.join(_CHOICES)}, got {_choice!r}")
-    name, device = backend or _choice, _backend.device_type(q)
+    asked, device = choice(), _backend.device_type(q)
+    name = backend or asked
     if name != "auto":
         if not torch.compiler.is_compiling() and (why := _missing(name, device, q.dtype)) is not None:
             raise KernelError(f"scale_causal_attention: {name} cannot run: {why}")
@@ -210,18 +207,21 @@ def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: 
 
 
 def _hidden_shows(name: str, k: Tensor, v: Tensor, lengths: Sequence[int]) -> bool:
-    """Whether what is not finite in a finer scale may pass a mask; not asked where the host would wait."""
+    """Return whether what is not finite in a finer scale may pass a mask; not asked where the host would wait."""
     if name not in _MASKS or torch.compiler.is_compiling() or isinstance(k, FakeTensor) or k.device.type != "cpu":
         return False
     return backends.hiding(lengths, _MASKS[name]) > 0 and not backends.finite(k.detach(), v.detach())
 
 
 def _fits_triton(q: Tensor) -> bool:
-    return q.shape[3] in registered.HEAD_SIZES and q.dtype in registered.DTYPES
+    return q.shape[3] in TRITON_SIZES and q.dtype in TRITON_DTYPES
+
+
+_MEANING = {"native": "native", "reference": "native", "triton": "triton"}  # of what other operations run on
 
 
 def _kernels(device: str) -> str:
-    """What MARS_KERNELS means here: "triton", "reference" or, where PyTorch's own kernels are used, "native"."""
+    """Return what MARS_KERNELS means here: "triton", "reference" or, where PyTorch's own kernels are used, "native"."""
     choice = _backend.choice()
     if choice == "reference":
         return choice
@@ -229,8 +229,7 @@ def _kernels(device: str) -> str:
         return "native"
     if torch.compiler.is_compiling():  # which on CUDA needs Triton itself, and cannot trace the search for it
         return "triton" if device == "cuda" or choice == "triton" else "native"
-    found = _backend.backend(device)
-    return "native" if found == "reference" else found
+    return _backend.select("scale_causal_attention", _MEANING, _backend.backend(device))
 
 
 def _missing(name: str, device: str, dtype: torch.dtype) -> str | None:
@@ -249,7 +248,7 @@ def _missing(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 @lru_cache(maxsize=64)
 def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Call a backend forward and backward beside the reference; why it does not work, or None where it does."""
+    """Call a backend beside the reference, and return why it does not work, or None where it does."""
     generator = torch.Generator().manual_seed(0)
     try:
         with (
@@ -267,7 +266,7 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
                 return out.detach(), *torch.autograd.grad(out, leaf, do[:, :, 0].transpose(1, 2).to(out.dtype))
 
             wanted = outcome(reference.scale_causal_attention, qkv.double())
-            found = outcome(_FUNCTIONS[name], qkv)
+            found = outcome(_PLAIN[name], qkv)
     except Exception as error:  # whatever goes wrong in another package is the reason
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     worst = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
@@ -275,13 +274,36 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
     return None if worst <= allowed else f"it is off by {worst:.1e} from the reference, where {allowed:.1e} is rounding"
 
 
-_MASKS = {"grouped": None, "dense": sys.maxsize, "math": sys.maxsize, "reference": sys.maxsize}  # tokens of a group
-_FUNCTIONS: dict[str, backends.Attend] = {
+def _triton(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
+    return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
+
+
+def _hybrid(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
+    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return registered.hybrid_attention(q, k, v, head_scale, lengths, scale, keep)[0]
+
+
+def _plain(
+    name: str, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
+) -> Tensor:
+    """Normalise first, where that is wanted, and compute again without masks where they hid too little."""
+    if head_scale is not None:
+        q, k = reference.normalize(q, k, head_scale)
+    out = _PLAIN[name](q, k, v, lengths, scale)
+    return backends.per_scale(q, k, v, lengths, scale) if _hidden_shows(name, k, v, lengths) else out
+
+
+_PLAIN: dict[str, backends.Attend] = {  # what normalises nothing itself
     "grouped": backends.grouped,
-    "per_scale": backends.per_scale,
     "dense": backends.dense,
-    "math": backends.math,
     "flash": backends.flash,
     "xformers": backends.xformers,
     "flex": backends.flex,
+    "reference": reference.scale_causal_attention,
+}
+_MASKS = {"grouped": None, "dense": sys.maxsize, "reference": sys.maxsize}  # tokens of a group
+_TABLE: dict[str, Callable[..., Tensor]] = {
+    "triton": _triton,
+    "hybrid": _hybrid,
+    **{name: partial(_plain, name) for name in _PLAIN},
 }

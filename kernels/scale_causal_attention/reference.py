@@ -1,4 +1,4 @@
-"""The definition, in plain PyTorch: a dense mask."""
+"""This is the definition, in plain PyTorch, with a dense mask."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def kv_end(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """int32 (L,): the end of each token's own scale; token i sees the keys before kv_end[i]."""
+    """Return the end of each token's own scale, int32 (L,): token i sees the keys before kv_end[i]."""
     ends = [end for n, end in zip(lengths, accumulate(lengths), strict=True) for _ in range(n)]
     return torch.tensor(ends, dtype=torch.int32).to(device)
 
 
 def mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """bool (L, L): True where query i may see key j, that is scale(i) >= scale(j)."""
+    """Return bool (L, L), True where query i may see key j, that is scale(i) >= scale(j)."""
     return torch.arange(sum(lengths), device=device) < kv_end(lengths, device)[:, None]
 
 
 def normalize(q: Tensor, k: Tensor, head_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """q / |q| times its head's scale, and k / |k|, in float32 or better; back in their own dtype."""
+    """Return q / |q| times its head's scale and k / |k|, computed in float32 or better, in their own dtype."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_hat = F.normalize(q.to(dtype), dim=-1) * head_scale.to(dtype)[:, None, None]
     return q_hat.to(q.dtype), F.normalize(k.to(dtype), dim=-1).to(k.dtype)

@@ -1,4 +1,4 @@
-"""The implementations of our own as PyTorch ops: schema, shapes without data, gradients.
+"""This module registers our own implementations as PyTorch ops: schema, shapes without data, gradients.
 
 `mars::scale_causal_attention` is the Triton kernels', with the l2-normalisation; it also returns what its backward
 needs, which has no gradient. `mars::hybrid_attention` is the CPU's.
@@ -14,15 +14,7 @@ from torch import Tensor
 
 from mars.kernels import _native
 from mars.kernels.scale_causal_attention import hybrid
-
-HEAD_SIZES = (16, 32, 64, 128)  # of the Triton kernels
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def empty_like_heads(x: Tensor) -> Tensor:
-    """Uninitialised (B, H, L, D) laid out as (B, L, H, D), so that merging the heads again copies nothing."""
-    B, H, L, D = x.shape
-    return x.new_empty(B, L, H, D).transpose(1, 2)
+from mars.kernels.scale_causal_attention.heads import TRITON_DTYPES, TRITON_SIZES, empty_like_heads
 
 
 def _check(
@@ -55,15 +47,15 @@ def _check_fused(
     op: str, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
 ) -> None:
     _check(op, q, k, v, head_scale, lengths, scale)
-    if q.shape[3] not in HEAD_SIZES or q.dtype not in DTYPES:
+    if q.shape[3] not in TRITON_SIZES or q.dtype not in TRITON_DTYPES:
         raise ValueError(
-            f"{op}: the Triton kernels want heads of {', '.join(map(str, HEAD_SIZES))} values in float32, float16 or "
+            f"{op}: the Triton kernels want heads of {', '.join(map(str, TRITON_SIZES))} values in float32, float16 or "
             f"bfloat16; got {q.shape[3]} in {q.dtype}"
         )
 
 
 def _check_saved(op: str, q: Tensor, dtype: torch.dtype, saved: Sequence[Tensor], shape: Sequence[int]) -> None:
-    """Of what a backward is given beside the inputs of its forward."""
+    """Raise ValueError where what a backward is given beside the inputs of its forward does not fit."""
     for x in saved:
         if x.shape != tuple(shape) or x.dtype != dtype or x.device != q.device:
             raise ValueError(
@@ -75,7 +67,7 @@ def _check_saved(op: str, q: Tensor, dtype: torch.dtype, saved: Sequence[Tensor]
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention, log-sum-exp of the scores over log 2, and, with head_scale, 1 / |q| and 1 / |k| (else empty)."""
+    """Return attention, log-sum-exp of the scores over log 2, and, with head_scale, 1 / |q|, 1 / |k| (else empty)."""
     _check_fused("scale_causal_attention", q, k, v, head_scale, lengths, scale)
     _native.check_memory("scale_causal_attention", q, k, v, head_scale)
     from mars.kernels.scale_causal_attention import triton
@@ -97,7 +89,7 @@ def fused_attention_backward(
     lengths: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, with head_scale, of that (else empty)."""
+    """Return the gradients of q, k, v and, with head_scale, of that (else empty)."""
     name, rows = "scale_causal_attention_backward", q.shape[:3]
     _check_fused(name, q, k, v, head_scale, lengths, scale)
     _check_saved(name, q, q.dtype, (do, out), q.shape)
@@ -150,7 +142,7 @@ fused_attention.register_autograd(_fused_gradients, setup_context=_save_fused)
 def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention and, with keep and while they are small, its weights (else empty)."""
+    """Return attention and, with keep and while they are small, its weights (else empty)."""
     _check("hybrid_attention", q, k, v, head_scale, lengths, scale)
     _native.check_memory("hybrid_attention", q, k, v, head_scale)
     return hybrid.forward(q, k, v, head_scale, lengths, scale, keep)
@@ -167,7 +159,7 @@ def hybrid_attention_backward(
     lengths: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, with head_scale, of that (else empty)."""
+    """Return the gradients of q, k, v and, with head_scale, of that (else empty)."""
     name = "hybrid_attention_backward"
     _check(name, q, k, v, head_scale, lengths, scale)
     _check_saved(name, q, q.dtype, (do,), q.shape)

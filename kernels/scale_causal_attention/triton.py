@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mars.kernels._triton import Compilation
+from mars.kernels.scale_causal_attention.heads import TRITON_SIZES, empty_like_heads
 from mars.kernels.scale_causal_attention.reference import kv_end as kv_end_of
-from mars.kernels.scale_causal_attention.registered import HEAD_SIZES, empty_like_heads
 
 _EPS: tl.constexpr = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
 _LOW: tl.constexpr = tl.constexpr(-1e20)  # below any score; finite, since a factor of 0 would make NaN of -inf
@@ -284,7 +284,7 @@ def _dkdv_kernel(
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a step, warps of a program, steps in flight."""
+    """A tile is the queries and keys of a step, the warps of a program, and the steps in flight."""
 
     queries: int
     keys: int
@@ -305,14 +305,14 @@ _TILES = {  # bits of a value and D: of the forward, the dq and the dkdv kernel;
 
 
 def tile(kernel: str, D: int, bits: int) -> Tile:
-    """The tile of the "forward", "dq" or "dkdv" kernel for heads of D values of 16 or 32 bits."""
+    """Return the tile of the "forward", "dq" or "dkdv" kernel for heads of D values of 16 or 32 bits."""
     return _TILES[bits, D][("forward", "dq", "dkdv").index(kernel)]
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The attention (B, H, L, D), laid out as (B, L, H, D), and what `backward` needs: lse, 1 / |q| and 1 / |k|.
+    """Return the attention (B, H, L, D), laid out as (B, L, H, D), and what `backward` needs: lse, 1 / |q| and 1 / |k|.
 
     Without `head_scale` the last two are empty.
     """
@@ -334,7 +334,7 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, out: Tensor, lse: Tensor,
     q_inverse: Tensor, k_inverse: Tensor, lengths: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, laid out as (B, L, H, D), and of `head_scale` (empty without it)."""
+    """Return the gradients of q, k and v, laid out as (B, L, H, D), and of `head_scale` (empty without it)."""
     do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
     norm = head_scale is not None
     gain = _gain(head_scale, lse)
@@ -350,7 +350,7 @@ def backward(
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x, or a copy where the kernels cannot read it: a row is contiguous, and a tile's offsets fit 32 bits."""
+    """Return x, or a copy where the kernels cannot read it: a row is contiguous, and a tile's offsets fit 32 bits."""
     return x if x.stride(-1) == 1 and x.stride(2) < 2**24 else x.contiguous()
 
 
@@ -360,7 +360,7 @@ def _gain(head_scale: Tensor | None, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """kv_end and q_start, int32 (L,)."""
+    """Return kv_end and q_start, int32 (L,)."""
     kv_end = kv_end_of(lengths)
     q_start = kv_end - torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int32), torch.tensor(lengths))
     return kv_end.to(device), q_start.to(device)
@@ -393,9 +393,9 @@ _TYPES = {
 
 
 def _compilations() -> Iterator[Compilation]:
-    """Every kernel at every size; float16 compiles to what bfloat16 does."""
+    """Yield every kernel at every size; float16 compiles to what bfloat16 does."""
     for (name, kernel), D, (dtype, bits), norm in product(
-        _KERNELS.items(), HEAD_SIZES, (("bf16", 16), ("fp32", 32)), (False, True)
+        _KERNELS.items(), TRITON_SIZES, (("bf16", 16), ("fp32", 32)), (False, True)
     ):
         queries, keys, warps, stages = tile(name, D, bits)
         constants = {"D": D, "BLOCK_M": queries, "BLOCK_N": keys, "NORM": norm, "UPCAST": False}

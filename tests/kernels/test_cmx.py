@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mars.kernels import _backend, _native, cmx, inverse_cmx, inverse_spectrogram_cmx, spectrogram_cmx, use
-from mars.kernels.cmx import op, reference
+from mars.kernels.cmx import reference
+from mars.kernels.cmx.layout import batched
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = [
@@ -357,8 +358,8 @@ def test_native_at_every_level_and_number_of_threads(level):
 def test_the_front_ends_spectrum_is_not_copied():
     z = torch.fft.rfft(torch.randn(2, 3, 10, 64)).mT[..., 1:, :]
     for spectrum in (z, z.contiguous()):
-        assert op._batched(spectrum).data_ptr() == spectrum.data_ptr()
-    assert op._batched(strided(z)).is_contiguous()
+        assert batched(spectrum).data_ptr() == spectrum.data_ptr()
+    assert batched(strided(z)).is_contiguous()
 
 
 def test_no_bins_of_zeros_are_added_unless_asked(device):

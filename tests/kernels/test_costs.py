@@ -8,7 +8,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mars import kernels
-from mars.kernels import _backend, costs, multiscale_quantize, nearest_code, scale_causal_attention
+from mars.kernels import (
+    _backend,
+    costs,
+    linear_cross_entropy,
+    multiscale_quantize,
+    nearest_code,
+    scale_causal_attention,
+)
 
 
 def flops(run):
@@ -32,6 +39,15 @@ def test_the_quantiser_is_a_search_and_a_convolution_a_scale():
     weight, bias = torch.randn(2, 4, 4, 3, 3), torch.randn(2, 4)
     found = flops(lambda: multiscale_quantize(f, codebook, weight, bias, [0, 1], scales))
     assert found == 5 * (2 * 7 * (1 + 6) * 4 + 2 * 2 * 6 * 9 * 4 * 4)
+
+
+def test_a_loss_is_its_logits_and_two_gradients():
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((10, 4), (7, 4), (7,)))
+    target = torch.randint(7, (10,))
+    found = flops(lambda: linear_cross_entropy(x, weight, bias, target).backward())
+    with kernels.use("reference"):
+        wanted = flops(lambda: linear_cross_entropy(x, weight, bias, target).backward())
+    assert found == wanted == 3 * 2 * 10 * 4 * 7
 
 
 @pytest.mark.parametrize("backend", ["hybrid", "triton"])

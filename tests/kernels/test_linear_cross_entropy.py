@@ -130,6 +130,23 @@ def test_a_second_backward_gives_the_same_gradient():
     assert torch.equal(first, second)
 
 
+def test_a_second_derivative_is_refused_and_not_left_out():
+    x, weight, bias, target = inputs(6, 5, 9)
+    x.requires_grad_()
+
+    def penalty():
+        loss = linear_cross_entropy(x, weight, bias, target)
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(loss + dx.square().sum(), x)[0]
+
+    with pytest.raises(RuntimeError, match="it is differentiable once"):
+        penalty()
+    with use("reference"):
+        assert penalty().isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("function", [linear_cross_entropy, token_scores])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -140,10 +157,11 @@ def test_a_second_backward_gives_the_same_gradient():
         ({"target": torch.zeros(6)}, "target int64"),
         ({"weight": torch.zeros(9, 5).double()}, "one float dtype"),
         ({"target": torch.tensor([0, 1, 2, 3, 4, 9])}, r"want targets in 0\.\.8, got 0 to 9"),
+        ({"target": torch.tensor([0, 1, 2, 3, 4, -100])}, r"want targets in 0\.\.8, got -100 to 4"),
         ({"target": torch.tensor([0, 1, 2, 3, 4, -1])}, r"want targets in 0\.\.8, got -1 to 4"),
     ],
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_what_does_not_fit_is_named(change, message, function, implementation):
     arguments = dict(zip(("x", "weight", "bias", "target"), inputs(6, 5, 9), strict=True)) | change
-    with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(**arguments)
+    with use(implementation), pytest.raises(ValueError, match=f"^{function.__name__}: .*{message}"):
+        function(**arguments)

@@ -100,16 +100,23 @@ def test_what_cannot_run_here_is_an_error_of_mars(monkeypatch):
         _backend.backend("cpu")
 
 
-def test_the_command_tells_a_wrong_value():
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("MARS_KERNELS", "auto, reference, native, triton"),
+        ("MARS_ATTENTION", "auto, triton, hybrid, grouped, dense, flash, xformers, flex, reference"),
+    ],
+)
+def test_the_command_tells_a_wrong_value(name, known):
     done = subprocess.run(
         [sys.executable, "-m", "mars.kernels"],
-        env={**os.environ, "MARS_KERNELS": "wrong"},
+        env={**os.environ, name: "wrong"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 2
-    assert done.stderr == "Error: MARS_KERNELS: want one of auto, reference, native, triton, got 'wrong'\n"
+    assert done.stderr == f"Error: {name}: want one of {known}, got 'wrong'\n"
 
 
 def test_without_the_library_there_is_one_warning_and_plain_pytorch(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mars import kernels
+import mars
+from mars import cli, kernels
 from mars.kernels import _backend, nearest_code, pack_codebook
 
 OPS = torch.ops.mars
@@ -47,6 +48,7 @@ FIT = {  # arguments of each op, no two sizes alike where they may differ
     "nearest_code": lambda: (randn(5, 3), randn(7, 3), "l2"),
     "multiscale_quantize": lambda: (*quantizer(), [1, 0], [2, 3, 4, 6], "l2", 0.5, torch.tensor([2, 0])),
     "shifted_bicubic_matrices": lambda: (randn(1), [2, 3, 4, 6]),
+    "linear_cross_entropy": lambda: (randn(4, 3), randn(5, 3), randn(5), torch.tensor([0, 4, 1, 1]), torch.float32),
     "scale_causal_attention": lambda: (*heads(), LENGTHS, 0.5),
     "scale_causal_attention_backward": lambda: (*saved(), LENGTHS, 0.5),
     "hybrid_attention": lambda: (*(x.bfloat16() for x in heads()), LENGTHS, 0.5, True),
@@ -116,6 +118,14 @@ WRONG = [
     ("shifted_bicubic_matrices", {1: [2, 3, -4, 6]}, "1 or more cells"),
     ("shifted_bicubic_matrices", {1: [2, 3, 4]}, "in pairs"),
     ("shifted_bicubic_matrices", {1: []}, "1 or more cells"),
+    ("linear_cross_entropy", {0: randn(4, 2)}, r"want x \(N, W\) and weight \(V, W\)"),
+    ("linear_cross_entropy", {0: randn(12)}, r"want x \(N, W\) and weight \(V, W\)"),
+    ("linear_cross_entropy", {1: randn(0, 3)}, "N and V at least 1"),
+    ("linear_cross_entropy", {2: randn(4)}, r"want bias \(5,\)"),
+    ("linear_cross_entropy", {2: randn(5).double()}, "one float dtype"),
+    ("linear_cross_entropy", {3: torch.zeros(4)}, "target int64"),
+    ("linear_cross_entropy", {3: torch.zeros(3, dtype=torch.int64)}, r"target \(4,\)"),
+    ("linear_cross_entropy", {4: torch.int64}, "want products of a float dtype, got torch.int64"),
     *(
         (name, {place[0] + key: value for key, value in changes.items()}, message)
         for name, place in {"hybrid_attention": [0], "hybrid_attention_backward": [1]}.items()
@@ -226,8 +236,8 @@ def test_a_packed_codebook_takes_no_tensor_without_values(implementation):
 
 def test_no_cache_grows_without_bound():
     """functools.cache is for functions whose arguments are few: those without any, and the one named here."""
-    root, found = Path(kernels.__file__).parents[1], set()
-    for path in sorted(path for part in (root, root / "kernels", root / "cli") for path in part.rglob("*.py")):
+    parts, found = {Path(str(part.__file__)).parent for part in (mars, cli, kernels)}, set()
+    for path in sorted({path for part in parts for path in part.rglob("*.py")}):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and ast.unparse(node.args):
                 decorators = {ast.unparse(decorator) for decorator in node.decorator_list}

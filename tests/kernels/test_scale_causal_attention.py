@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from mars import kernels
 from mars.kernels import _backend, attention, cached_attention, scale_causal_attention
-from mars.kernels.scale_causal_attention import availability, backends, hybrid, op, reference, registered
+from mars.kernels.scale_causal_attention import availability, backends, heads, hybrid, op, reference, registered
 
 SCHEDULES = [
     (1,),
@@ -23,7 +23,7 @@ SCHEDULES = [
     (50, 3, 100),  # not in order of size
     (159, 1, 5),  # the first group ends at a scale of one token
 ]
-PYTORCH = ["reference", "hybrid", "grouped", "per_scale", "dense", "math"]
+PYTORCH = ["reference", "hybrid", "grouped", "dense"]
 CASES = [(name, dtype) for name in PYTORCH for dtype in (torch.float32, torch.bfloat16)]
 CASES.remove(("reference", torch.bfloat16))  # rounds its scores, which the others do not
 CASES += [("triton", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
@@ -362,9 +362,8 @@ def test_large_values_are_no_reason_to_compute_twice(monkeypatch):
     """Where the sums are finite, no other implementation is asked."""
     monkeypatch.setattr(backends, "per_scale", None)
     for name in PYTORCH:
-        if name != "per_scale":
-            q, k, v = inputs((2, 5, 40))
-            assert scale_causal_attention(q, k, v * 1e30, (2, 5, 40), 0.25, backend=name).isfinite().all()
+        q, k, v = inputs((2, 5, 40))
+        assert scale_causal_attention(q, k, v * 1e30, (2, 5, 40), 0.25, backend=name).isfinite().all()
 
 
 def test_scores_are_not_scaled_unless_asked():
@@ -533,18 +532,13 @@ def test_devices_without_kernels_of_our_own_take_pytorchs():
 )
 def test_the_choice_is_what_runs(kernels_of, runs, monkeypatch):
     called = []
-    for module, function, name in (
-        (hybrid, "forward", "hybrid"),
-        (reference, "scale_causal_attention", "reference"),
-        (registered, "fused_attention", "triton"),
-    ):
-        original = getattr(module, function)
+    for name, original in op._TABLE.items():
 
-        def spy(*args, original=original, name=name, **kwargs):
+        def spy(*args, original=original, name=name):
             called.append(name)
-            return original(*args, **kwargs)
+            return original(*args)
 
-        monkeypatch.setattr(module, function, spy)
+        monkeypatch.setitem(op._TABLE, name, spy)
     with kernels.use(kernels_of):
         scale_causal_attention(*inputs((160, 4)), (160, 4))
     assert called == [runs]
@@ -563,7 +557,12 @@ def test_the_environment_chooses():
     missing = in_a_process(code, MARS_ATTENTION="triton", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
     assert "KernelError: scale_causal_attention: triton cannot run: " in missing.stderr
     code += "; import sys; print('triton' in sys.modules)"
-    found = in_a_process(code, MARS_ATTENTION="per_scale")
+    for gone in ("math", "per_scale"):  # for benchmarks alone
+        assert (
+            f"MARS_ATTENTION: want one of auto, {', '.join(op.BACKENDS)}, got '{gone}'"
+            in in_a_process(code, MARS_ATTENTION=gone).stderr
+        )
+    found = in_a_process(code, MARS_ATTENTION="grouped")
     assert (found.stdout, found.returncode) == ("False\n", 0)
 
 
@@ -753,6 +752,6 @@ class TestTriton:
             for c in triton.CONFIGS
         }
         for name, kernel in triton._KERNELS.items():
-            for D in registered.HEAD_SIZES:
+            for D in heads.TRITON_SIZES:
                 for bits in (16, 32):
                     assert (kernel.fn.__name__, D, *triton.tile(name, D, bits)) in listed

@@ -23,6 +23,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from mars.kernels.nearest_code import packing
 from mars.kernels.nearest_code import triton as kernels
 
 # numpy's, where a GPU overflows in silence
@@ -177,7 +178,7 @@ SHAPES = [(1, 1, 1), (3, 130, 1), (37, 300, 8), (9, 200, 32), (70, 33, 33), (5, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_finds_the_code_of_the_definition(shape, search, biased):
     x, codebook = gauss(*shape) if biased else unit(*shape)
-    ids = SEARCHES[search](x, kernels.prepare(codebook, biased))
+    ids = SEARCHES[search](x, packing.pack(codebook, biased))
     assert ids.dtype == torch.int64
     assert torch.equal(ids, nearest(x, codebook, biased))
 
@@ -187,26 +188,26 @@ def test_finds_the_code_of_the_definition(shape, search, biased):
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_finds_the_code_of_the_definition_in(inputs, search, biased):
     x, codebook = inputs(24, 517, 6)
-    assert torch.equal(SEARCHES[search](x, kernels.prepare(codebook, biased)), nearest(x, codebook, biased))
+    assert torch.equal(SEARCHES[search](x, packing.pack(codebook, biased)), nearest(x, codebook, biased))
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("inputs", [gauss, duplicated, log_normal, shifted])
 def test_more_than_one_block_of_rows(inputs, search):
     x, codebook = inputs(150, 260, 8)
-    assert torch.equal(SEARCHES[search](x, kernels.prepare(codebook, True)), nearest(x, codebook, True))
+    assert torch.equal(SEARCHES[search](x, packing.pack(codebook, True)), nearest(x, codebook, True))
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_ties_go_to_the_lowest_index_whatever_the_order_of_the_lengths(search):
     x, codebook = torch.zeros(1, 2), torch.tensor([[9.0, 9.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-    assert SEARCHES[search](x, kernels.prepare(codebook, True)).item() == 1
-    assert SEARCHES[search](x, kernels.prepare(codebook, False)).item() == 0  # also of 0 and -0
+    assert SEARCHES[search](x, packing.pack(codebook, True)).item() == 1
+    assert SEARCHES[search](x, packing.pack(codebook, False)).item() == 0  # also of 0 and -0
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_no_rows(search):
-    ids = SEARCHES[search](torch.zeros(0, 5), kernels.prepare(torch.randn(7, 5), True))
+    ids = SEARCHES[search](torch.zeros(0, 5), packing.pack(torch.randn(7, 5), True))
     assert ids.shape == (0,)
     assert ids.dtype == torch.int64
 
@@ -223,7 +224,7 @@ def test_ordinary_rows_are_left_to_the_re_rank_and_ties_to_the_exact_kernel(monk
     monkeypatch.setattr(kernels, "_exact", spy)
     for inputs in (gauss, log_normal, shifted, outlier, equal):
         x, codebook = inputs(64, 2500, 16)
-        kernels.search_filtered(x, kernels.prepare(codebook, True), splits=1)
+        kernels.search_filtered(x, packing.pack(codebook, True), splits=1)
     *ordinary, ties = listed
     assert max(ordinary) < 16  # of 64, with operands cut off to bfloat16; a few percent where they are rounded
     assert ties == 64
@@ -254,7 +255,7 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("inputs", [gauss, log_normal, shifted, unit])
 def test_the_filters_limits_enclose_the_largest_score(inputs, launches):
     x, codebook = inputs(200, 700, 24)
-    packed = kernels.prepare(codebook, True)
+    packed = packing.pack(codebook, True)
     kernels.search_filtered(x, packed, splits=1)
     filtered = launches[0][2]
     lower, upper = filtered["limits_ptr"][:, 0, 0], filtered["upper_ptr"].amax((1, 2))
@@ -273,10 +274,10 @@ def test_search_takes_the_exact_kernel_for_small_problems_and_the_filter_for_lar
     taken = []
     monkeypatch.setattr(kernels, "search_exact", lambda x, packed: taken.append("exact"))
     monkeypatch.setattr(kernels, "search_filtered", lambda x, packed: taken.append("filtered"))
-    packed = kernels.prepare(torch.randn(4096, 32), True)
+    packed = packing.pack(torch.randn(4096, 32), True)
     kernels.search(torch.empty(1 << 10, 32), packed)
     kernels.search(torch.empty(1 << 11, 32), packed)
-    kernels.search(torch.empty(1 << 20, 32), kernels.prepare(torch.randn(2048, 32), True))
+    kernels.search(torch.empty(1 << 20, 32), packing.pack(torch.randn(2048, 32), True))
     assert taken == ["exact", "filtered", "exact"]
 
 
@@ -317,7 +318,7 @@ def fresh(launch, *names):
 
 def test_row_offsets_beyond_32_bits(launches, monkeypatch):
     x, codebook = gauss(5, 300, 8)
-    packed = kernels.prepare(codebook, True)
+    packed = packing.pack(codebook, True)
     ids = kernels.search_filtered(x, packed, splits=2)
     kernels.search_exact(x, packed)
     filtering, reranking, listed, exact = launches
@@ -357,7 +358,7 @@ def test_row_offsets_beyond_32_bits(launches, monkeypatch):
 
 def test_code_offsets_beyond_32_bits(launches, monkeypatch):
     x, codebook = gauss(5, 500, 8)
-    packed = kernels.prepare(codebook, True)
+    packed = packing.pack(codebook, True)
     ids = kernels.search_filtered(x, packed, splits=4)  # of a tile each
     kernels.search_exact(x, packed)
     filtering, reranking, listed, exact = launches
