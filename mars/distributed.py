@@ -189,7 +189,7 @@ def join(device: torch.device) -> World:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         return World(device=device)
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device.type}: several processes need cpu or cuda")
+        raise ConfigError(f"`device` {device.type}: several processes need cpu or cuda")
     device = _own(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -205,7 +205,7 @@ def _own(device: torch.device) -> torch.device:
         return device
     local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= present:
-        raise ConfigError(f"process {local} of this machine has no GPU; want --nproc-per-node {present} or less")
+        raise ConfigError(f"process {local} of this machine has no GPU; start {present} processes a machine or fewer")
     return torch.device("cuda", local)
 
 
@@ -227,7 +227,7 @@ def parting() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's own errors have no class
             raise LostProcess(
                 f"lost another process of this run ({str(error).splitlines()[0]}); its own message says why. "
-                "Start all of them again with the same --out to go on from the last checkpoint"
+                "Start all of them again with the same `out` to go on from the last checkpoint"
             ) from error
         raise
     if dist.is_initialized():

@@ -290,15 +290,15 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
 
 
 def test_what_several_processes_cannot_have(monkeypatch):
-    with pytest.raises(ConfigError, match="--shard: there is one process"):
+    with pytest.raises(ConfigError, match="`shard`: there is one process"):
         train("var", shard=True, device="cpu")
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="--device mps: several processes need cpu or cuda"):
+    with pytest.raises(ConfigError, match="`device` mps: several processes need cpu or cuda"):
         join(torch.device("mps"))
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU; want --nproc-per-node 2 or less"):
+    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU; start 2 processes a machine or fewer"):
         join(torch.device("cuda"))
     assert not torch.distributed.is_initialized()
 

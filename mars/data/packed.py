@@ -180,10 +180,8 @@ class Dataset:
             if path.is_file():
                 raise DataError(not_a_folder(path, "give the folder that mars-data wrote"))
             if not path.exists():
-                raise DataError(f"{path} does not exist; pack notes first: mars-data folder PATH --out {path}")
-            raise DataError(
-                f"{path} is not a packed dataset (no dataset.json); pack it first: mars-data folder {path} --out DIR"
-            )
+                raise DataError(f"{path} does not exist; pack notes into it first: `mars-data folder`")
+            raise DataError(f"{path} is not a packed dataset (no dataset.json); pack it first: `mars-data folder`")
         again = "pack it again"
         info = _read_json(path / "dataset.json")
         if info.get("format") != FORMAT or info.get("version") != VERSION:
@@ -255,15 +253,6 @@ class Dataset:
         import torch
 
         return torch.from_numpy(self.audio[np.asarray(indices, np.int64)].astype(np.float32)) / 32768
-
-
-def open_dataset(path: str | Path | None) -> Dataset:
-    """The packed dataset at `path`, or the built-in notes for None. Raises `DataError`."""
-    if path is None:
-        from mars.data import builtin
-
-        return builtin.load()
-    return Dataset.open(path)
 
 
 def left_out(path: Path) -> Counter[str]:
@@ -406,7 +395,7 @@ class Writer:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in _kinds(self._bad.values()).most_common())
             raise TooManyBadError(
                 f"{len(self._bad):,} of {seen:,} files are bad, over {allow_bad:.1%} ({kinds}); the first: "
-                f"{first[0]}: {first[1]}; all are in {listing}; mend them or pass --allow-bad FRACTION"
+                f"{first[0]}: {first[1]}; all are in {listing}; mend them or allow a larger fraction with `allow_bad`"
             )
         if not self._rows:
             raise DataError(f"there is no note for {self.out}; check the path of the source")

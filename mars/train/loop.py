@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from mars import terminal
 from mars.errors import CheckpointError
@@ -123,10 +122,10 @@ def run(
     with (
         _stop_signals() as stop,
         watch.sitting(done),
-        _progress(console) as progress,
+        terminal.progress(console) as tell,
         thread_pool(max(train.workers, 1)) as loader,
     ):
-        task = progress.add_task("", total=end, completed=done, info="")
+        info = ""
         upcoming: deque[Future[list[Any]]] = deque()
         while done < end and not world.any(stop() or not in_time()):
             while len(upcoming) <= train.workers and done + len(upcoming) < end:
@@ -149,14 +148,12 @@ def run(
                 epoch = round(done * batch / len(notes), 3)
                 counts = {"skipped": position.skipped, "notes_per_s": round(rate, 2), "epoch": epoch}
                 watch.log({"step": done, **values, **counts})
-                progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s  {watch.memory()}")
+                shown, memory = f"loss {values['loss']:.4f}  {rate:.1f} notes/s", watch.memory()
+                info = f"{shown}  {memory}"
                 if not console.is_terminal:  # no bar either
                     left = (end - done) * batch / rate
-                    console.print(
-                        f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left"
-                        f"  {watch.memory()}"
-                    )
-            progress.update(task, completed=done)
+                    console.print(f"step {done:,}/{end:,}  {shown}  {left:.0f} s left  {memory}")
+            tell("step", done, end, info)
             pause, improved = time.monotonic(), False
             if validates(done):
                 with deadline.timed("validation"):
@@ -176,21 +173,10 @@ def run(
             save()
         if done < train.steps:
             where = f"; saved in {folder.path}" if done else ""
-            ahead = f"the same command with --out {folder.path} goes on"
+            ahead = f"the same with `out` {folder.path} goes on"
             console.print(f"stopped at step {done:,} of {train.steps:,}{where}; {ahead}")
     world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        terminal.PlainColumn("{task.fields[info]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 @contextmanager

@@ -9,7 +9,6 @@ alive at once take, as `torch.cuda.max_memory_allocated` counts it; the workspac
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,6 @@ from torch.utils.flop_counter import flop_registry
 
 from mars.config import Config, TrainConfig
 from mars.data import Dataset
-from mars.errors import ConfigError
 from mars.kernels import _backend, costs
 from mars.models.tokenizer import Tokenizer
 from mars.runs.stage import StageName
@@ -340,32 +338,8 @@ def _recommended(plain: Fit, checkpointed: Fit, tokens: int, train: TrainConfig)
     return tuple(settings)
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of "32GB" (10^9 each), "24GiB" (2^30) and the like.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?) ?([MGT])(i?)B", text)
-    size = float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2]) + 2) if found else 0
-    if not 0 < size < 1 << 60:
-        raise ConfigError(f"--memory: want a size such as 32GB or 24GiB, got {text!r}")
-    return int(size)
-
-
-def parse_device(name: str) -> Device:
-    """What `--device` means for a plan: a CUDA GPU, unless it names the CPU.
-
-    Raises:
-        ConfigError: it names another device.
-    """
-    if name == "mps":
-        raise ConfigError("--plan --device mps: only for cuda (which auto means here) and cpu")
-    return "cpu" if name == "cpu" else "cuda"
-
-
-def report(plan: Plan) -> str:
-    """The plan in words."""
+def report(plan: Plan, before: str = "") -> str:
+    """The plan in words; `before` is put before each of the settings that are recommended."""
     place = "a CUDA GPU" if plan.device == "cuda" else "a CPU"
     fixed = (("weights", plan.weights), ("gradients", plan.gradients), ("optimizer", plan.optimizer))
     lines = [
@@ -394,7 +368,7 @@ def report(plan: Plan) -> str:
     else:
         lines.append(f"The settings do not fit: they need {_gb(plan.planned.peak - plan.usable).strip()} more.")
     if plan.recommended:
-        lines.append("recommended: " + " ".join(f"--set {setting}" for setting in plan.recommended))
+        lines.append("recommended: " + " ".join(f"{before}{setting}" for setting in plan.recommended))
     else:
         lines.append("Not even one note fits: choose a smaller model.")
     return "\n".join(lines)

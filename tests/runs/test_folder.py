@@ -387,7 +387,7 @@ def test_a_folder_in_use_is_refused(train, path):
 
 def test_what_to_do_next_is_said(train, path):
     output = train(path, "--max-steps", 2).output
-    assert f"stopped at step 2 of 4; saved in {path}; the same command with --out {path} goes on\n" in output
+    assert f"stopped at step 2 of 4; saved in {path}; the same with --out {path} goes on\n" in output
     assert "next:" not in output
     assert f"next: mars-train var --tokenizer {path}\n" in train(path).output
     result = CliRunner().invoke(main, ["var", "--device", "cpu", "--out", str(path)])
