@@ -120,7 +120,7 @@ def test_what_a_message_names_in_backquotes_is_an_option_or_a_command():
 
 
 def test_python_is_told_of_arguments():
-    with pytest.raises(ConfigError, match="^`resume` b: not a run folder"):
+    with pytest.raises(ConfigError, match=r"^`resume` b: not a run folder"):
         settings_of("var", out=Path("a"), resume=Path("b"))
 
 
@@ -134,7 +134,11 @@ def test_commands_are_told_of_options(tmp_path, monkeypatch):
         (train.main, "var --device cpu --shard", "--shard: there is one process"),
         (train.main, "tokenizer --device cpu --resume absent", "--resume absent: not a run folder"),
         (train.main, "tokenizer --device cpu --out sounds --set train.steps=1", "--out sounds exists and is not a run"),
-        (train.main, "var --device cpu --tokenizer notes --set audio.hop=2", "--set audio.…: the trained tokenizer"),
+        (
+            train.main,
+            "var --device cpu --tokenizer notes --set audio.samples=2000",
+            "--set audio.…: the trained",
+        ),
         (train.main, "var --device cpu", "(mars-train tokenizer --data DIR) or name it with --tokenizer"),
         (evaluate.main, "train-classifier --task pitch --preset tiny --out sounds", "--out sounds exists"),
         (evaluate.main, "run --real sounds --fake sounds --metrics mse", "allow the fraction of them with --allow-bad"),
@@ -152,7 +156,7 @@ def test_a_report_on_a_terminal_names_the_option_that_a_metric_lacks(tmp_path, m
         for i in range(2):
             noise = np.random.default_rng(i).uniform(-0.5, 0.5, 64_000)
             soundfile.write(f"{folder}/{i}.wav", noise, 16_000)
-    arguments = "run --real real --fake fake --pairs --preset tiny --no-baselines --no-cache --device cpu"
+    arguments = "run --real real --fake fake --preset tiny --no-baselines --no-cache --device cpu"
     result = CliRunner().invoke(evaluate.main, arguments.split())
     assert result.exit_code == 0, result.output
     assert "want the training notes (--train)" in result.output
