@@ -11,10 +11,16 @@ from mars.terminal import PlainConsole
 
 
 class CommandConsole(PlainConsole):
-    """A `PlainConsole` whose strings name the options of the command that runs."""
+    """A `PlainConsole` whose lines name the options of the command that runs."""
 
-    def render_str(self, text: str, *, style: Any = "", **options: Any) -> Text:
-        return super().render_str(in_options(text), style=style, **options)
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*map(_in_options, objects), **options)
+
+
+def _in_options(line: Any) -> Any:
+    if isinstance(line, Text) and not line.spans:
+        return Text(in_options(line.plain), line.style)
+    return in_options(line) if isinstance(line, str) else line
 
 
 def console(*, stderr: bool = True) -> CommandConsole:

@@ -15,6 +15,7 @@ from rich.text import Text
 from mars.errors import ConfigError
 from mars.evaluate.report import METRICS, Metric, Report, Sounds
 from mars.pages.html import duration, number, text
+from mars.text import printable
 
 EVALUATED = "evaluated"  # the row that is not a baseline
 DIGITS = 12  # shown of a hex sum
@@ -223,4 +224,4 @@ def _plain(line: str, console: Console) -> str:
     """The line without what would control a terminal, in characters that the console has."""
     if console.options.ascii_only:
         line = line.translate(_ASCII)
-    return console.render_str(line).plain.encode(console.encoding, "replace").decode(console.encoding)
+    return printable(line).encode(console.encoding, "replace").decode(console.encoding)
