@@ -101,10 +101,10 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
         if planned(stage, options):
             return
         from mars.cli.console import console
-        from mars.distributed import parting
+        from mars.distributed import teardown
         from mars.train.start import train
 
-        with parting():
+        with teardown():
             train(
                 stage,
                 **options,

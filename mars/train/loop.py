@@ -67,7 +67,7 @@ def run(
 
     SIGTERM, SIGINT and SIGUSR1, in any of the processes, finish the step and save; `max_time` leaves time for that.
     `names` are the notes' names, for `diverged.json`. Without a `watch` the run has a log but shows nothing else of
-    itself. Returns the number of steps done, over all sittings.
+    itself. Returns the number of steps done, over all sessions.
 
     Raises:
         Diverged: ten steps in a row, or the weights to be saved, were not finite.
@@ -81,7 +81,7 @@ def run(
     mine = world.share(train.accumulate)
     position = folder.restore(stage, console.print)
     done = saved = position.step
-    if world.same(done) != done:
+    if world.broadcast(done) != done:
         raise CheckpointError(f"found another newest checkpoint in {folder.path} than process 0")
     folder.rewind(done)
     if done:
@@ -96,7 +96,7 @@ def run(
         parts = np.split(indices, train.accumulate)
         return [stage.batch(parts[i]) for i in mine]
 
-    def judge(wait: bool) -> None:
+    def take_verdicts(wait: bool) -> None:
         for step, found, finite in verdicts.known(wait):
             if finite:
                 bad.forget()
@@ -107,7 +107,7 @@ def run(
 
     def save() -> None:
         nonlocal saved
-        judge(wait=True)
+        take_verdicts(wait=True)
         with deadline.timed("save"):
             folder.save(position, stage)
         saved = done
@@ -121,7 +121,7 @@ def run(
 
     with (
         _stop_signals() as stop,
-        watch.sitting(done),
+        watch.session(done),
         terminal.progress(console) as tell,
         thread_pool(max(train.workers, 1)) as loader,
     ):
@@ -136,9 +136,9 @@ def run(
                 done += 1
                 position.step = done
                 verdicts.add(done, metrics)
-                judge(wait=False)
+                take_verdicts(wait=False)
             if done % train.log_every == 0 or done == end:
-                judge(wait=True)
+                take_verdicts(wait=True)
                 now = time.monotonic()
                 values = {name: round(float(value), 6) for name, value in world.means(metrics).items()}
                 rate = (done - logged) * batch / (now - last_log)
@@ -157,10 +157,10 @@ def run(
             pause, improved = time.monotonic(), False
             if validates(done):
                 with deadline.timed("validation"):
-                    values = world.same(stage.validate())  # GPUs may differ in the last bit
+                    values = world.broadcast(stage.validate())  # GPUs may differ in the last bit
                 if values:  # there may be no notes to validate with
-                    # One that only this sitting's end made would make the best depend on where the run was stopped.
-                    improved = (done % train.validate_every == 0 or done == train.steps) and position.judge(values)
+                    # One that only this session's end made would make the best depend on where the run was stopped.
+                    improved = (done % train.validate_every == 0 or done == train.steps) and position.improves(values)
                     watch.log({"step": done, **values})
                     shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
                     console.print(f"step {done:,}  {shown}")
@@ -173,7 +173,7 @@ def run(
             save()
         if done < train.steps:
             where = f"; saved in {folder.path}" if done else ""
-            ahead = f"the same with `out` {folder.path} goes on"
+            ahead = f"start the same again with `out` {folder.path} to go on"
             console.print(f"stopped at step {done:,} of {train.steps:,}{where}; {ahead}")
     world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done

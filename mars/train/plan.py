@@ -161,11 +161,11 @@ class Notes:
         return np.full(self.count, -1, np.int32)
 
 
-class Rehearsal:
+class DryRun:
     """A stage on fake tensors, that has taken its first step and so has the optimiser's moments."""
 
     def __init__(self, config: Config, stage: StageName, device: Device, *, at: int | None = None) -> None:
-        """at: the step to rehearse; None: the last one, in which all terms of the loss are on."""
+        """at: the step to run; None: the last one, in which all terms of the loss are on."""
         train = getattr(config.train, stage)
         self.device = device
         self.allocations = Allocations(alignment=512 if device == "cuda" else 1)
@@ -259,12 +259,12 @@ class Planner:
         tokens = self.config.tokenizer.tokens
         if self.stage == "tokenizer":
             tokens = math.prod(self.config.patches) + math.prod(self.config.tokenizer.latent)
-        rehearsal = self._needs[train.checkpointing].rehearsal
+        dry_run = self._needs[train.checkpointing].dry_run
         return Plan(
             stage=self.stage,
             preset=self.config.preset,
             device=self.device,
-            precision=rehearsal.stage.train.precision,
+            precision=dry_run.stage.train.precision,
             batch_size=train.batch_size,
             accumulate=train.accumulate,
             checkpointing=train.checkpointing,
@@ -272,7 +272,7 @@ class Planner:
             usable=usable,
             fits=(plain, checkpointed),
             recommended=_recommended(plain, checkpointed, tokens, train),
-            **rehearsal.sizes(),
+            **dry_run.sizes(),
         )
 
 
@@ -282,7 +282,7 @@ class _Needs:
     def __init__(self, config: Config, stage: StageName, device: Device) -> None:
         self.train: TrainConfig = getattr(config.train, stage)
         self.notes = self.train.notes_per_step
-        self.rehearsal = Rehearsal(config, stage, device)
+        self.dry_run = DryRun(config, stage, device)
         self._steps: dict[tuple[int, int], Step] = {}
         two, three = (self._step(self.train.batch_size, n) for n in (2, 3))
         self.flops = two.flops + (self.train.accumulate - 2) * (three.flops - two.flops)
@@ -294,7 +294,7 @@ class _Needs:
 
     def fit(self, usable: int) -> Fit:
         """What fits into `usable` bytes."""
-        largest = _largest(self, usable, self.train.batch_size, self.rehearsal.allocations.held)
+        largest = _largest(self, usable, self.train.batch_size, self.dry_run.allocations.held)
         return Fit(
             checkpointing=self.train.checkpointing,
             peak=self(self.train.batch_size),
@@ -305,7 +305,7 @@ class _Needs:
 
     def _step(self, batch: int, micro_batches: int) -> Step:
         if (batch, micro_batches) not in self._steps:
-            self._steps[batch, micro_batches] = self.rehearsal.step(batch, micro_batches)
+            self._steps[batch, micro_batches] = self.dry_run.step(batch, micro_batches)
         return self._steps[batch, micro_batches]
 
 

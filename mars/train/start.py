@@ -244,7 +244,7 @@ def _source(tokenizer: Path | None, out: Path | None, preset: str | None, consol
         tokenizer = Path(record.tokenizer)
     if tokenizer is not None:
         return tokenizer
-    newest = Path(world.same(str(newest_tokenizer(preset))))
+    newest = Path(world.broadcast(str(newest_tokenizer(preset))))
     console.print(f"tokenizer: {newest} (the newest run; `tokenizer` names another)")
     return newest
 
@@ -338,7 +338,7 @@ def _open_run(
     The main process does so for all.
     """
     name = f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(world.same(str(out or (new_folder(RUNS, name) if world.main else RUNS / name))))
+    path = Path(world.broadcast(str(out or (new_folder(RUNS, name) if world.main else RUNS / name))))
     record = {
         "stage": stage_name,
         "preset": settings.preset,
@@ -352,7 +352,7 @@ def _open_run(
     identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
     asked = json.dumps([run.identity, str(path)])
-    if world.same(asked) != asked:  # this waits for all to have read what the main process may write now
+    if world.broadcast(asked) != asked:  # this waits for all to have read what the main process may write now
         raise ConfigError("started with other settings, data or `out` than process 0")
     if not world.main:
         world.barrier()

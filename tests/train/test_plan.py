@@ -18,7 +18,7 @@ from mars.config import preset
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import peak_memory, stream
 from mars.train import plan
-from mars.train.plan import Fit, Notes, Planner, Rehearsal
+from mars.train.plan import DryRun, Fit, Notes, Planner
 from mars.train.start import settings_of
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
@@ -72,7 +72,7 @@ def test_memory_and_flops_are_those_of_the_step(stage, precision, checkpointing,
         "optimizer": optimizer,
     }
     config = preset("smoke", (*ACTIVATIONS, *(f"train.{k}={v}" for k, v in values.items())), stage)
-    planned = Rehearsal(config, stage, "cpu").step(BATCH, 2)
+    planned = DryRun(config, stage, "cpu").step(BATCH, 2)
     trained, batch = real(config, stage)
     last = getattr(config.train, stage).steps - 1
 
@@ -131,7 +131,7 @@ def test_checkpointed_blocks_compile(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_sizes_are_those_of_the_stage(stage):
     config = preset("smoke", ("train.adversarial=true",), "tokenizer")
-    sizes = Rehearsal(config, stage, "cuda").sizes()
+    sizes = DryRun(config, stage, "cuda").sizes()
     made, batch = real(config, stage)
     made.step(99, [batch], streams(1))
     assert sizes["parameters"] == sum(p.numel() for p in made.model.parameters())
@@ -156,10 +156,10 @@ def test_moving_changes_the_layout_alone():
 
 
 def test_nothing_is_left_behind_by_a_step():
-    rehearsal = Rehearsal(preset("smoke", ("train.optimizer=adamw",), "var"), "var", "cuda")
-    held = rehearsal.allocations.held
-    steps = [rehearsal.step(4, 2) for _ in range(3)]
-    assert rehearsal.allocations.held == held
+    dry_run = DryRun(preset("smoke", ("train.optimizer=adamw",), "var"), "var", "cuda")
+    held = dry_run.allocations.held
+    steps = [dry_run.step(4, 2) for _ in range(3)]
+    assert dry_run.allocations.held == held
     assert steps[0] == steps[1] == steps[2]
 
 
@@ -174,7 +174,7 @@ def test_what_fits_is_the_most_that_fits():
         assert needs(fit.largest) <= found.usable < needs(fit.largest + 1)
         assert 30 % fit.micro_batch == 0
         assert all(30 % n for n in range(fit.micro_batch + 1, min(fit.largest, 30) + 1))
-        whole = needs.rehearsal.step(6, 5)  # all five, where the plan went on from three
+        whole = needs.dry_run.step(6, 5)  # all five, where the plan went on from three
         assert fit.peak == pytest.approx(whole.peak + whole.loading, rel=1e-3)
         assert fit.flops == whole.flops
     assert found.fits[0].largest < found.fits[1].largest
