@@ -404,7 +404,7 @@ def _mel_errors(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
 def _ndb(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     reference, k = scorer.train or row.real.notes, scorer.settings.bins
     if len(reference) < k:
-        raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer `bins`")
+        raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer bins: `bins`")
     bins = row.real.bins if scorer.train is None else scorer.training_bins
     found = ndb.different_bins(bins, row.fake.log_mel.flatten(1))
     details = {
