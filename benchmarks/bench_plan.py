@@ -13,7 +13,7 @@ from mars.config import preset
 from mars.models.tokenizer import Tokenizer
 from mars.runs.stage import StageName
 from mars.runtime import peak_memory, stream
-from mars.train.plan import Notes, Rehearsal
+from mars.train.plan import DryRun, Notes
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
 
@@ -28,7 +28,7 @@ def bench_memory(benchmark: Any, place: Place, stage: StageName, checkpointing: 
     name = "smoke" if not benchmark.enabled else "paper" if place.device == "cuda" else "notes"
     config = preset(name, (f"train.checkpointing={checkpointing}",), stage)
     device: Literal["cpu", "cuda"] = "cuda" if place.device == "cuda" else "cpu"
-    planned = Rehearsal(config, stage, device).step(BATCH, MICRO_BATCHES)
+    planned = DryRun(config, stage, device).step(BATCH, MICRO_BATCHES)
 
     where, notes = torch.device(device), Notes(config.audio.samples)
     trained: TokenizerStage | VARStage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,42 +16,16 @@ if TYPE_CHECKING:
     from mars.data import Dataset
 
 FOLDER = click.Path(path_type=Path)
-_QUIET_EVERY = 30.0  # s between lines where there is no terminal
+_LINE_EVERY = 30.0  # s between lines where there is no terminal
 
 
 @contextmanager
 def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a callback (notes done, notes expected): a bar on a terminal, else a line now and then."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from mars import terminal
 
-    console = terminal.console()
-    start = last = time.monotonic()
-    if not console.is_terminal:
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= _QUIET_EVERY:
-                last, rate = now, done / (now - start)
-                left = f", {(total - done) / rate:.0f} s left" if total else ""
-                click.echo(f"{label}: {done:,} of {total or '?':,} notes, {rate:.0f}/s{left}", err=True)
-
-        yield line
-        return
-    columns = (
-        terminal.PlainColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        terminal.PlainColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=None, rate="")
-
-        def advance(done: int, total: int) -> None:
-            rate = f"{done / max(time.monotonic() - start, 1e-3):.0f} notes/s"
-            bar.update(task, completed=done, total=total or None, rate=rate)
-
-        yield advance
+    with terminal.progress(terminal.console(), unit="notes", line_every=_LINE_EVERY) as tell:
+        yield lambda done, total: tell(label, done, total)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

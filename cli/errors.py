@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from mars.cli.options import in_options
 from mars.errors import ConfigError, DiskError, MarsError
 from mars.text import printable
 
@@ -54,7 +55,7 @@ def user_errors() -> Iterator[None]:
         vars(error)["message"] = one_line(error.message)  # declared final; a copy would lose its kind and its context
         raise
     except MarsError as error:
-        raise Failure(str(error), error.code) from error
+        raise Failure(in_options(str(error)), error.code) from error
     except KeyboardInterrupt:
         raise Failure("interrupted", 128 + signal.SIGINT) from None
     except OSError as error:

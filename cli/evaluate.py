@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mars.cli.errors import Group, user_errors
+from mars.cli.options import seconds
 from mars.text import printable
 
 if TYPE_CHECKING:
@@ -189,7 +190,10 @@ def compare(reports: tuple[Path, ...]) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--epochs", type=click.IntRange(min=1), help="At most; default: the preset's.")
 @click.option(
-    "--max-time", metavar="TIME", help="Stop (and write the best so far) after this long, e.g. 90s, 40m or 2h."
+    "--max-time",
+    metavar="TIME",
+    callback=seconds,
+    help="Stop (and write the best so far) after this long, e.g. 90s, 40m or 2h.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
@@ -200,7 +204,7 @@ def train_classifier(
     out: Path | None,
     seed: int,
     epochs: int | None,
-    max_time: str | None,
+    max_time: float | None,
     device: str,
     threads: int | None,
 ) -> None:
@@ -210,13 +214,12 @@ def train_classifier(
     same seed, device and number of threads give the same weights on a CPU.
     """
     with user_errors():
+        from mars.cli.console import console
         from mars.data import open_dataset
         from mars.evaluate.embedders import classifier
         from mars.runtime import pick_device, set_threads
-        from mars.train.start import parse_time
 
         set_threads(threads)
-        seconds, where = parse_time(max_time), pick_device(device)
         classifier.train(
             open_dataset(data),
             classifier.task_of(task),
@@ -224,8 +227,9 @@ def train_classifier(
             out or classifier.folder() / f"{task}-{preset}",
             seed=seed,
             epochs=epochs,
-            max_time=seconds,
-            device=where,
+            max_time=max_time,
+            device=pick_device(device),
+            console=console(),
         )
 
 
@@ -385,7 +389,7 @@ def _score(
     **context: Any,
 ) -> None:
     """Evaluate, print, write."""
-    from mars import terminal
+    from mars.cli.console import console
     from mars.evaluate import page, report, table
     from mars.evaluate.run import evaluate
 
@@ -404,7 +408,7 @@ def _score(
         report.write(json_file, found.report)
     if html is not None:
         page.write(html, found.report, [page.Pair(title, sounds) for title, sounds in found.shown])
-    table.print_report(found.report, terminal.console(stderr=False))
+    table.print_report(found.report, console(stderr=False))
     for path in (json_file, html):
         if path is not None:
             click.echo(printable(f"written: {path}"), err=True)
@@ -413,20 +417,9 @@ def _score(
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar for each thing that is done, on a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from mars import terminal
 
-    console = terminal.console()
-    columns = terminal.PlainColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=of)
-            bar.update(tasks[what], completed=done, total=of)
-
+    with terminal.progress(terminal.console()) as tell:
         yield tell
 
 

@@ -95,8 +95,6 @@ def main(n: int, model: str | None, out: Path | None, threads: int | None, devic
 def _generate(
     n: int, name: str | None, out: Path | None, threads: int | None, device: str, settings: dict[str, Any]
 ) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from mars import terminal
     from mars.files import new_folder
     from mars.labels import LABELS
@@ -114,23 +112,21 @@ def _generate(
     made = {**model.record, "model": str(name or DEFAULT), "n": n, **settings}
     out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))
     timing, began = Timing(), time.monotonic()
-    console = terminal.console()
-    columns = (BarColumn(), MofNCompleteColumn(), terminal.PlainColumn("{task.fields[rate]}"), TimeRemainingColumn())
     say = partial(click.echo, err=True)
     with (
         fill(NoteFolder(out, made, files, conditions, model.config.audio, picture=True), say) as folder,
-        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+        terminal.progress(terminal.console(), unit="notes") as tell,
     ):
         say(f"notes: {printable(str(out))}; if interrupted, go on with --out {printable(str(out))}")
         there = n - len(folder.missing)
-        task = bar.add_task("", total=n, completed=there, rate="")
-        done = 0
+        done = there
+        tell("notes", done, n)
         for start, stop in folder.runs():
             chosen = conditions[start:stop]
             for note in model.iterate(stop - start, start=start, conditions=chosen, **drawn, timing=timing):
                 folder.add(note.index, note.waveform)
                 done += 1
-                bar.update(task, completed=there + done, rate=f"{done / (time.monotonic() - began):.1f} notes/s")
+                tell("notes", done, n)
         filled = folder.finish()
     if filled.silent:
         say(f"warning: {filled.silent} of {n} notes are silent")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mars.cli import options as grammar
 from mars.cli.errors import Group, user_errors
 from mars.errors import ConfigError
 from mars.text import printable
@@ -33,12 +34,18 @@ OPTIONS = (
     click.option(
         "--resume",
         default="auto",
+        callback=grammar.resume,
         metavar="auto|never|RUN",
         show_default=True,
         help="auto: go on if --out is a run; never: refuse; or the run folder to go on with.",
     ),
     click.option("--max-steps", type=click.IntRange(min=1), help="Stop (and save) after this step."),
-    click.option("--max-time", metavar="TIME", help="Stop (and save) after this long, e.g. 90s, 40m or 2h."),
+    click.option(
+        "--max-time",
+        metavar="TIME",
+        callback=grammar.seconds,
+        help="Stop (and save) after this long, e.g. 90s, 40m or 2h.",
+    ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
@@ -51,7 +58,12 @@ OPTIONS = (
         help="Only show where a step's time goes, and write a trace; default: profile.json. Makes no run.",
     ),
     click.option("--plan", is_flag=True, help="Train nothing: print the memory, the FLOPs and the batch that fits."),
-    click.option("--memory", metavar="SIZE", help="With --plan: of the device, e.g. 24GB or 80GiB; default: 32GB."),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        callback=grammar.size,
+        help="With --plan: of the device, e.g. 24GB or 80GiB; default: 32GB.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="With --plan: print JSON."),
 )
 
@@ -67,17 +79,19 @@ def planned(stage: StageName, options: dict[str, Any]) -> bool:
     """Print the plan if it is asked for; takes its options out of `options`."""
     wanted, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
     if not wanted:
-        if memory or as_json:
-            raise ConfigError(f"{'--memory' if memory else '--json'} goes with --plan")
+        if memory is not None or as_json:
+            raise ConfigError(f"{'--json' if memory is None else '--memory'} goes with --plan")
         return False
+    if options["device"] == "mps":
+        raise ConfigError("--plan --device mps: only for cuda (which auto means here) and cpu")
     from mars.train import plan
     from mars.train.start import settings_of
 
     used = ("preset", "overrides", "out", "resume", "tokenizer")
     settings = settings_of(stage, **{name: options[name] for name in used if name in options})
-    size, device = plan.parse_memory(memory or "32GB"), plan.parse_device(options["device"])
-    found = plan.Planner(settings, stage, device).plan(size)
-    click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else plan.report(found))
+    device: plan.Device = "cpu" if options["device"] == "cpu" else "cuda"
+    found = plan.Planner(settings, stage, device).plan(32 * 10**9 if memory is None else memory)
+    click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else plan.report(found, before="--set "))
     return True
 
 
@@ -86,11 +100,18 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
     with user_errors():
         if planned(stage, options):
             return
-        from mars.distributed import parting
+        from mars.cli.console import console
+        from mars.distributed import teardown
         from mars.train.start import train
 
-        with parting():
-            train(stage, **options, began=began, following=lambda run: _following(stage, run, options["data"]))
+        with teardown():
+            train(
+                stage,
+                **options,
+                began=began,
+                following=lambda run: _following(stage, run, options["data"]),
+                console=console(),
+            )
 
 
 def _following(stage: StageName, run: Path, data: Path | None) -> str:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:  # so that `mars-train --help` need not wait for PyTorch
+def __getattr__(name: str) -> Any:  # so that the help of a command need not wait for PyTorch
     if name in ("Model", "load"):
         from mars import model
 

@@ -128,7 +128,7 @@ def griffin_lim(
         raise ValueError(f"griffin_lim: want one generator a note, {len(notes)}; got {len(generators)}")
     if not len(notes):
         return notes.new_zeros(*magnitudes.shape[:-2], config.samples)
-    turns = torch.stack([_turns(config, generators, note) for note in range(len(notes))]).to(notes.device)
+    phases = torch.stack([_phases(config, generators, note) for note in range(len(notes))]).to(notes.device)
     restored = partial(
         _fast_griffin_lim,
         window=_window(config, notes.device),
@@ -138,7 +138,7 @@ def griffin_lim(
         momentum=momentum,
     )
     size = 1 if notes.device.type == "cpu" else 64
-    batches = [[x[i : i + size] for i in range(0, len(x), size)] for x in (notes, turns)]
+    batches = [[x[i : i + size] for i in range(0, len(x), size)] for x in (notes, phases)]
     if notes.device.type == "cpu":
         with thread_pool(torch.get_num_threads()) as pool:
             signals = list(pool.map(restored, *batches))
@@ -186,7 +186,7 @@ def pcm(waveform: Tensor) -> NDArray[np.int16]:
 @torch.no_grad()  # here and not on griffin_lim, because every thread has its own gradient mode
 def _fast_griffin_lim(
     magnitude: Tensor,
-    turns: Tensor,
+    phases: Tensor,
     *,
     window: Tensor,
     gain: Tensor,
@@ -196,7 +196,7 @@ def _fast_griffin_lim(
 ) -> Tensor:
     """Padded signal (notes, length) of magnitude (notes, bins, frames), turns (notes, frames, bins)."""
     magnitude = magnitude.mT.contiguous()  # frames before bins, as the FFTs want them
-    spectrum = torch.polar(magnitude, 2 * math.pi * turns)
+    spectrum = torch.polar(magnitude, 2 * math.pi * phases)
     target = magnitude.to(torch.complex64)  # a product of one dtype runs faster than of two
     inertia = momentum / (1 + momentum)
     blocks = magnitude.new_empty(len(magnitude), len(gain) // hop, hop)
@@ -262,10 +262,10 @@ def _window(config: AudioConfig, device: torch.device) -> Tensor:
     return torch.hann_window(config.n_fft, periodic=True, dtype=torch.float32, device=device)
 
 
-def _turns(
+def _phases(
     config: AudioConfig, generators: Sequence[torch.Generator] | torch.Generator | int | None, note: int
 ) -> Tensor:
-    """Random phases of a note, (frames, n_fft / 2 + 1), in turns, on the device of its generator."""
+    """Random phases of a note, (frames, n_fft / 2 + 1), as fractions of a turn, on the device of its generator."""
     generator: torch.Generator | None
     if isinstance(generators, int):
         generator = torch.Generator().manual_seed(generators)

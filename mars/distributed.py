@@ -111,15 +111,15 @@ class World:
         """Wait for the other processes."""
         self.any(False)
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over the processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over the processes."""
-        return tensor if self.size == 1 else self.sum(tensor.clone()) / self.size
+        return tensor if self.size == 1 else self.all_reduce(tensor.clone()) / self.size
 
     def means(self, metrics: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
         """Means over the processes of the scalar tensors among the metrics; numbers are the same everywhere."""
@@ -129,8 +129,8 @@ class World:
         values = self.mean(torch.stack([torch.as_tensor(metrics[name]) for name in names]))
         return {**metrics, **dict(zip(names, values.unbind(), strict=True))}
 
-    def same(self, own: T) -> T:
-        """The main process's JSON value, in place of this one's own."""
+    def broadcast(self, own: T) -> T:
+        """Broadcast a JSON value from the main process: what it gave as `own`, in every process."""
         if self.size == 1:
             return own
         data = torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8)
@@ -140,8 +140,8 @@ class World:
         dist.broadcast(data, 0)
         return json.loads(bytes(data.tolist()))
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors, sharded ones put together on the CPU of the main process and left out in the others."""
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors; sharded ones are gathered on the CPU of the main process, and left out in the others."""
         found = {}
         for name, tensor in tensors.items():
             if _sharded(tensor):
@@ -189,7 +189,7 @@ def join(device: torch.device) -> World:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         return World(device=device)
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device.type}: several processes need cpu or cuda")
+        raise ConfigError(f"`device` {device.type}: several processes need cpu or cuda")
     device = _own(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -205,13 +205,13 @@ def _own(device: torch.device) -> torch.device:
         return device
     local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= present:
-        raise ConfigError(f"process {local} of this machine has no GPU; want --nproc-per-node {present} or less")
+        raise ConfigError(f"process {local} of this machine has no GPU; start {present} processes a machine or fewer")
     return torch.device("cuda", local)
 
 
 @contextmanager
-def parting() -> Iterator[None]:
-    """Take leave of the other processes at the end, if there are any; errors say whose they are.
+def teardown() -> Iterator[None]:
+    """Leave the process group at the end of the block, if there is one; an error says which process it is of.
 
     Raises:
         LostProcess: another process went away. After any error the process group is left as it is, since closing it
@@ -227,7 +227,7 @@ def parting() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's own errors have no class
             raise LostProcess(
                 f"lost another process of this run ({str(error).splitlines()[0]}); its own message says why. "
-                "Start all of them again with the same --out to go on from the last checkpoint"
+                "Start all of them again with the same `out` to go on from the last checkpoint"
             ) from error
         raise
     if dist.is_initialized():

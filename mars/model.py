@@ -113,9 +113,7 @@ class Model:
     def transformer(self) -> VAR:
         """The second stage; raises `CheckpointError` where there is none."""
         if self.var is None:
-            raise CheckpointError(
-                "the model is a tokenizer only; train the second stage: mars-train var --tokenizer MODEL"
-            )
+            raise CheckpointError("the model is a tokenizer only; train the second stage on it: `mars-train var`")
         return self.var
 
     @property
@@ -461,7 +459,7 @@ def locate(name: str | Path | None) -> Path:
         if (candidate / "config.json").is_file() and (candidate / "tokenizer.safetensors").is_file():
             return candidate
     if name is None:
-        raise CheckpointError("this installation has no packaged model; name one: --model PATH")
+        raise CheckpointError("this installation has no packaged model; name one with `model`")
     if (path / "checkpoints").is_dir():
         raise CheckpointError(f"{path} is a run that has not finished its first save; wait for it or resume it")
     known = ", ".join(sorted(p.name for p in packaged.iterdir())) if packaged.is_dir() else ""

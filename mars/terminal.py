@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mars.text import printable
@@ -31,3 +34,45 @@ class PlainColumn(TextColumn):
 
     def render(self, task: Any) -> Text:
         return Text(printable(self.text_format.format(task=task)), self.style)
+
+
+class Tell(Protocol):
+    """Takes how far something is: what it is, how much is done and of how much (0: unknown), and what else to show."""
+
+    def __call__(self, what: str, done: int, total: int, info: str = "", /) -> None: ...
+
+
+@contextmanager
+def progress(console: Console, *, unit: str = "", line_every: float = 0, transient: bool = False) -> Iterator[Tell]:
+    """A bar on a terminal for each thing that the function this gives is told of.
+
+    Args:
+        unit: what is counted; how many there are a second is then shown after the bar.
+        line_every: where there is no terminal, a line after so many seconds; 0: none.
+        transient: the bars go away at the end.
+    """
+    began = last = time.monotonic()
+    tasks: dict[str, tuple[TaskID, int]] = {}  # with what was done before
+    columns = (
+        PlainColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), PlainColumn("{task.fields[info]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=transient) as bars:
+
+        def tell(what: str, done: int, total: int, info: str = "", /) -> None:
+            nonlocal last
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total or None, completed=done, info=info), done
+            task, before = tasks[what]
+            now = time.monotonic()
+            rate = (done - before) / max(now - began, 1e-3)
+            if unit:
+                info = " ".join(filter(None, (f"{rate:.{1 if rate < 10 else 0}f} {unit}/s", info)))
+            bars.update(task, completed=done, total=total or None, info=info)
+            if line_every and not console.is_terminal and now - last >= line_every:
+                last = now
+                left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
+                count = " ".join(filter(None, (f"{what}: {done:,} of {f'{total:,}' if total else '?'}", unit)))
+                console.print(", ".join(filter(None, (count, info))) + left, soft_wrap=True)
+
+        yield tell

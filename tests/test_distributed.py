@@ -19,7 +19,7 @@ import torch
 from mars import checkpoint, model
 from mars.config import TrainConfig
 from mars.data import open_dataset
-from mars.distributed import ALONE, World, join, parting
+from mars.distributed import ALONE, World, join, teardown
 from mars.errors import ConfigError, Diverged, LostProcess
 from mars.runs.folder import RunFolder
 from mars.train.loop import batch_indices
@@ -283,22 +283,22 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
         assert world == ALONE
         assert world.main
         assert world.wrap(module) is module
-        assert world.sum(tensor) is world.mean(tensor) is world.part(tensor, tensor) is tensor
-        assert (world.any(True), world.any(False), world.same("a")) == (True, False, "a")
-        assert world.means({"loss": tensor}) == world.whole({"loss": tensor}) == {"loss": tensor}
+        assert world.all_reduce(tensor) is world.mean(tensor) is world.part(tensor, tensor) is tensor
+        assert (world.any(True), world.any(False), world.broadcast("a")) == (True, False, "a")
+        assert world.means({"loss": tensor}) == world.gather({"loss": tensor}) == {"loss": tensor}
     assert not torch.distributed.is_initialized()
 
 
 def test_what_several_processes_cannot_have(monkeypatch):
-    with pytest.raises(ConfigError, match="--shard: there is one process"):
+    with pytest.raises(ConfigError, match="`shard`: there is one process"):
         train("var", shard=True, device="cpu")
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="--device mps: several processes need cpu or cuda"):
+    with pytest.raises(ConfigError, match="`device` mps: several processes need cpu or cuda"):
         join(torch.device("mps"))
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU; want --nproc-per-node 2 or less"):
+    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU; start 2 processes a machine or fewer"):
         join(torch.device("cuda"))
     assert not torch.distributed.is_initialized()
 
@@ -306,8 +306,8 @@ def test_what_several_processes_cannot_have(monkeypatch):
 def test_only_a_lost_process_is_reported_as_one():
     closed = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5"
     for error in (RuntimeError(closed), torch.distributed.DistBackendError("NCCL communicator was aborted")):
-        with pytest.raises(LostProcess, match="lost another process of this run"), parting():
+        with pytest.raises(LostProcess, match="lost another process of this run"), teardown():
             raise error
     for other in (RuntimeError("mat1 and mat2 shapes"), Diverged("the run is in gloomy/"), OSError("gloo")):
-        with pytest.raises(type(other)), parting():
+        with pytest.raises(type(other)), teardown():
             raise other

@@ -271,7 +271,7 @@ def test_an_attribute_that_the_model_lacks():
 
 
 def test_a_tokenizer_alone_cannot_generate(model):
-    with pytest.raises(CheckpointError, match="mars-train var --tokenizer"):
+    with pytest.raises(CheckpointError, match="on it: `mars-train var`"):
         Model(config=model.config, tokenizer=model.tokenizer).iterate(1)
 
 

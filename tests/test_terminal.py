@@ -54,7 +54,45 @@ def test_the_bar_of_mars_eval_takes_folders_of_any_name(monkeypatch):
     assert "read notes/[/b]" in file.getvalue()
 
 
-def test_no_other_console_is_made():
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so."""
+    now = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_bar_shows_what_is_done_and_how_fast(clock):
+    file = io.StringIO()
+    console = PlainConsole(file=file, force_terminal=True, width=200)
+    with terminal.progress(console, unit="notes") as tell:
+        tell("Packing", 10, 50)  # of which ten were there
+        clock[0] += 2
+        tell("Packing", 40, 50, "soon")
+        tell("checking", 1, 0)
+    assert "Packing" in file.getvalue()
+    assert "40/50" in file.getvalue()
+    assert "15 notes/s soon" in file.getvalue()
+    assert "1/?" in file.getvalue()
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(clock):
+    file = io.StringIO()
+    console = PlainConsole(file=file, width=20)
+    with terminal.progress(console, unit="notes", line_every=30) as tell:
+        for done, seconds in ((0, 0), (10, 29), (1240, 2), (1300, 3), (1860, 30)):
+            clock[0] += seconds
+            tell("Packing", done, 0 if done == 1240 else 6200)
+    assert file.getvalue() == (
+        "Packing: 1,240 of ? notes, 40 notes/s\nPacking: 1,860 of 6,200 notes, 29 notes/s, 149 s left\n"
+    )
+    with terminal.progress(console) as tell:  # and none where nobody asked for them
+        clock[0] += 1000
+        tell("Packing", 1, 2)
+    assert file.getvalue().count("\n") == 2
+
+
+def test_no_other_console_or_bar_is_made():
     """One with markup would take what is in brackets in a path for its own."""
     files = [p for folder in ("mars", "cli", "kernels") for p in (ROOT / folder).rglob("*.py")]
     assert len(files) > 80
@@ -63,6 +101,6 @@ def test_no_other_console_is_made():
         for p in files
         if p.name != "terminal.py"
         for line in p.read_text(encoding="utf-8").splitlines()
-        if any(call in line for call in (" Console(", "(Console(", " TextColumn(", "(TextColumn("))
+        if any(f"{before}{call}(" in line for call in ("Console", "TextColumn", "Progress") for before in " (")
     ]
     assert made == []

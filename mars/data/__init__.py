@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mars.data import builtin
 from mars.data.packed import COLUMNS, Dataset
 from mars.data.splits import SPLITS
 from mars.errors import DataError
@@ -11,8 +12,4 @@ __all__ = ["COLUMNS", "SPLITS", "DataError", "Dataset", "open_dataset"]
 
 def open_dataset(path: str | Path | None) -> Dataset:
     """The packed dataset at `path`, or the built-in notes for None. Raises `DataError`."""
-    if path is not None:
-        return Dataset.open(path)
-    from mars.data import builtin  # late: only these need it
-
-    return builtin.load()
+    return builtin.load() if path is None else Dataset.open(path)

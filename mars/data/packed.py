@@ -183,10 +183,8 @@ class Dataset:
             if path.is_file():
                 raise DataError(not_a_folder(path, "give the folder that mars-data wrote"))
             if not path.exists():
-                raise DataError(f"{path} does not exist; pack notes first: mars-data folder PATH --out {path}")
-            raise DataError(
-                f"{path} is not a packed dataset (no dataset.json); pack it first: mars-data folder {path} --out DIR"
-            )
+                raise DataError(f"{path} does not exist; pack notes into it first: `mars-data folder`")
+            raise DataError(f"{path} is not a packed dataset (no dataset.json); pack it first: `mars-data folder`")
         again = "pack it again"
         info = _read_json(path / "dataset.json")
         if info.get("format") != FORMAT or info.get("version") != VERSION:
@@ -423,7 +421,7 @@ class Writer:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in _kinds(self._bad.values()).most_common())
             raise TooManyBadError(
                 f"{len(self._bad):,} of {seen:,} files are bad, over {allow_bad:.1%} ({kinds}); the first: "
-                f"{first[0]}: {first[1]}; all are in {listing}; mend them or pass --allow-bad FRACTION"
+                f"{first[0]}: {first[1]}; all are in {listing}; mend them or allow a larger fraction with `allow_bad`"
             )
         if not self._rows:
             raise DataError(f"there is no note for {self.out}; check the path of the source")

@@ -230,7 +230,7 @@ def choose(presets: list[Preset], notes: int | None, seed: int, pitches: tuple[i
         if keys:
             playable.append((preset, Labels(name, family, source), keys))
     if not playable:
-        raise DataError(f"no melodic preset plays between MIDI {pitches[0]} and {pitches[1]}; widen --pitches")
+        raise DataError(f"no melodic preset plays between MIDI {pitches[0]} and {pitches[1]}; widen `pitches`")
     jobs = []
     quotas = _share(notes, [len(keys) * len(VELOCITIES) for *_, keys in playable], rng)
     for (preset, labels, keys), quota in zip(playable, quotas, strict=True):

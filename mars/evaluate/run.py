@@ -40,7 +40,7 @@ TABLE_1 = ("ndb_k", "pkid", "ikid", "pis", "iis", "mse", "mae", "fad")  # of the
 REAL_VS_REAL, ORACLE, ANCHOR = "real-vs-real", "griffin-lim oracle", "anchor"
 NDB_REFERENCE = 50_000  # training notes at most that bins are made of
 KID_SUBSET = 1000  # notes at most
-NO_TRAINING_NOTES = "want the training notes (--train)"
+NO_TRAINING_NOTES = "want the training notes (`train`)"
 SHOWN = 6  # notes that a report lets one hear
 ALL_NOTES = "all notes at once"  # what a value and its interval are of, which usually is published of parts
 
@@ -404,7 +404,7 @@ def _mel_errors(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
 def _ndb(scorer: _Scorer, row: _Row) -> dict[str, Metric]:
     reference, k = scorer.train or row.real.notes, scorer.settings.bins
     if len(reference) < k:
-        raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer bins: --bins")
+        raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer bins: `bins`")
     bins = row.real.bins if scorer.train is None else scorer.training_bins
     found = ndb.different_bins(bins, row.fake.log_mel.flatten(1))
     details = {

@@ -48,7 +48,7 @@ class Position:
     skipped: int = 0  # those of them that were not finite and changed nothing
     best: Best | None = None
 
-    def judge(self, values: Mapping[str, Any]) -> bool:
+    def improves(self, values: Mapping[str, Any]) -> bool:
         """Whether a validation at this step is the best so far; if so it is noted."""
         metric = next((name for name in JUDGED_BY if name in values), None)
         if metric is None or not values[metric] < (self.best.value if self.best else float("inf")):
@@ -69,7 +69,7 @@ class RunFolder:
     path: Path
     identity: Mapping[str, Any] = field(default_factory=dict)
     world: World = ALONE
-    threads: int = field(default_factory=torch.get_num_threads)  # of this sitting
+    threads: int = field(default_factory=torch.get_num_threads)  # of this session
 
     @property
     def surroundings(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class RunFolder:
             Diverged: a tensor is not finite; nothing is written.
             DiskError: something cannot be written; the older checkpoints stay as they are.
         """
-        state = {name: self.world.whole(tensors) for name, tensors in stage.state().items()}  # each gives its part
+        state = {name: self.world.gather(tensors) for name, tensors in stage.state().items()}  # each gives its part
         _check_finite(state, position.step, self.path)
         target = self.path / "checkpoints" / f"step-{position.step:08d}"
         best, model = position.best, stage.snapshot()

@@ -22,7 +22,7 @@ from mars.lock import held
 FILE = "log.jsonl"
 LARGEST = 1 << 30  # bytes: a line for each of some million steps
 JUDGED_BY = ("val_mse", "val_loss")  # the tokenizer's validation, the VAR's: the lowest is the best
-ENDS = ("finished", "stopped", "diverged")  # the events that end a sitting
+ENDS = ("finished", "stopped", "diverged")  # the events that end a session
 
 Record = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Log:
 
     records: list[Record] = field(default_factory=list)
     unreadable: int = 0  # lines that are not JSON, the last one excepted, which may be half written
-    seconds: float = 0.0  # spent training, over all sittings
+    seconds: float = 0.0  # spent training, over all sessions
     written: float = 0.0  # when the last line was, in seconds since 1970
     locked: bool | None = None  # whether a trainer has the run folder; None where that cannot be told
 

@@ -15,7 +15,7 @@ NOT_CURVES = ("step", "time", "epoch", "collapsed")
 
 
 class Board:
-    """Writes scalars, sounds and pictures; what an earlier sitting wrote of steps after `step` is taken back."""
+    """Writes scalars, sounds and pictures; what an earlier session wrote of steps after `step` is taken back."""
 
     def __init__(self, run: Path, step: int) -> None:
         check_installed()

@@ -49,7 +49,7 @@ class Watch:
         self.news = False  # since the last report
 
     @contextmanager
-    def sitting(self, step: int) -> Iterator[None]:
+    def session(self, step: int) -> Iterator[None]:
         """From `step` on until the block is left."""
         self.step = step
         self.board = Board(self.run.path, step) if self.tensorboard else None

@@ -42,7 +42,7 @@ class Statistics:
         """Add up what the processes have."""
         for tensor in (self.counts, self.sums, self.candidates):
             if tensor is not None:
-                world.sum(tensor)
+                world.all_reduce(tensor)
 
     @torch.no_grad()
     def add(

@@ -3,7 +3,7 @@
 Blocks are compiled one by one in place (`nn.Module.compile`): all of a kind share one graph, names in the state dict
 stay, and wrappers around the model see the same modules. Shapes are static: micro-batches are all of one size, and
 validation runs the averaged weights, which are not compiled. As compilation is lazy, a missing compiler would show in
-the middle of the first step; a rehearsal of that step shows it before.
+the middle of the first step; a dry run of that step shows it before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Compilable(Protocol):
     def blocks(self) -> list[nn.Module]:
         """The modules to be compiled."""
 
-    def rehearse(self) -> None:
+    def dry_run(self) -> None:
         """The forward and backward pass of a micro-batch; leaves no trace."""
 
 
@@ -48,11 +48,11 @@ def compile_blocks(stage: Compilable, say: Callable[[str], None]) -> bool:
     for block in blocks:
         block.compile(dynamic=False)
     try:
-        stage.rehearse()
+        stage.dry_run()
     except Exception as error:
         for block in blocks:
             block._compiled_call_impl = None
-        stage.rehearse()  # what fails without compilation too is not its fault, and is raised as it is
+        stage.dry_run()  # what fails without compilation too is not its fault, and is raised as it is
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if asked == "on":
             raise ConfigError(

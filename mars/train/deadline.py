@@ -1,4 +1,4 @@
-"""`--max-time`: stopping early enough for the last save."""
+"""A limit on the time of training: stopping early enough for the last save."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from mars import terminal
 from mars.errors import CheckpointError
@@ -68,7 +67,7 @@ def run(
 
     SIGTERM, SIGINT and SIGUSR1, in any of the processes, finish the step and save; `max_time` leaves time for that.
     `names` are the notes' names, for `diverged.json`. Without a `watch` the run has a log but shows nothing else of
-    itself. Returns the number of steps done, over all sittings.
+    itself. Returns the number of steps done, over all sessions.
 
     Raises:
         Diverged: ten steps in a row, or the weights to be saved, were not finite.
@@ -82,7 +81,7 @@ def run(
     mine = world.share(train.accumulate)
     position = folder.restore(stage, console.print)
     done = saved = position.step
-    if world.same(done) != done:
+    if world.broadcast(done) != done:
         raise CheckpointError(f"found another newest checkpoint in {folder.path} than process 0")
     folder.rewind(done)
     if done:
@@ -97,7 +96,7 @@ def run(
         parts = np.split(indices, train.accumulate)
         return [stage.batch(parts[i]) for i in mine]
 
-    def judge(wait: bool) -> None:
+    def take_verdicts(wait: bool) -> None:
         for step, found, finite in verdicts.known(wait):
             if finite:
                 bad.forget()
@@ -108,7 +107,7 @@ def run(
 
     def save() -> None:
         nonlocal saved
-        judge(wait=True)
+        take_verdicts(wait=True)
         with deadline.timed("save"):
             folder.save(position, stage)
         saved = done
@@ -122,11 +121,11 @@ def run(
 
     with (
         _stop_signals() as stop,
-        watch.sitting(done),
-        _progress(console) as progress,
+        watch.session(done),
+        terminal.progress(console) as tell,
         thread_pool(max(train.workers, 1)) as loader,
     ):
-        task = progress.add_task("", total=end, completed=done, info="")
+        info = ""
         upcoming: deque[Future[list[Any]]] = deque()
         while done < end and not world.any(stop() or not in_time()):
             while len(upcoming) <= train.workers and done + len(upcoming) < end:
@@ -137,9 +136,9 @@ def run(
                 done += 1
                 position.step = done
                 verdicts.add(done, metrics)
-                judge(wait=False)
+                take_verdicts(wait=False)
             if done % train.log_every == 0 or done == end:
-                judge(wait=True)
+                take_verdicts(wait=True)
                 now = time.monotonic()
                 values = {name: round(float(value), 6) for name, value in world.means(metrics).items()}
                 rate = (done - logged) * batch / (now - last_log)
@@ -149,21 +148,19 @@ def run(
                 epoch = round(done * batch / len(notes), 3)
                 counts = {"skipped": position.skipped, "notes_per_s": round(rate, 2), "epoch": epoch}
                 watch.log({"step": done, **values, **counts})
-                progress.update(task, info=f"loss {values['loss']:.4f}  {rate:.1f} notes/s  {watch.memory()}")
+                shown, memory = f"loss {values['loss']:.4f}  {rate:.1f} notes/s", watch.memory()
+                info = f"{shown}  {memory}"
                 if not console.is_terminal:  # no bar either
                     left = (end - done) * batch / rate
-                    console.print(
-                        f"step {done:,}/{end:,}  loss {values['loss']:.4f}  {rate:.1f} notes/s  {left:.0f} s left"
-                        f"  {watch.memory()}"
-                    )
-            progress.update(task, completed=done)
+                    console.print(f"step {done:,}/{end:,}  {shown}  {left:.0f} s left  {memory}")
+            tell("step", done, end, info)
             pause, improved = time.monotonic(), False
             if validates(done):
                 with deadline.timed("validation"):
-                    values = world.same(stage.validate())  # GPUs may differ in the last bit
+                    values = world.broadcast(stage.validate())  # GPUs may differ in the last bit
                 if values:  # there may be no notes to validate with
-                    # One that only this sitting's end made would make the best depend on where the run was stopped.
-                    improved = (done % train.validate_every == 0 or done == train.steps) and position.judge(values)
+                    # One that only this session's end made would make the best depend on where the run was stopped.
+                    improved = (done % train.validate_every == 0 or done == train.steps) and position.improves(values)
                     watch.log({"step": done, **values})
                     shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
                     console.print(f"step {done:,}  {shown}")
@@ -176,21 +173,10 @@ def run(
             save()
         if done < train.steps:
             where = f"; saved in {folder.path}" if done else ""
-            ahead = f"the same command with --out {folder.path} goes on"
+            ahead = f"start the same again with `out` {folder.path} to go on"
             console.print(f"stopped at step {done:,} of {train.steps:,}{where}; {ahead}")
     world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        terminal.PlainColumn("{task.fields[info]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 @contextmanager

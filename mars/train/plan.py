@@ -9,7 +9,6 @@ alive at once take, as `torch.cuda.max_memory_allocated` counts it; the workspac
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,6 @@ from torch.utils.flop_counter import flop_registry
 
 from mars.config import Config, TrainConfig
 from mars.data import Dataset
-from mars.errors import ConfigError
 from mars.kernels import _backend, costs
 from mars.labels import LABELS
 from mars.models.tokenizer import Tokenizer
@@ -166,11 +164,11 @@ class Notes:
         return dict.fromkeys(LABELS, np.full(self.count, -1, np.int32))
 
 
-class Rehearsal:
+class DryRun:
     """A stage on fake tensors, that has taken its first step and so has the optimiser's moments."""
 
     def __init__(self, config: Config, stage: StageName, device: Device, *, at: int | None = None) -> None:
-        """at: the step to rehearse; None: the last one, in which all terms of the loss are on."""
+        """at: the step to run; None: the last one, in which all terms of the loss are on."""
         train = getattr(config.train, stage)
         self.device = device
         self.allocations = Allocations(alignment=512 if device == "cuda" else 1)
@@ -264,12 +262,12 @@ class Planner:
         tokens = self.config.tokenizer.tokens
         if self.stage == "tokenizer":
             tokens = math.prod(self.config.patches) + math.prod(self.config.tokenizer.latent)
-        rehearsal = self._needs[train.checkpointing].rehearsal
+        dry_run = self._needs[train.checkpointing].dry_run
         return Plan(
             stage=self.stage,
             preset=self.config.preset,
             device=self.device,
-            precision=rehearsal.stage.train.precision,
+            precision=dry_run.stage.train.precision,
             batch_size=train.batch_size,
             accumulate=train.accumulate,
             checkpointing=train.checkpointing,
@@ -277,7 +275,7 @@ class Planner:
             usable=usable,
             fits=(plain, checkpointed),
             recommended=_recommended(plain, checkpointed, tokens, train),
-            **rehearsal.sizes(),
+            **dry_run.sizes(),
         )
 
 
@@ -287,7 +285,7 @@ class _Needs:
     def __init__(self, config: Config, stage: StageName, device: Device) -> None:
         self.train: TrainConfig = getattr(config.train, stage)
         self.notes = self.train.notes_per_step
-        self.rehearsal = Rehearsal(config, stage, device)
+        self.dry_run = DryRun(config, stage, device)
         self._steps: dict[tuple[int, int], Step] = {}
         two, three = (self._step(self.train.batch_size, n) for n in (2, 3))
         self.flops = two.flops + (self.train.accumulate - 2) * (three.flops - two.flops)
@@ -299,7 +297,7 @@ class _Needs:
 
     def fit(self, usable: int) -> Fit:
         """What fits into `usable` bytes."""
-        largest = _largest(self, usable, self.train.batch_size, self.rehearsal.allocations.held)
+        largest = _largest(self, usable, self.train.batch_size, self.dry_run.allocations.held)
         return Fit(
             checkpointing=self.train.checkpointing,
             peak=self(self.train.batch_size),
@@ -310,7 +308,7 @@ class _Needs:
 
     def _step(self, batch: int, micro_batches: int) -> Step:
         if (batch, micro_batches) not in self._steps:
-            self._steps[batch, micro_batches] = self.rehearsal.step(batch, micro_batches)
+            self._steps[batch, micro_batches] = self.dry_run.step(batch, micro_batches)
         return self._steps[batch, micro_batches]
 
 
@@ -345,32 +343,8 @@ def _recommended(plain: Fit, checkpointed: Fit, tokens: int, train: TrainConfig)
     return tuple(settings)
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of "32GB" (10^9 each), "24GiB" (2^30) and the like.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?) ?([MGT])(i?)B", text)
-    size = float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2]) + 2) if found else 0
-    if not 0 < size < 1 << 60:
-        raise ConfigError(f"--memory: want a size such as 32GB or 24GiB, got {text!r}")
-    return int(size)
-
-
-def parse_device(name: str) -> Device:
-    """What `--device` means for a plan: a CUDA GPU, unless it names the CPU.
-
-    Raises:
-        ConfigError: it names another device.
-    """
-    if name == "mps":
-        raise ConfigError("--plan --device mps: only for cuda (which auto means here) and cpu")
-    return "cpu" if name == "cpu" else "cuda"
-
-
-def report(plan: Plan) -> str:
-    """The plan in words."""
+def report(plan: Plan, before: str = "") -> str:
+    """The plan in words; `before` is put before each of the settings that are recommended."""
     place = "a CUDA GPU" if plan.device == "cuda" else "a CPU"
     fixed = (("weights", plan.weights), ("gradients", plan.gradients), ("optimizer", plan.optimizer))
     lines = [
@@ -399,7 +373,7 @@ def report(plan: Plan) -> str:
     else:
         lines.append(f"The settings do not fit: they need {_gb(plan.planned.peak - plan.usable).strip()} more.")
     if plan.recommended:
-        lines.append("recommended: " + " ".join(f"--set {setting}" for setting in plan.recommended))
+        lines.append("recommended: " + " ".join(f"{before}{setting}" for setting in plan.recommended))
     else:
         lines.append("Not even one note fits: choose a smaller model.")
     return "\n".join(lines)

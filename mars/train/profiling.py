@@ -1,4 +1,4 @@
-"""Where a training step goes: `mars-train … --profile`."""
+"""Where the time of a training step goes."""
 
 from __future__ import annotations
 

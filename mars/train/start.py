@@ -1,4 +1,4 @@
-"""Set up a run from the options of `mars-train`: settings, data, run folder; then hand over to the loop."""
+"""Set up a run: settings, data, run folder; then hand over to the loop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from mars import checkpoint, config, lock, model, runtime, terminal
 from mars.config import Config
@@ -34,8 +33,10 @@ from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import cached_tokens
 from mars.train.var import VARStage
 
-ENDS = 3.0  # seconds of --max-time for the start and the end of the process
+ENDS = 3.0  # seconds of `max_time` for the start and the end of the process
 TOKENS = ".tokens"  # beside the runs
+
+Resume = Path | Literal["auto", "never"]
 
 
 def train(
@@ -45,9 +46,9 @@ def train(
     preset: str | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
-    resume: str = "auto",
+    resume: Resume = "auto",
     max_steps: int | None = None,
-    max_time: str | None = None,
+    max_time: float | None = None,
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
@@ -57,15 +58,20 @@ def train(
     tokenizer: Path | None = None,
     shard: bool = False,
     following: Callable[[Path], str] | None = None,
+    console: Console | None = None,
 ) -> Path:
     """Train a tokenizer, or a VAR on the tokens of one; returns the run folder.
 
     Args:
+        overrides: settings to change, each as "KEY=VALUE".
+        resume: "auto" goes on where `out` is a run, "never" refuses to; or the run folder to go on with.
+        max_time: seconds after which training stops, saved.
         profile: write a trace of a few steps there instead, and make no run folder; returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: the newest run.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
         following: the command to type after the run at this path has come to its end, which is then printed.
+        console: what is said goes there; None: to stderr.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used, or the audio of the dataset is not
@@ -75,13 +81,13 @@ def train(
     if tensorboard:
         check_installed()
     began = time.monotonic() if began is None else began
-    seconds = parse_time(max_time)
     world = _prepare(device, threads)
-    console = terminal.console(soft_wrap=True, quiet=not world.main)
+    console = console or terminal.console(soft_wrap=True)
+    console.quiet = console.quiet or not world.main
     if profile is not None and world.size > 1:
-        raise ConfigError("--profile looks at one process; start it without torchrun")
+        raise ConfigError("`profile` looks at one process; start it without torchrun")
     if shard and world.size == 1:
-        raise ConfigError("--shard: there is one process, nothing to spread a model over; start several with torchrun")
+        raise ConfigError("`shard`: there is one process, nothing to spread a model over; start several with torchrun")
     dataset = open_dataset(data)
     out = _resumed(out, resume)
     notes = dataset.split("train")
@@ -142,7 +148,7 @@ def train(
             notes,
             seed=seed,
             max_steps=max_steps,
-            max_time=None if seconds is None else began + seconds - ENDS - time.monotonic(),
+            max_time=None if max_time is None else began + max_time - ENDS - time.monotonic(),
             console=console,
             names=dataset.names,
             watch=Watch(
@@ -165,7 +171,7 @@ def settings_of(
     preset: str | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
-    resume: str = "auto",
+    resume: Resume = "auto",
     tokenizer: Path | None = None,
 ) -> Config:
     """The settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
@@ -198,28 +204,9 @@ def newest_tokenizer(preset: str | None = None) -> Path:
     if not found:
         kind = f"tokenizer run of preset {preset}" if preset else "tokenizer run"
         raise ConfigError(
-            f"there is no {kind} under {RUNS}/; train one first (mars-train tokenizer) or name it: --tokenizer PATH"
+            f"there is no {kind} under {RUNS}/; train one first (`mars-train tokenizer`) or name it with `tokenizer`"
         )
     return max(found)[1]
-
-
-def parse_time(text: str | None) -> float | None:
-    """Seconds of "90s", "40m", "2h" or a plain number of seconds.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    if text is None:
-        return None
-    units = {"s": 1, "m": 60, "h": 3600}
-    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1)
-    try:
-        seconds = float(number) * unit
-    except ValueError:
-        seconds = -1
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"--max-time: want a time such as 90s, 40m or 2h, got {text!r}")
-    return seconds
 
 
 def _prepare(device: str, threads: int | None) -> World:
@@ -231,14 +218,14 @@ def _prepare(device: str, threads: int | None) -> World:
     return join(where)
 
 
-def _resumed(out: Path | None, resume: str) -> Path | None:
-    """The run folder asked for, by --out or by --resume RUN."""
+def _resumed(out: Path | None, resume: Resume) -> Path | None:
+    """The run folder asked for, by `out` or by `resume`."""
     if resume in ("auto", "never"):
         return out
     if not (Path(resume) / "run.json").is_file():
-        raise ConfigError(f"--resume {resume}: not a run folder (no run.json); want auto, never or a run's path")
+        raise ConfigError(f"`resume` {resume}: not a run folder (no run.json); want auto, never or a run's path")
     if out is not None and out.resolve() != Path(resume).resolve():
-        raise ConfigError(f"--out {out} and --resume {resume} name different runs; give one of them")
+        raise ConfigError(f"`out` {out} and `resume` {resume} name different runs; give one of them")
     return Path(resume)
 
 
@@ -253,12 +240,12 @@ def _source(tokenizer: Path | None, out: Path | None, preset: str | None, consol
     if tokenizer is None and out is not None and (out / "run.json").is_file():
         record = read_record(out)
         if record.stage != "var":
-            raise ConfigError(f"--out {out} is a run with stage {record.stage}, not var; name a new folder")
+            raise ConfigError(f"`out` {out} is a run with stage {record.stage}, not var; name a new folder")
         tokenizer = Path(record.tokenizer)
     if tokenizer is not None:
         return tokenizer
-    newest = Path(world.same(str(newest_tokenizer(preset))))
-    console.print(f"tokenizer: {newest} (the newest run; --tokenizer names another)")
+    newest = Path(world.broadcast(str(newest_tokenizer(preset))))
+    console.print(f"tokenizer: {newest} (the newest run; `tokenizer` names another)")
     return newest
 
 
@@ -273,11 +260,13 @@ def _var_settings(
     asked = config.override(plain, overrides, "var")
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
-        raise ConfigError(f"--set {fixed[0]}.…: the trained tokenizer {source} fixes these; set them when training it")
+        raise ConfigError(
+            f"`overrides` {fixed[0]}.…: the trained tokenizer {source} fixes these; set them when training it"
+        )
     if preset is not None and plain.tokenizer.scales != trained.tokenizer.scales:
         raise ConfigError(
-            f"--preset {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
-            "train one of that preset first or leave --preset out"
+            f"`preset` {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
+            "train one of that preset first or leave `preset` out"
         )
     return dataclasses.replace(asked, audio=trained.audio, tokenizer=trained.tokenizer)
 
@@ -307,7 +296,7 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
     if dataset.sample_rate != settings.audio.sample_rate:
         raise ConfigError(
             f"the dataset is at {dataset.sample_rate} Hz, audio.sample_rate is {settings.audio.sample_rate}; "
-            "pack it again at that rate (mars-data … --sample-rate)"
+            "pack it again at that rate (`mars-data folder`)"
         )
     if len(dataset.split("train")) == 0:
         raise ConfigError("the dataset has no training notes")
@@ -321,11 +310,10 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
 def _verify(dataset: Dataset, console: Console, world: World) -> None:
     """Check the audio, once on each machine; the other processes hear at every step of it that it goes on."""
     if world.first_here:
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-            task = progress.add_task("checking the audio", total=None)
+        with terminal.progress(console, transient=True) as tell:
 
             def told(done: int, size: int) -> None:
-                progress.update(task, completed=done, total=size)
+                tell("checking the audio (MB)", done // 10**6, size // 10**6)
                 world.any(True)
 
             dataset.verify(told)
@@ -340,7 +328,7 @@ def _open_run(
     settings: Config,
     dataset: Dataset,
     seed: int,
-    resume: str,
+    resume: Resume,
     console: Console,
     origin: dict[str, Any],
     world: World,
@@ -350,7 +338,7 @@ def _open_run(
     The main process does so for all.
     """
     name = f"{stage_name}-{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(world.same(str(out or (new_folder(RUNS, name) if world.main else RUNS / name))))
+    path = Path(world.broadcast(str(out or (new_folder(RUNS, name) if world.main else RUNS / name))))
     record = {
         "stage": stage_name,
         "preset": settings.preset,
@@ -364,14 +352,14 @@ def _open_run(
     identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
     asked = json.dumps([run.identity, str(path)])
-    if world.same(asked) != asked:  # this waits for all to have read what the main process may write now
-        raise ConfigError("started with other settings, data or --out than process 0")
+    if world.broadcast(asked) != asked:  # this waits for all to have read what the main process may write now
+        raise ConfigError("started with other settings, data or `out` than process 0")
     if not world.main:
         world.barrier()
         yield run
         return
     if path.exists() and not (path / "run.json").is_file() and not _abandoned(path):
-        raise ConfigError(f"--out {path} exists and is not a run; name a new folder")
+        raise ConfigError(f"`out` {path} exists and is not a run; name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     with lock.claim(path, console.print) as locked:
         if (path / "run.json").is_file():
@@ -394,10 +382,10 @@ def _abandoned(path: Path) -> bool:
     return all(name.startswith(".") and name.endswith(".tmp") for name in names)
 
 
-def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str) -> None:
+def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Resume) -> None:
     """ConfigError unless the run folder `path` is of this run and may be gone on with."""
     if resume == "never":
-        raise ConfigError(f"--out {path} is a run already; name a new folder or leave out --resume never")
+        raise ConfigError(f"`out` {path} is a run already; name a new folder or leave out `resume` never")
     read_record(path)  # which sees that it is a record
     known = checkpoint.read_json(path / "run.json")
     if known.get("data") != record["data"]:
@@ -407,7 +395,7 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str
     for key in ("stage", "preset", "seed", "tokenizer_hash"):
         if known.get(key) != record.get(key):
             raise ConfigError(
-                f"--out {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
+                f"`out` {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
             )
     if known.get("data") != record["data"]:
         raise ConfigError(
@@ -416,7 +404,8 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: str
     had, asked = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
     if (other := folder.difference(had, asked, "config")) is not None:
         raise ConfigError(
-            f"--out {path} is a run with other settings: {other}; repeat its --set or name a new folder with --out"
+            f"`out` {path} is a run with other settings: {other}; repeat its `overrides`, or name a new folder with "
+            "`out`"
         )
 
 
@@ -424,20 +413,26 @@ def _probe(path: Path) -> None:
     try:
         probe(path)
     except OSError as error:
-        raise DiskError(f"{path} cannot be written: {error.strerror or error}; name another --out") from error
+        raise DiskError(f"{path} cannot be written: {error.strerror or error}; name another `out`") from error
 
 
 def _tokens(
     cache: Path, trained: model.Model, settings: Config, dataset: Dataset, console: Console, world: World
 ) -> torch.Tensor:
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("tokens", total=len(dataset))
+    done = 0
+
+    def advance(notes: int) -> None:
+        nonlocal done
+        done += notes
+        tell("tokens", done, len(dataset))
+
+    with terminal.progress(console, unit="notes") as tell:
         return cached_tokens(
             cache,
             trained.tokenizer,
             settings,
             dataset,
             world,
-            advance=lambda n: progress.update(task, advance=n),
+            advance=advance,
             say=console.print,
         )

@@ -112,7 +112,7 @@ class TokenizerStage:
         """What torch.compile gets."""
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
-    def rehearse(self) -> None:
+    def dry_run(self) -> None:
         """The forward and backward pass of a micro-batch; leaves no trace."""
         self.wrapped.train()
         x = self.batch(np.zeros(self.train.batch_size, np.int64))

@@ -103,4 +103,4 @@ def tokenize(
         with autocast(world.device, config.train.var.precision):
             tokens[start : start + len(indices)] = tokenizer.encode(x).to(tokens.dtype)
         advance(len(indices) * world.size)
-    return world.sum(tokens).to(dtype)  # every note is zero in all processes but one
+    return world.all_reduce(tokens).to(dtype)  # every note is zero in all processes but one

@@ -90,10 +90,10 @@ class VARStage:
             self.model = VAR(config.var, config.tokenizer, self.words).to(device)
         self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.checkpointing = self.train.checkpointing
-        self.objective, self.judge = Objective(self.model), Objective(self.averaged)
+        self.objective, self.validated = Objective(self.model), Objective(self.averaged)
         self.sharded = shard
         if shard:
-            for objective in (self.objective, self.judge):
+            for objective in (self.objective, self.validated):
                 self.world.shard(objective, objective.model.blocks)
         self.trained = self.objective if shard else self.world.wrap(self.objective)
         self.optimizer = Optimizer(self.model, self.train, self.averaged)
@@ -129,7 +129,7 @@ class VARStage:
         """What torch.compile gets."""
         return list(self.model.blocks)
 
-    def rehearse(self) -> None:
+    def dry_run(self) -> None:
         """The forward and backward pass of a micro-batch; leaves no trace."""
         self.trained.train()
         ids, inputs, condition = self.batch(np.zeros(self.train.batch_size, np.int64))
@@ -162,7 +162,7 @@ class VARStage:
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             ids, inputs, condition = self.batch(part)
             with autocast(self.device, self.train.precision):
-                losses, right = self.judge(ids, inputs, condition)
+                losses, right = self.validated(ids, inputs, condition)
             loss = loss + losses.sum(0).cpu() / len(notes)
             correct = correct + right.sum(0).cpu() / len(notes)
         lengths = self.model.lengths
@@ -201,7 +201,7 @@ class VARStage:
 
     def _whole_average(self) -> VAR | None:
         """The averaged VAR on the CPU of the main process, to which every process contributes."""
-        weights = self.world.whole(self.averaged.state_dict())
+        weights = self.world.gather(self.averaged.state_dict())
         if not self.world.main:
             return None
         with torch.device("meta"):

@@ -146,7 +146,7 @@ def test_bad_files_are_listed(notes, tmp_path):
     }  # fmt: skip
     assert bad.keys() == says.keys()
     assert all(says[name] in bad[name] for name in says)
-    with pytest.raises(TooManyBadError, match=r"\(.*2 too short.*\).*--allow-bad"):
+    with pytest.raises(TooManyBadError, match=r"\(.*2 too short.*\).*larger fraction with `allow_bad`"):
         pack_folder(notes, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

@@ -209,7 +209,7 @@ def test_pitches_and_velocities_are_spread():
     low = choose(PRESETS, None, 0, (36, 40))
     assert {job.labels.pitch for job in low} == set(range(36, 41))
     assert {job.preset.bank for job in low} == {0}
-    with pytest.raises(DataError, match="widen --pitches"):
+    with pytest.raises(DataError, match="widen `pitches`"):
         choose(PRESETS, None, 0, (0, 5))
 
 

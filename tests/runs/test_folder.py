@@ -104,10 +104,10 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(path):
 
 def test_val_mse_is_judged_where_there_is_no_loss():
     position = Position(3)
-    assert not position.judge({"val_mae": 0.1})
-    assert position.judge({"val_mse": 0.2, "val_mae": 0.1})
+    assert not position.improves({"val_mae": 0.1})
+    assert position.improves({"val_mse": 0.2, "val_mae": 0.1})
     assert position.best == Best(3, "val_mse", 0.2)
-    assert not position.judge({"val_mse": 0.2})
+    assert not position.improves({"val_mse": 0.2})
 
 
 def test_the_best_model_can_be_loaded(smoke, notes, path):
@@ -387,7 +387,7 @@ def test_a_folder_in_use_is_refused(train, path):
 
 def test_what_to_do_next_is_said(train, path):
     output = train(path, "--max-steps", 2).output
-    assert f"stopped at step 2 of 4; saved in {path}; the same command with --out {path} goes on\n" in output
+    assert f"stopped at step 2 of 4; saved in {path}; start the same again with --out {path} to go on\n" in output
     assert "next:" not in output
     assert f"next: mars-train var --tokenizer {path}\n" in train(path).output
     result = CliRunner().invoke(main, ["var", "--device", "cpu", "--out", str(path)])

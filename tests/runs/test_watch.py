@@ -251,7 +251,7 @@ def test_only_the_main_process_writes(tmp_path, smoke, notes):
     stage = make("tokenizer", smoke, notes)
     stage.world = World(1, 2)
     watch = Watch(RunFolder(tmp_path, world=World(1, 2)), stage.train, print, Sampler(stage, notes, 4), device=CPU)
-    with watch.sitting(0):
+    with watch.session(0):
         watch.log({"step": 3, "loss": 1.0})
         watch.show(3, last=False)
     assert list(tmp_path.iterdir()) == []

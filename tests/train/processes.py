@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mars.distributed import World, parting
+from mars.distributed import World, teardown
 from mars.models.discriminator import Discriminator
 from mars.train import start, tokenizer
 from mars.train.tokenizer import TokenizerStage
@@ -63,14 +63,14 @@ def prepare(loaded: list[list[int]]) -> None:
 def record_sizes() -> list[tuple[int, int]]:
     """A list that gets, for every group of tensors put together from now on, how many numbers are held and in all."""
     held: list[tuple[int, int]] = []
-    original = World.whole
+    original = World.gather
 
-    def whole(self: World, tensors: Any) -> dict[str, torch.Tensor]:
+    def gather(self: World, tensors: Any) -> dict[str, torch.Tensor]:
         local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors.values())
         held.append((sum(t.numel() for t in local), sum(t.numel() for t in tensors.values())))
         return original(self, tensors)
 
-    World.whole = whole  # type: ignore[method-assign, assignment]
+    World.gather = gather  # type: ignore[method-assign, assignment]
     return held
 
 
@@ -92,7 +92,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     loaded: list[list[int]] = []
     prepare(loaded)
-    with parting():
+    with teardown():
         for name in SETTINGS:
             train(name, folder / "two" / name)
         held = record_sizes()

@@ -66,7 +66,7 @@ def test_the_same_steps_and_the_same_bits_after_a_resume(kind, smoke, notes, tmp
         if not settings:
             state = {(g, k): v for g, t in stage.state().items() for k, v in t.items()}
             assert state.keys() == before.keys()
-            assert all(torch.equal(v, before[key]) for key, v in state.items())  # the rehearsal left no trace
+            assert all(torch.equal(v, before[key]) for key, v in state.items())  # the dry run left no trace
             assert all(p.grad is None for p in stage.model.parameters())
         path.mkdir(exist_ok=True)
         console = Console(file=io.StringIO())
@@ -114,10 +114,10 @@ def test_without_a_compiler_auto_goes_on_and_on_does_not(smoke, notes, broken, m
 def test_a_fault_of_the_step_itself_is_not_put_down_to_the_compiler(smoke, notes):
     stage = make("var", smoke, notes, "on")
 
-    def rehearse():
+    def dry_run():
         raise MemoryError("all gone")
 
-    stage.rehearse = rehearse
+    stage.dry_run = dry_run
     with pytest.raises(MemoryError, match="all gone"):
         compile_blocks(stage, lambda line: None)
     assert not compiled(stage)

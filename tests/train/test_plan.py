@@ -15,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mars.cli.train import main
 from mars.config import preset
-from mars.errors import ConfigError
 from mars.models.tokenizer import Tokenizer
 from mars.runtime import peak_memory, stream
 from mars.train import plan
-from mars.train.plan import Fit, Notes, Planner, Rehearsal
+from mars.train.plan import DryRun, Fit, Notes, Planner
 from mars.train.start import settings_of
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage
@@ -73,7 +72,7 @@ def test_memory_and_flops_are_those_of_the_step(stage, precision, checkpointing,
         "optimizer": optimizer,
     }
     config = preset("smoke", (*ACTIVATIONS, *(f"train.{k}={v}" for k, v in values.items())), stage)
-    planned = Rehearsal(config, stage, "cpu").step(BATCH, 2)
+    planned = DryRun(config, stage, "cpu").step(BATCH, 2)
     trained, batch = real(config, stage)
     last = getattr(config.train, stage).steps - 1
 
@@ -132,7 +131,7 @@ def test_checkpointed_blocks_compile(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_sizes_are_those_of_the_stage(stage):
     config = preset("smoke", ("train.adversarial=true",), "tokenizer")
-    sizes = Rehearsal(config, stage, "cuda").sizes()
+    sizes = DryRun(config, stage, "cuda").sizes()
     made, batch = real(config, stage)
     made.step(99, [batch], streams(1))
     assert sizes["parameters"] == sum(p.numel() for p in made.model.parameters())
@@ -157,10 +156,10 @@ def test_moving_changes_the_layout_alone():
 
 
 def test_nothing_is_left_behind_by_a_step():
-    rehearsal = Rehearsal(preset("smoke", ("train.optimizer=adamw",), "var"), "var", "cuda")
-    held = rehearsal.allocations.held
-    steps = [rehearsal.step(4, 2) for _ in range(3)]
-    assert rehearsal.allocations.held == held
+    dry_run = DryRun(preset("smoke", ("train.optimizer=adamw",), "var"), "var", "cuda")
+    held = dry_run.allocations.held
+    steps = [dry_run.step(4, 2) for _ in range(3)]
+    assert dry_run.allocations.held == held
     assert steps[0] == steps[1] == steps[2]
 
 
@@ -175,7 +174,7 @@ def test_what_fits_is_the_most_that_fits():
         assert needs(fit.largest) <= found.usable < needs(fit.largest + 1)
         assert 30 % fit.micro_batch == 0
         assert all(30 % n for n in range(fit.micro_batch + 1, min(fit.largest, 30) + 1))
-        whole = needs.rehearsal.step(6, 5)  # all five, where the plan went on from three
+        whole = needs.dry_run.step(6, 5)  # all five, where the plan went on from three
         assert fit.peak == pytest.approx(whole.peak + whole.loading, rel=1e-3)
         assert fit.flops == whole.flops
     assert found.fits[0].largest < found.fits[1].largest
@@ -204,20 +203,6 @@ def fit(checkpointing, micro_batch):
 def test_recommended(plain, checkpointed, on, wanted):
     train = dataclasses.replace(preset("smoke").train.var, batch_size=24, accumulate=2, checkpointing=on)
     assert plan._recommended(fit(False, plain), fit(True, checkpointed), 680, train) == wanted
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("32GB", 32 * 10**9), ("24GiB", 24 << 30), ("1.5 TB", 15 * 10**11), ("512MiB", 512 << 20)],
-)
-def test_memory_sizes(text, size):
-    assert plan.parse_memory(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "32", "32 gb", "GB", "-1GB", "0GB", "1e3GB", "32GBs", "9" * 20 + "TB"])
-def test_wrong_memory_sizes(text):
-    with pytest.raises(ConfigError, match="--memory: want a size such as 32GB or 24GiB, got"):
-        plan.parse_memory(text)
 
 
 def run(*arguments):
@@ -266,7 +251,7 @@ def test_the_command_plans_for_a_tokenizer_there_is():
         (("--memory", "1GB"), "--memory goes with --plan"),
         (("--json",), "--json goes with --plan"),
         (("--plan", "--device", "mps"), "--plan --device mps: only for cuda"),
-        (("--plan", "--memory", "lots"), "--memory: want a size"),
+        (("--plan", "--memory", "lots"), "'--memory': want a size"),
         (("--plan", "--set", "train.checkpoint=1"), "did you mean train.tokenizer.checkpointing?"),
     ],
 )

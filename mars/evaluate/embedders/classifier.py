@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from safetensors.torch import save
 from torch import Tensor
 
@@ -227,10 +226,10 @@ def locate(task: Task, preset: str, path: Path | None = None) -> Path:
     for candidate in candidates:
         if (candidate / "classifier.json").is_file():
             return candidate
-    command = "import-sony" if preset == "sony" else f"train-classifier --task {task} --preset {preset} --data DATASET"
+    command = "import-sony" if preset == "sony" else "train-classifier"
     raise CheckpointError(
-        f"{candidates[0]} is not a classifier (no classifier.json); mars-eval {command} makes one, {WEIGHTS_DIR} may "
-        "name another folder, and the preset tiny comes with mars"
+        f"{candidates[0]} is not a classifier (no classifier.json); `mars-eval {command}` makes one of "
+        f"task {task} and preset {preset}, {WEIGHTS_DIR} may name another folder, and the preset tiny comes with mars"
     )
 
 
@@ -305,7 +304,7 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
         document=document,
     )
     if made.below_gate and not force:
-        raise CheckpointError(f"{path}: {made.below_gate}; train it longer or on more notes, or pass --force")
+        raise CheckpointError(f"{path}: {made.below_gate}; train it longer or on more notes, or take it with `force`")
     return made
 
 
@@ -381,7 +380,7 @@ def train(
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     if out.exists():
-        raise ConfigError(f"--out {out} exists; name a new folder")
+        raise ConfigError(f"`out` {out} exists; name a new folder")
     settings = PRESETS[preset]
     epochs = epochs or settings.epochs
     if dataset.sample_rate != SAMPLE_RATE:
@@ -426,7 +425,7 @@ def train(
         f"{out}: accuracy {best['accuracy']:.4f} on notes of instruments it has not heard (epoch {best['epoch']})"
     )
     if best["accuracy"] < gate:
-        console.print(f"warning: that is below {gate}, so metrics will refuse it unless they are given --force")
+        console.print(f"warning: that is below {gate}, so metrics will refuse it unless they are told to with `force`")
     return out
 
 
@@ -437,21 +436,15 @@ def _learn(fit: _Fit, max_time: float | None, console: Console) -> tuple[dict[st
     """
     best: dict[str, Any] = {"accuracy": -1.0, "epoch": 0}
     weights: dict[str, Tensor] = {}
-    began = last_line = time.monotonic()
-    columns = (BarColumn(), MofNCompleteColumn(), terminal.PlainColumn("{task.fields[info]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        shown = bar.add_task("", total=fit.steps, info="")
+    began = time.monotonic()
+    with terminal.progress(console, line_every=_LINE_EVERY) as tell:
         late = False
         while fit.done < fit.steps and fit.epoch - best["epoch"] < fit.settings.patience and not late:
             losses = []
             for _ in range(fit.per_epoch):
                 losses.append(fit.step())
-                now = time.monotonic()
-                bar.update(shown, completed=fit.done, info=f"loss {losses[-1]:.3f}")
-                if not console.is_terminal and now - last_line > _LINE_EVERY:
-                    last_line, rate = now, fit.done * fit.settings.batch_size / (now - began)
-                    console.print(f"step {fit.done:,}/{fit.steps:,}  loss {losses[-1]:.3f}  {rate:.1f} notes/s")
-                late = max_time is not None and now - began > max_time
+                tell("step", fit.done, fit.steps, f"loss {losses[-1]:.3f}")
+                late = max_time is not None and time.monotonic() - began > max_time
                 if late:
                     break
             fit.epoch += 1
@@ -513,7 +506,7 @@ class _Fit:
         loss = F.cross_entropy(logits.float(), self.targets(rows))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise Diverged(f"the loss at step {self.done} is not finite; try another --seed")
+            raise Diverged(f"the loss at step {self.done} is not finite; try another `seed`")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -589,7 +582,7 @@ def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -
         if blob not in PUBLISHED_BLOBS and not force:
             raise CheckpointError(
                 f"{path} is not one of the published networks (its git blob is {blob}); to take it for what its "
-                f"{outputs} classes suggest, pass --force"
+                f"{outputs} classes suggest, use `force`"
             )
         task = PUBLISHED_BLOBS.get(blob, "pitch" if outputs == PUBLISHED_PITCHES else "instrument")
         if task in recognised:
@@ -597,7 +590,7 @@ def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -
         recognised[task] = path, tensors, blob
     for task in recognised:
         if (out / f"{task}-sony").exists():
-            raise ConfigError(f"{out / f'{task}-sony'} exists; name another folder with --out")
+            raise ConfigError(f"{out / f'{task}-sony'} exists; name another folder with `out`")
     written: dict[Path, Path] = {}
     for task, (path, tensors, blob) in recognised.items():
         network = build("inception", len(tensors["fc.weight"]))
