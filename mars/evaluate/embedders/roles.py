@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,7 +12,11 @@ from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.embedders import classifier, crepe, vggish
 from mars.evaluate.embedders.classifier import WEIGHTS_DIR, Task
 from mars.evaluate.embedders.features import Embedder
-from mars.evaluate.run import ROLES, Embedders, Role
+
+Role = Literal["pitch", "instrument", "vggish", "crepe"]
+ROLES: tuple[Role, ...] = ("pitch", "instrument", "vggish", "crepe")
+# A network for each role, or the reason why there is none.
+Embedders = Mapping[Role, Embedder | str]
 
 
 def load(
@@ -54,7 +59,7 @@ def load(
             continue
         network = classifier.load(place, device, force=force)
         if network.task != task:
-            raise ConfigError(f"{place} is a classifier of {network.task}s; want one of {task}s (--{task}-classifier)")
+            raise ConfigError(f"{place} is a classifier of {network.task}s; want one of {task}s")
         found[task] = network
     if "vggish" in roles:
         found["vggish"] = _vggish(vggish_weights, framing, device)
@@ -76,6 +81,6 @@ def _vggish(path: Path | None, framing: vggish.Framing, device: str | torch.devi
     if path is None:
         return (
             f"no VGGish weights, which mars cannot ship: put {vggish.PUBLISHED} of torchvggish (276 MiB) into the "
-            f"folder that {WEIGHTS_DIR} names, or give it with --vggish"
+            f"folder that {WEIGHTS_DIR} names, or name the file itself"
         )
     return vggish.load(path, framing).to(device)
