@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mars import checkpoint
 from mars.config import CLASSES, FAMILIES, SOURCES, VELOCITIES, Config
 from mars.data import Dataset
+from mars.data.splits import spread
 from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.kernels import linear_cross_entropy, token_scores
@@ -25,7 +26,6 @@ from mars.models.var import VAR
 from mars.runtime import autocast, stream, to_device
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.spans import span
-from mars.train.tokenizer import held_out
 
 
 class Objective(nn.Module):
@@ -152,7 +152,7 @@ class VARStage:
 
         Empty where no notes are held out.
         """
-        notes = held_out(self.dataset, self.train.validate_notes)
+        notes = spread(self.dataset.split("valid"), self.train.validate_notes)
         if not len(notes):
             return {}
         loss = correct = torch.zeros(())
