@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 CACHE = Path("features")
-FLAGS = {"paired": "--pairs", "force": "--force", "data": "--data DIR"}  # by the library's names of the arguments
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ def run(real: Path, fake: Path, pairs: bool, json_file: Path | None, html: Path 
         scoring = _options(options)
         _print(
             evaluate.run(
-                real, fake, scoring, paired=pairs, json_file=json_file, html_file=html, say=_say, progress=progress
+                real, fake, scoring, pairs=pairs, json_file=json_file, html_file=html, say=_say, progress=progress
             )
         )
 
@@ -261,9 +261,9 @@ def _options(given: dict[str, Any]) -> Options:
     return Options(**{**given, "cache": None if no_cache else given["cache"], "as_published": order == "as-published"})
 
 
-def _say(message: str, argument: str) -> None:
-    """Tell a warning, with the flag that has to do with it."""
-    click.echo(printable(f"{message} ({FLAGS[argument]})"), err=True)
+def _say(message: str) -> None:
+    """Tell a warning, with the flags of the arguments that it names."""
+    click.echo(printable(re.sub("`([a-z]+)`", r"--\1", message)), err=True)
 
 
 def _begun(out: Path) -> None:

@@ -171,7 +171,7 @@ def test_the_same_notes_score_the_same_in_one_folder_or_another(folder):
         (("--metrics", "fid"), 2, "unknown metric 'fid'; known: ndb_k"),
         (("--metrics", "fad"), 2, "fad: no VGGish weights, which mars cannot ship: put vggish-10086976.pth"),
         (("--metrics", "pkid"), 2, "pkid: classifiers/pitch-full is not a classifier"),
-        (("--metrics", "ndb_k"), 2, "ndb_k: want a note or more for each of 100 bins, got 12; have fewer bins"),
+        (("--metrics", "ndb_k"), 2, "ndb_k: want a note or more for each of 100 bins, got 12; have fewer"),
         (("--label-order", "as-published"), 2, "in the profile vinay2022 only"),
         (("--pairs", "--metrics", "mse"), 2, "has 12 notes, fake 11, and they must pair up by name"),
         (("--fake", "absent"), 2, "absent does not exist; give a folder of audio files or a packed dataset"),
@@ -192,7 +192,7 @@ def test_a_place_for_notes_is_not_among_the_real_ones(folder):
     write(folder / "real", range(3))
     result = mars_eval("reconstruct", "--data", "real", "--metrics", "mse", "--out", "real/new")
     assert result.exit_code == 2
-    assert "out: real/new is inside real" in result.output
+    assert "real/new is inside" in result.output
     assert not (folder / "real" / "new").exists()
 
 
@@ -201,7 +201,7 @@ def test_a_cache_that_cannot_be_written_is_found_early(folder):
     (folder / "features").touch()
     result = mars_eval("run", "--real", "real", "--fake", "real", "--metrics", "mse")
     assert result.exit_code == 2
-    assert "cache: features is not a folder" in result.output
+    assert "features is not a folder" in result.output
 
 
 @pytest.mark.parametrize("bad", ["silent", "rate", "garbage"])

@@ -29,7 +29,7 @@ from mars.model import Model, load
 from mars.runtime import pick_device
 
 Split = Literal["train", "valid", "test"]
-Say = Callable[[str, str], None]  # called with a warning, and the argument that has to do with it
+Say = Callable[[str], None]  # called with a warning, which names arguments in backquotes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,7 @@ def run(
     fake: Path,
     options: Options | None = None,
     *,
-    paired: bool = False,
+    pairs: bool = False,
     json_file: Path | None = None,
     html_file: Path | None = None,
     say: Say | None = None,
@@ -97,7 +97,7 @@ def run(
     """Score the notes in a folder, or in a packed dataset, against real ones.
 
     Args:
-        paired: the notes are reconstructions of the real ones, and pair up with them by name; otherwise they are taken
+        pairs: the notes are reconstructions of the real ones, and pair up with them by name; otherwise they are taken
             for newly generated ones, whose mel errors are those against the nearest real note.
         json_file, html_file: where to write the report, and a page of it with pictures and sounds.
         say: called with warnings.
@@ -106,13 +106,12 @@ def run(
     Raises:
         MarsError: an option, a network, a set of notes or a place for the report cannot be used.
     """
-    evaluation = _Evaluation("reconstruction" if paired else "generation", options or Options(), say, progress)
+    evaluation = _Evaluation("reconstruction" if pairs else "generation", options or Options(), say, progress)
     sets = evaluation.open(real), evaluation.open(fake)
-    if not paired and can_pair(*sets):
+    if not pairs and can_pair(*sets):
         evaluation.say(
-            f"note: every note of {fake} has the name of a real one; if they are reconstructions of these, say that "
-            "they are paired: mel errors are then those against the original, not the nearest real note",
-            "paired",
+            f"note: every note of {fake} has the name of a real one; if they are reconstructions of these, "
+            "say so with `pairs`: mel errors are then those against the original, not the nearest real note"
         )
     _writable(json_file, html_file)
     return evaluation.score(*sets, json_file, html_file)
@@ -204,7 +203,7 @@ class _Evaluation:
 
     def __init__(self, mode: Mode, options: Options, say: Say | None, progress: Progress | None) -> None:
         self.options, self._progress = options, progress
-        self.say: Say = say or (lambda message, argument: None)
+        self.say: Say = say or (lambda message: None)
         self.device = pick_device(options.device)
         self.settings = Settings(
             profile=options.profile,
@@ -227,9 +226,9 @@ class _Evaluation:
         )
         for network in self.networks.values():
             if isinstance(network, Classifier) and (below := network.below_gate):
-                self.say(f"warning: {network.id}: {below}; taken all the same, as was asked for", "force")
+                self.say(f"warning: {network.id}: {below}; taken because of `force`")
         if options.cache is not None and options.cache.exists() and not options.cache.is_dir():
-            raise ConfigError(f"cache: {options.cache} is not a folder; name another place, or keep no features")
+            raise ConfigError(f"`cache` {options.cache} is not a folder; name another place, or keep no features")
         self.train = None if options.train is None else self.open(options.train, "train")
         check(self.settings, self.networks, self.train)
 
@@ -250,8 +249,7 @@ class _Evaluation:
         if data is None and model.data.get(stage, built_in := open_dataset(None).fingerprint) != built_in:
             self.say(
                 f"warning: {name} was not trained on the built-in notes, with which it is compared now; "
-                "name its own real notes",
-                "data",
+                "name its own real notes with `data`"
             )
         return model
 
@@ -260,7 +258,7 @@ class _Evaluation:
         place = out or Path("evaluations")
         if data is not None and place.resolve().is_relative_to(data.resolve()):
             raise ConfigError(
-                f"out: {place} is inside {data}, whose notes the new ones would join; name another folder"
+                f"`out` {place} is inside `data`, whose notes the new ones would join; name another folder"
             )
         out = out or new_folder(place, time.strftime("%Y%m%d-%H%M%S"))
         _writable(*report_files(out, self.options.profile))

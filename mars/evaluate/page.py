@@ -70,9 +70,7 @@ def render(report: Report, pairs: Sequence[Pair]) -> str:
         section("How they were computed", "computed", "".join(_computed(report, name, known) for name in names)),
         section("What was evaluated", "provenance", _provenance(report)),
     ]
-    footer = (
-        f"Made by mars {escape(report.versions.get('mars', ''))}; the same figures, in full: the report's JSON file."
-    )
+    footer = f"Made by mars {escape(report.versions.get('mars', ''))}; the same figures, in full: the JSON report."
     return html.document(title, parts, footer)
 
 

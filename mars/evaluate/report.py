@@ -123,7 +123,7 @@ def read(path: Path) -> Report:
     """
     content = read_json(path, DataError)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{path} is not a report of mars-eval; want its JSON file")
+        raise DataError(f"{path} is not a report of mars-eval; want the JSON file that it writes")
     if content.get("version") != VERSION:
         raise DataError(f"{path}: want {FORMAT} version {VERSION}, got {content.get('version')}; evaluate again")
     _without_points(content)

@@ -234,7 +234,7 @@ def _packed(path: str | Path | None, split: str, progress: Callable[[int, int], 
         raise DataError(f"{source} is at {dataset.sample_rate} Hz, want {SAMPLE_RATE}; pack it again at that rate")
     rows = np.flatnonzero(dataset.column("split") == SPLITS.index(split))
     if not len(rows):
-        raise DataError(f"{source} has no notes in the split {split}; name another with --split")
+        raise DataError(f"{source} has no notes in the split {split}; name another with `split`")
     note = dataset.samples * 2  # bytes
     dataset.verify(progress and (lambda done, size: progress(done // note, size // note)))
 
@@ -289,7 +289,7 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
     if len(refused) > allow_bad * len(checked):
         raise TooManyBadError(
             f"{path}: {len(refused):,} of {len(checked):,} notes cannot be used, the first: {refused[0][0]}: "
-            f"{refused[0][1]}; mend them, or leave them out with --allow-bad FRACTION"
+            f"{refused[0][1]}; mend them, or allow the fraction of them with `allow_bad`"
         )
     kept = {name: file for name, file in sorted(checked.items()) if not file.reason}
     if not kept:

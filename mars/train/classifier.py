@@ -104,7 +104,7 @@ def train(
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     if out.exists():
-        raise ConfigError(f"{out} exists; name a new folder")
+        raise ConfigError(f"`out` {out} exists; name a new folder")
     settings = PRESETS[preset]
     epochs = epochs or settings.epochs
     if dataset.sample_rate != SAMPLE_RATE:
@@ -149,7 +149,7 @@ def train(
         f"{out}: accuracy {best['accuracy']:.4f} on notes of instruments it has not heard (epoch {best['epoch']})"
     )
     if best["accuracy"] < gate:
-        console.print(f"warning: that is below {gate}, so metrics will refuse it unless force is used")
+        console.print(f"warning: that is below {gate}, so metrics will refuse it unless they are told to with `force`")
     return out
 
 
@@ -236,7 +236,7 @@ class _Fit:
         loss = F.cross_entropy(logits.float(), self.targets(rows))
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise Diverged(f"the loss at step {self.done} is not finite; try another seed")
+            raise Diverged(f"the loss at step {self.done} is not finite; try another `seed`")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

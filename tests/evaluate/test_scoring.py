@@ -124,7 +124,7 @@ def test_every_metric_has_a_value_or_a_reason(generated):
                 assert metric.low <= metric.value <= metric.high
     missing = {name: m.reason for name, m in generated.metrics.items() if m.value is None}
     assert missing == {
-        "copy_ratio": "want the training notes",
+        "copy_ratio": "want the training notes (`train`)",
         **dict.fromkeys(("pis_crepe", "pkid_crepe", "pitch_accuracy_crepe"), "no crepe here"),
     }
     assert (generated.metrics["pkid"].n_real, generated.metrics["pkid"].n_fake) == (40, 30)

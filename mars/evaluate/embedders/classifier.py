@@ -219,8 +219,8 @@ def locate(task: Task, preset: str, path: Path | None = None) -> Path:
             return candidate
     command = "import-sony" if preset == "sony" else "train-classifier"
     raise CheckpointError(
-        f"{candidates[0]} is not a classifier (no classifier.json); mars-eval {command} makes one, {WEIGHTS_DIR} may "
-        "name another folder, and the preset tiny comes with mars"
+        f"{candidates[0]} is not a classifier (no classifier.json); `mars-eval {command}` makes one of "
+        f"task {task} and preset {preset}, {WEIGHTS_DIR} may name another folder, and the preset tiny comes with mars"
     )
 
 
@@ -295,9 +295,7 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
         document=document,
     )
     if made.below_gate and not force:
-        raise CheckpointError(
-            f"{path}: {made.below_gate}; train it longer or on more notes, or use force to take it all the same"
-        )
+        raise CheckpointError(f"{path}: {made.below_gate}; train it longer or on more notes, or take it with `force`")
     return made
 
 
@@ -321,7 +319,7 @@ def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -
         if blob not in PUBLISHED_BLOBS and not force:
             raise CheckpointError(
                 f"{path} is not one of the published networks (its git blob is {blob}); to take it for what its "
-                f"{outputs} classes suggest, use force"
+                f"{outputs} classes suggest, use `force`"
             )
         task = PUBLISHED_BLOBS.get(blob, "pitch" if outputs == PUBLISHED_PITCHES else "instrument")
         if task in recognised:
@@ -329,7 +327,7 @@ def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -
         recognised[task] = path, tensors, blob
     for task in recognised:
         if (out / f"{task}-sony").exists():
-            raise ConfigError(f"{out / f'{task}-sony'} exists; name another folder")
+            raise ConfigError(f"{out / f'{task}-sony'} exists; name another folder with `out`")
     written: dict[Path, Path] = {}
     for task, (path, tensors, blob) in recognised.items():
         network = build("inception", len(tensors["fc.weight"]))

@@ -59,7 +59,7 @@ def load(
             continue
         network = classifier.load(place, device, force=force)
         if network.task != task:
-            raise ConfigError(f"{place} is a classifier of {network.task}s; want one of {task}s")
+            raise ConfigError(f"{place} is a classifier of {network.task}s; want one of {task}s (`{task}`)")
         found[task] = network
     if "vggish" in roles:
         found["vggish"] = _vggish(vggish_weights, framing, device)
@@ -81,6 +81,6 @@ def _vggish(path: Path | None, framing: vggish.Framing, device: str | torch.devi
     if path is None:
         return (
             f"no VGGish weights, which mars cannot ship: put {vggish.PUBLISHED} of torchvggish (276 MiB) into the "
-            f"folder that {WEIGHTS_DIR} names, or name the file itself"
+            f"folder that {WEIGHTS_DIR} names, or give it with `vggish_weights`"
         )
     return vggish.load(path, framing).to(device)

@@ -21,7 +21,7 @@ from mars.evaluate.metrics.bootstrap import SEED, Estimate
 from mars.evaluate.report import MODES, Figure, Mode, Profile
 
 ALL_NOTES = "all notes at once"  # what a value and its interval are of, which usually is published of parts
-NO_TRAINING_NOTES = "want the training notes"
+NO_TRAINING_NOTES = "want the training notes (`train`)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -223,7 +223,7 @@ def _bins(row: Row) -> Bins:
 def _ndb(row: Row) -> dict[str, Figure]:
     reference, k = row.train or row.real, row.conditions.bins
     if len(reference) < k:
-        raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer bins")
+        raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer `bins`")
     bins = _bins(row)
     found = different_bins(bins, row.fake.log_mel.flatten(1))
     details = {

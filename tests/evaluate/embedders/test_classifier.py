@@ -103,7 +103,7 @@ def test_the_directory_says_what_made_it(dataset, pitch):
 def test_the_gate_refuses_and_force_takes(dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(QUICK, gate={"pitch": 1.01, "instrument": 1.01}))
     path = train(dataset, tmp_path / "a", epochs=1)
-    with pytest.raises(CheckpointError, match=r"accuracy 0\.\d+ on held-out notes, want 1.01; .* use force"):
+    with pytest.raises(CheckpointError, match=r"accuracy 0\.\d+ on held-out notes, want 1.01; .* take it with `force`"):
         classifier.load(path)
     assert classifier.load(path, force=True).id == "pitch-tiny"
 
@@ -147,11 +147,11 @@ def test_classifiers_are_found_by_name(pitch, monkeypatch, tmp_path):
     monkeypatch.delenv(classifier.WEIGHTS_DIR, raising=False)
     assert classifier.locate("pitch", "tiny", pitch) == pitch
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"classifiers/pitch-full is not .*mars-eval train-classifier makes one"):
+    with pytest.raises(CheckpointError, match=r"classifiers/pitch-full is not .*`mars-eval train-classifier` makes"):
         classifier.locate("pitch", "full")
     monkeypatch.setenv(classifier.WEIGHTS_DIR, str(pitch.parent))
     assert classifier.locate("pitch", "tiny") == pitch
-    with pytest.raises(CheckpointError, match=r"pitch-sony is not a classifier .* mars-eval import-sony makes one"):
+    with pytest.raises(CheckpointError, match=r"pitch-sony is not a classifier .* `mars-eval import-sony` makes one"):
         classifier.locate("pitch", "sony")
 
 
@@ -191,7 +191,7 @@ def test_unknown_files_are_refused_unless_forced(published, tmp_path):
     folder, _ = published
     files = {"instrument": folder / "instrument.pt"}
     with pytest.raises(
-        CheckpointError, match=r"is not one of the published networks .* 27 classes suggest, use force"
+        CheckpointError, match=r"is not one of the published networks .* 27 classes suggest, use `force`"
     ):
         classifier.import_sony(files, tmp_path)
     assert classifier.import_sony(files, tmp_path, force=True) == {folder / "instrument.pt": tmp_path / "pitch-sony"}
