@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mars.cli.errors import Group, user_errors
-from mars.cli.options import seconds
+from mars.cli.options import in_options, seconds
 from mars.text import printable
 
 if TYPE_CHECKING:
-    from mars.evaluate.report import Mode
-    from mars.evaluate.run import Progress
-    from mars.evaluate.sets import NoteSet
-    from mars.model import Model
+    from mars.evaluate.evaluation import Options, Result
+    from mars.evaluate.extractor import Progress
 
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -102,41 +97,39 @@ def main() -> None:
 @_with(SCORING)
 @click.option("--json", "json_file", type=FOLDER, metavar="OUT", help="Write the report to this file.")
 @click.option("--html", type=FOLDER, metavar="OUT", help="Write it with pictures and sounds to this file.")
-def run(real: Path, fake: Path, split: str, pairs: bool, json_file: Path | None, html: Path | None,
-        **options: Any) -> None:  # fmt: skip
+def run(real: Path, fake: Path, pairs: bool, json_file: Path | None, html: Path | None, **options: Any) -> None:
     """Score the notes in a folder against real ones.
 
     Without --pairs they are taken for newly generated ones: mel errors are those against the nearest real note.
     """
     with user_errors(), _progress() as progress:
-        from mars.evaluate.sets import can_pair
+        from mars import evaluate
 
-        prepared = _prepare("reconstruction" if pairs else "generation", options, progress)
-        notes = _open(real, split, options["allow_bad"], progress), _open(fake, split, options["allow_bad"], progress)
-        if not pairs and can_pair(*notes):
-            click.echo(
-                f"note: every note of {fake} has the name of a real one; if they are reconstructions of these, "
-                "say so with --pairs: mel errors are then those against the original, not the nearest real note",
-                err=True,
+        scoring = _options(options)
+        _print(
+            evaluate.run(
+                real, fake, scoring, pairs=pairs, json_file=json_file, html_file=html, say=_say, progress=progress
             )
-        _writable(json_file, html)
-        _score(*notes, prepared, options, progress, json_file, html)
+        )
 
 
 @main.command()
 @_with(PRODUCING)
 @click.option("-n", "n", type=click.IntRange(min=1), help="So many of the notes, drawn with the seed; default: all.")
 @_with(SCORING)
-def reconstruct(n: int | None, **options: Any) -> None:
+def reconstruct(out: Path | None, model: str | None, data: Path | None, n: int | None, iterations: int,
+                **options: Any) -> None:  # fmt: skip
     """Encode and decode notes with a model's tokenizer, and score what comes out."""
+    with user_errors(), _progress() as progress:
+        from mars import evaluate
 
-    def make(model: Model, real: NoteSet, folder: Path, progress: Progress) -> dict[str, Any]:
-        from mars.evaluate import produce
-
-        settings = {name: options[name] for name in ("iterations", "seed")}
-        return produce.reconstruct(model, real, folder, **settings, progress=partial(progress, "reconstruct"))
-
-    _produce("reconstruction", make, options, drawn=n)
+        scoring = _options(options)
+        _print(
+            evaluate.reconstruct(
+                out, scoring, model=model, data=data, n=n, iterations=iterations, begun=_begun, say=_say,
+                progress=progress,
+            )
+        )  # fmt: skip
 
 
 @main.command()
@@ -146,16 +139,19 @@ def reconstruct(n: int | None, **options: Any) -> None:
 @click.option("--top-k", type=click.IntRange(min=1), default=900, show_default=True)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.96, show_default=True)
 @_with(SCORING)
-def generate(n: int, **options: Any) -> None:
+def generate(out: Path | None, model: str | None, data: Path | None, n: int, cfg: float, top_k: int, top_p: float,
+             iterations: int, **options: Any) -> None:  # fmt: skip
     """Generate notes with the labels of real ones, and score them against these."""
+    with user_errors(), _progress() as progress:
+        from mars import evaluate
 
-    def make(model: Model, real: NoteSet, folder: Path, progress: Progress) -> dict[str, Any]:
-        from mars.evaluate import produce
-
-        settings = {name: options[name] for name in ("iterations", "seed", "cfg", "top_k", "top_p")}
-        return produce.generate_like(model, real, n, folder, **settings, progress=partial(progress, "generate"))
-
-    _produce("generation", make, options)
+        scoring = _options(options)
+        _print(
+            evaluate.generate(
+                out, scoring, model=model, data=data, n=n, cfg=cfg, top_k=top_k, top_p=top_p, iterations=iterations,
+                begun=_begun, say=_say, progress=progress,
+            )
+        )  # fmt: skip
 
 
 @main.command()
@@ -218,9 +214,10 @@ def train_classifier(
         from mars.data import open_dataset
         from mars.evaluate.embedders import classifier
         from mars.runtime import pick_device, set_threads
+        from mars.train import classifier as trainer
 
         set_threads(threads)
-        classifier.train(
+        trainer.train(
             open_dataset(data),
             classifier.task_of(task),
             preset,
@@ -257,161 +254,33 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
             click.echo(printable(f"{directory} from {source}"))
 
 
-def _produce(
-    mode: Mode,
-    make: Callable[[Model, NoteSet, Path, Progress], dict[str, Any]],
-    options: dict[str, Any],
-    *,
-    drawn: int | None = None,
-) -> None:
-    """Let `make` make notes in a folder with a model, from real notes (None: all, or so many of them); score them."""
-    with user_errors(), _progress() as progress:
-        prepared = _prepare(mode, options, progress)
-        from mars.model import load
+def _options(given: dict[str, Any]) -> Options:
+    """The options of SCORING and SPLIT as the library takes them; the threads are set here."""
+    from mars.evaluate import Options
+    from mars.runtime import set_threads
 
-        data, split, allow_bad = options["data"], options["split"], options["allow_bad"]
-        real = _open(data, split, allow_bad, progress)
-        if drawn is not None:
-            real = real.shuffled(options["seed"]).subset(range(min(drawn, len(real))))
-        model = load(options["model"], options["device"])
-        _tell_of_other_notes(model, "tokenizer" if mode == "reconstruction" else "var", options["model"], data)
-        out = _begin(options["out"], data)
-        produced = make(model, real, out / "notes", progress)
-        fake = _open(out / "notes", split, allow_bad, progress)
-        files = _reports(out, options["profile"])
-        _score(real, fake, prepared, options, progress, *files, produced=produced, audio=model.config.audio)
+    set_threads(given.pop("threads"))
+    no_cache, order = given.pop("no_cache"), given.pop("label_order")
+    return Options(**{**given, "cache": None if no_cache else given["cache"], "as_published": order == "as-published"})
 
 
-def _prepare(mode: Mode, options: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """What `evaluate` takes beside the two sets, checked before the hours that these may take.
-
-    Sets the threads, and the device in place of its name.
-    """
-    from mars.errors import ConfigError
-    from mars.evaluate.embedders import roles as embedders
-    from mars.evaluate.embedders.classifier import Classifier
-    from mars.evaluate.run import Settings, check
-    from mars.runtime import pick_device, set_threads
-
-    set_threads(options["threads"])
-    options["device"] = pick_device(options["device"])
-    settings = Settings(
-        profile=options["profile"],
-        mode=mode,
-        metrics=options["metrics"],
-        seed=options["seed"],
-        bins=options["bins"],
-        as_published=options["label_order"] == "as-published",
-    )
-    networks = embedders.load(
-        options["preset"] or ("sony" if settings.profile == "vinay2022" else "full"),
-        roles=settings.roles,
-        pitch=options["pitch_classifier"],
-        instrument=options["instrument_classifier"],
-        vggish_weights=options["vggish"],
-        framing="google" if settings.profile == "standard" else "google-16-bit",
-        crepe_size=options["crepe"],
-        device=options["device"],
-        force=options["force"],
-    )
-    for network in networks.values():
-        if isinstance(network, Classifier) and (below := network.below_gate):
-            click.echo(printable(f"warning: {network.id}: {below}; taken because of --force"), err=True)
-    if not options["no_cache"] and options["cache"].exists() and not options["cache"].is_dir():
-        raise ConfigError(f"--cache {options['cache']} is not a folder; name another place, or use --no-cache")
-    train = options["train"] and _open(options["train"], "train", options["allow_bad"], progress)
-    check(settings, networks, train)
-    return {"settings": settings, "embedders": networks, "train": train}
+def _say(message: str) -> None:
+    """Tell a warning, with the flags of the arguments that it names."""
+    click.echo(printable(in_options(message)), err=True)
 
 
-def _open(path: Path | None, split: str, allow_bad: float, progress: Progress) -> NoteSet:
-    from mars.evaluate.sets import open_notes
-
-    told = f"read {'the built-in notes' if path is None else path}"
-    return open_notes(path, split=split, allow_bad=allow_bad, progress=lambda done, of: progress(told, done, of))
-
-
-def _tell_of_other_notes(model: Model, stage: str, name: str | None, data: Path | None) -> None:
-    """Warn where the built-in notes are taken for want of others, and the model is known to come from others."""
-    from mars.data import open_dataset
-
-    if data is None and model.data.get(stage, built_in := open_dataset(None).fingerprint) != built_in:
-        click.echo(
-            f"warning: {name} was not trained on the built-in notes, with which it is compared now; "
-            "name its own real notes with --data DIR",
-            err=True,
-        )
-
-
-def _begin(out: Path | None, data: Path | None) -> Path:
-    """The folder of notes to be made and of their reports, which can be written and is told."""
-    from mars.errors import ConfigError
-    from mars.files import new_folder
-
-    place = out or Path("evaluations")
-    if data is not None and place.resolve().is_relative_to(data.resolve()):
-        raise ConfigError(f"--out {place} is inside --data, whose notes the new ones would join; name another folder")
-    out = out or new_folder(place, time.strftime("%Y%m%d-%H%M%S"))
-    _writable(*_reports(out, "standard"))
+def _begun(out: Path) -> None:
     click.echo(printable(f"notes: {out / 'notes'}; if interrupted, go on with --out {out}"), err=True)
-    return out
 
 
-def _reports(out: Path, profile: str) -> tuple[Path, Path]:
-    """A profile has reports of its own, beside those of the other."""
-    stem = "report" if profile == "standard" else f"report-{profile}"
-    return out / f"{stem}.json", out / f"{stem}.html"
-
-
-def _writable(*files: Path | None) -> None:
-    """See that files can be written, before hours are spent on what goes into them."""
-    from mars.errors import ConfigError, DiskError
-    from mars.files import probe
-
-    for file in filter(None, files):
-        if file.is_dir():
-            raise ConfigError(f"{file} is a folder; name a file")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            probe(file.parent)
-        except OSError as error:
-            raise DiskError(f"{file.parent} cannot be written ({error.strerror}); name another place") from None
-
-
-def _score(
-    real: NoteSet,
-    fake: NoteSet,
-    prepared: Mapping[str, Any],
-    options: Mapping[str, Any],
-    progress: Progress,
-    json_file: Path | None,
-    html: Path | None,
-    **context: Any,
-) -> None:
-    """Evaluate, print, write."""
+def _print(result: Result) -> None:
+    """Show the figures, and where they were written."""
     from mars.cli.console import console
-    from mars.evaluate import page, report, table
-    from mars.evaluate.run import evaluate
+    from mars.evaluate import table
 
-    with tempfile.TemporaryDirectory() as temporary:
-        found = evaluate(
-            real,
-            fake,
-            **prepared,
-            cache=Path(temporary) if options["no_cache"] else options["cache"],
-            baselines=options["baselines"],
-            progress=progress,
-            device=str(options["device"]),
-            **context,
-        )
-    if json_file is not None:
-        report.write(json_file, found.report)
-    if html is not None:
-        page.write(html, found.report, [page.Pair(title, sounds) for title, sounds in found.shown])
-    table.print_report(found.report, console(stderr=False))
-    for path in (json_file, html):
-        if path is not None:
-            click.echo(printable(f"written: {path}"), err=True)
+    table.print_report(result.report, console(stderr=False))
+    for path in result.files:
+        click.echo(printable(f"written: {path}"), err=True)
 
 
 @contextmanager

@@ -5,6 +5,11 @@ runs on whole tiles of notes, index i in slot i % tile of tile i // tile, becaus
 with the number of their rows. So on one machine a note has the same bytes whatever n, start, batch_size and the
 conditions of other notes are. Another device, number of threads or version of PyTorch may round differently, which can
 change a token.
+
+Precision: the tokens of a sound, and the sound of tokens, are computed in float32 (`CODING`), on every device and
+whatever the model was trained in: in bfloat16 a third of a note's tokens come out as others. What a transformer draws
+is its own choice, so generation has a setting, `precision`: "auto", unless one asks for another, is bfloat16 where the
+device computes in it natively.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -23,19 +28,20 @@ from torch import Tensor
 import mars
 from mars import audio, checkpoint, config
 from mars.arguments import Array, integer, number, tensor
-from mars.config import Config
+from mars.config import AudioConfig, Config
 from mars.errors import CheckpointError, ConfigError
 from mars.files import read_text, sha256
 from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.notes import Note
-from mars.runtime import autocast, pick_device, stream
+from mars.runtime import Precision, autocast, pick_device, stream
 from mars.sampling import sample, tile_size
 from mars.text import one_line
 
 M = TypeVar("M", bound=torch.nn.Module)
 DEFAULT = "notes"  # the packaged model
+CODING: Precision = "float32"  # of encoding and decoding
 STREAM = 4  # tells the random streams of notes from those of training with the same seed
 
 
@@ -76,6 +82,7 @@ class Generation(TypedDict, total=False):
     top_p: float
     batch_size: int
     iterations: int
+    precision: Precision
     progress: Callable[[int, int], None] | None
     timing: Timing | None
 
@@ -145,7 +152,7 @@ class Model:
         if not bool(x.isfinite().all()):
             raise ConfigError(f"encode: want {wanted}, got NaN or infinity in {_rows(~x.isfinite())}")
         self.check_weights()
-        return self.tokenizer.encode(audio.multiplexed(x.to(self.device), self.config.audio))
+        return tokens_of(self.tokenizer, x.to(self.device), self.config.audio)
 
     @torch.inference_mode()
     def decode(self, ids: Array, *, iterations: int = 32, seed: int | Sequence[torch.Generator] = 0) -> Tensor:
@@ -155,6 +162,23 @@ class Model:
 
         Raises:
             ConfigError: another shape, numbers that are no tokens, a setting out of range.
+            CheckpointError: the tokenizer's weights were made something else than float32.
+        """
+        spectrograms = self.spectrogram(ids)
+        iterations = integer("iterations", iterations, 0)
+        if not isinstance(seed, Sequence):
+            seed = integer("seed", seed, 0, 2**63 - 1)
+        elif len(seed) != len(spectrograms) or not all(isinstance(generator, torch.Generator) for generator in seed):
+            raise ConfigError(f"seed must be a number or {len(spectrograms)} generators, one a note; got {seed!r:.80}")
+        magnitudes = audio.magnitudes(spectrograms, self.config.audio)
+        return audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=seed)
+
+    @torch.inference_mode()
+    def spectrogram(self, ids: Array) -> Tensor:
+        """Spectrograms (B, bins, frames) in [-1, 1] of tokens (B, L), a NumPy array or a tensor of integers.
+
+        Raises:
+            ConfigError: another shape, or numbers that are no tokens.
             CheckpointError: the tokenizer's weights were made something else than float32.
         """
         size, length = self.config.tokenizer.codebook_size, self.config.tokenizer.tokens
@@ -168,14 +192,14 @@ class Model:
         x = x.to(torch.int64)
         if bool((outside := (x < 0) | (x >= size)).any()):
             raise ConfigError(f"decode: want {wanted}, got {int(x[outside][0])} in {_rows(outside)}")
-        iterations = integer("iterations", iterations, 0)
-        if not isinstance(seed, Sequence):
-            seed = integer("seed", seed, 0, 2**63 - 1)
-        elif len(seed) != len(x) or not all(isinstance(generator, torch.Generator) for generator in seed):
-            raise ConfigError(f"seed must be a number or {len(x)} generators, one a note; got {seed!r:.80}")
         self.check_weights()
-        magnitudes = audio.demultiplexed_magnitudes(self.tokenizer.decode(x.to(self.device)), self.config.audio)
-        return audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=seed)
+        return self._decoded(self.tokenizer.quantizer.latent(x.to(self.device)))
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        """Spectrograms (B, bins, frames) in [-1, 1] of the latent maps (B, D, H, W) of tokens."""
+        with autocast(self.device, CODING):
+            x = self.tokenizer.reconstruct(latent).clamp(-1, 1)
+        return audio.demultiplexed(x, self.config.audio)
 
     def check_weights(self) -> None:
         """Raise `CheckpointError` if somebody has made the weights something else than float32."""
@@ -206,6 +230,7 @@ class Model:
         top_p: float = 0.96,
         batch_size: int = 16,
         iterations: int = 32,
+        precision: Precision = "auto",
         progress: Callable[[int, int], None] | None = None,
         timing: Timing | None = None,
     ) -> Iterator[Note]:
@@ -229,6 +254,8 @@ class Model:
             top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
             batch_size: notes finished together, rounded up to whole tiles; of no effect on the notes.
             iterations: of Griffin-Lim.
+            precision: of the transformer: "auto" (bfloat16 where the device computes in it natively), "float32" or
+                "bfloat16".
             progress: called with the notes done and n.
             timing: to which the seconds of each part are added.
 
@@ -245,6 +272,8 @@ class Model:
             raise ConfigError(f"cfg must be at least 0 (no guidance), got {cfg}")
         if not 0 < top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1 (no limit), got {top_p}")
+        if precision not in get_args(Precision):
+            raise ConfigError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r:.80}")
         asked = ranges.asked(
             pitch=pitch,
             family=family,
@@ -282,13 +311,11 @@ class Model:
                 cfg=cfg,
                 top_k=top_k,
                 top_p=top_p,
-                precision=self.config.train.var.precision,
+                precision=precision,
             )
             ids = ids.cpu()
             sampled = time.perf_counter()
-            with autocast(device, self.config.train.tokenizer.precision):
-                x = self.tokenizer.reconstruct(latent).clamp(-1, 1)
-            spectrograms = audio.demultiplexed(x, self.config.audio)
+            spectrograms = self._decoded(latent)
             _synchronise(device)
             timing.transformer += sampled - began
             timing.decoding += time.perf_counter() - sampled
@@ -371,6 +398,16 @@ class Model:
         if self.data:
             documents["data"] = dict(self.data)
         checkpoint.replace_directory(path, tensors, documents, {"README.md": self.card} if self.card else None)
+
+
+@torch.inference_mode()
+def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> Tensor:
+    """Tokens int64 (B, L) of waveforms (B, samples) on the tokenizer's device, cut or padded to the front end's length.
+
+    This is what `Model.encode` computes, for a tokenizer without a model and waveforms that are known to be sound.
+    """
+    with autocast(waveforms.device, CODING):
+        return tokenizer.encode(audio.multiplexed(waveforms, config))
 
 
 def _rows(marked: Tensor) -> str:

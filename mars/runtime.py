@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from mars.errors import ConfigError, DiskError
+
+Precision = Literal["auto", "float32", "bfloat16"]  # see `autocast`
 
 # Enough for any machine, and for another's number of threads, which decides the last bits of what is computed here too.
 MOST_THREADS = max(256, os.cpu_count() or 1)
@@ -67,7 +69,7 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Autocast to bfloat16 where asked for or, with "auto", where the device computes in it natively."""
     on = precision == "bfloat16" or (precision == "auto" and native_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=on)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mars.errors import CheckpointError
 from mars.models.quantizer import Quantizer
 from mars.models.var import VAR
-from mars.runtime import autocast
+from mars.runtime import Precision, autocast
 
 TILE = 8  # notes the network runs on at once on a CPU; changing it changes the bytes of all notes
 TILE_ACCELERATOR = 32
@@ -33,7 +33,7 @@ def sample(
     cfg: float,
     top_k: int,
     top_p: float,
-    precision: str,
+    precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     """Draw all tokens, scale after scale.
 

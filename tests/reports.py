@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mars.evaluate.report import METRICS, Metric, Report, Sounds
+from mars.evaluate.metrics import catalogue
+from mars.evaluate.report import Figure, Report, Sounds
 
 FIGURES = {
     "ndb_k": 0.19, "pkid": 0.0041, "ikid": 0.0033, "pis": 6.412, "iis": 4.871, "mse": 0.02134, "mae": 0.09012,
@@ -20,7 +21,7 @@ def plausible(lacking: tuple[str, ...] = (), **fields: Any) -> Report:
     """A report without the metrics that are lacking; `copy_ratio` has no value for the anchor alone."""
     baselines = {name: _row(factor, lacking) for name, factor in BASELINES.items()}
     if "copy_ratio" not in lacking:
-        baselines["anchor"]["copy_ratio"] = Metric(reason="no copies of those")
+        baselines["anchor"]["copy_ratio"] = Figure(reason="no copies of those")
     refused = (("b.wav", "silent"), ("c.wav", "unreadable"))
     known: dict[str, Any] = {
         "profile": "standard",
@@ -39,23 +40,24 @@ def plausible(lacking: tuple[str, ...] = (), **fields: Any) -> Report:
         "created": "2026-11-22T10:15:00+00:00",
         "seconds": 4123.4,
         "produced": {"model_hash": "f" * 64, "settings": {"iterations": 32}, "quieter": 12},
+        "table": catalogue.headings(),
     }
     return Report(**(known | fields))
 
 
-def _row(factor: float, lacking: tuple[str, ...]) -> dict[str, Metric]:
-    return {name: _missing(name) if name in lacking else _metric(name, factor) for name in METRICS}
+def _row(factor: float, lacking: tuple[str, ...]) -> dict[str, Figure]:
+    return {name: _missing(name) if name in lacking else _metric(name, factor) for name in catalogue.table()}
 
 
-def _missing(name: str) -> Metric:
-    return Metric(reason="no VGGish weights" if name in ("fad", "fad_infinity", "kad") else "none were asked for")
+def _missing(name: str) -> Figure:
+    return Figure(reason="no VGGish weights" if name in ("fad", "fad_infinity", "kad") else "none were asked for")
 
 
-def _metric(name: str, factor: float) -> Metric:
+def _metric(name: str, factor: float) -> Figure:
     value = FIGURES[name] * factor - (0.00001 if name in ("pkid", "ikid") and not factor else 0.0)
     within = 0.04 * abs(value) + 1e-6
     alone = name in ("ndb_k", "fad_infinity")
-    return Metric(
+    return Figure(
         value=value,
         low=None if alone else value - within,
         high=None if alone else value + within,

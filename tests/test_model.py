@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -204,3 +205,27 @@ def test_without_a_gpu_there_is_no_cuda():
 def test_the_choice_can_be_known_before_the_notes(model):
     chosen = model.choose(3, start=2, seed=4, pitch=(50, 60))
     assert chosen == [note.condition for note in model.generate(3, start=2, seed=4, pitch=(50, 60), iterations=0)]
+
+
+def test_tokens_and_sounds_are_of_float32_under_any_autocast(model, waveforms, ids):
+    """Lowered, some of these would come out as others."""
+    wanted, spectrogram = model.decode(ids, iterations=1), model.spectrogram(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode(waveforms), ids)
+        assert torch.equal(model.decode(ids, iterations=1), wanted)
+        assert torch.equal(model.spectrogram(ids), spectrogram)
+
+
+def test_what_a_model_was_trained_in_changes_no_note(model):
+    """The precision of a generation is an argument, and that of its sound none."""
+    wanted = model.generate(2, seed=1, iterations=1)
+    lowered = [f"train.{stage}.precision=bfloat16" for stage in ("tokenizer", "var")]
+    other = dataclasses.replace(model, config=config.override(model.config, lowered))
+    for one, same in zip(wanted, other.generate(2, seed=1, iterations=1), strict=True):
+        assert torch.equal(one.ids, same.ids)
+        assert torch.equal(one.waveform, same.waveform)
+    for precision in ("float32", "bfloat16"):
+        for note in other.generate(2, seed=1, iterations=1, precision=precision):
+            torch.testing.assert_close(note.spectrogram[None], model.spectrogram(note.ids[None]), rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="precision must be one of auto, float32, bfloat16; got 'half'"):
+        model.generate(1, precision="half")

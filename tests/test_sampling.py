@@ -48,7 +48,11 @@ def identical(a, b):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_note_depends_on_seed_and_index_alone(precision):
-    model = tiny(f"train.var.precision={precision}", f"train.tokenizer.precision={precision}")
+    model = tiny()
+
+    def listed(model, n, **settings):
+        return list(model.iterate(n, **{"iterations": 1, "precision": precision, **settings}))
+
     notes = listed(model, 20)
     assert [note.index for note in notes] == list(range(20))
     assert len({tuple(note.ids.tolist()) for note in notes}) == 20
@@ -139,10 +143,10 @@ def test_a_model_without_condition_is_never_doubled(monkeypatch):
 @pytest.mark.parametrize("shared", ["true", "false"])
 @pytest.mark.parametrize("condition", ['["pitch"]', "[]"])
 def test_cached_logits_are_the_teacher_forced_ones(condition, shared, monkeypatch):
-    model = tiny(f"var.condition={condition}", f"var.shared_adaln={shared}", "train.var.precision=float32")
+    model = tiny(f"var.condition={condition}", f"var.shared_adaln={shared}")
     logits, step = [], model.var.step
     monkeypatch.setattr(model.var, "step", lambda *arguments: logits.append(step(*arguments)) or logits[-1])
-    notes = listed(model, TILE, cfg=0.0)
+    notes = listed(model, TILE, cfg=0.0, precision="float32")
     ids = torch.stack([note.ids for note in notes])
     classes = condition_ids([note.condition for note in notes], model.config.var.condition)
     forced = model.var(model.tokenizer.quantizer.teacher_inputs(ids), classes)
@@ -184,7 +188,11 @@ BRASS = {"family": "brass", "pitch": 50}
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_note_depends_on_its_own_condition_alone(precision):
-    model = tiny(f"train.var.precision={precision}", f"train.tokenizer.precision={precision}")
+    model = tiny()
+
+    def listed(model, n, **settings):
+        return list(model.iterate(n, **{"iterations": 1, "precision": precision, **settings}))
+
     conditions = [FLUTE, BRASS, {}, *[FLUTE] * 5, BRASS, FLUTE]
     notes = listed(model, 10, conditions=conditions)
     assert notes[0].condition == FLUTE

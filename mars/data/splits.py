@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 SPLITS = ("train", "valid", "test")
 HoldOut = Literal["instruments", "notes", "none"]
 
@@ -75,3 +78,8 @@ def hold_out(notes: Sequence[str], instruments: Sequence[str], by: HoldOut | Non
     else:
         why = "since whole instruments would be more than a third of them"
     return split, f"{sum(split):,} of {len(notes):,} notes for validation, {why}"
+
+
+def spread(notes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Up to `count` of the notes of a split, evenly spaced."""
+    return notes[np.linspace(0, len(notes) - 1, min(count, len(notes))).astype(np.int64)]

@@ -23,6 +23,7 @@ from mars.errors import ConfigError, DataError
 from mars.evaluate.sets import SAMPLE_RATE, SAMPLES, NoteSet
 from mars.runtime import stream
 
+REAL_VS_REAL, ORACLE, ANCHOR = "real-vs-real", "griffin-lim oracle", "anchor"  # rows of a report
 CUTOFF, ORDER = 1000.0, 4  # Hz, where the filter is 3 dB down; of the filter
 BITS = 8
 STREAM = 6  # tells these random phases from other streams with the same seed

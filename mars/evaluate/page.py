@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mars import audio
 from mars.config import AudioConfig
-from mars.evaluate.report import METRICS, Metric, Report, Sounds
-from mars.evaluate.table import DIGITS, EVALUATED, absent, arrow, label, measured, rows
+from mars.evaluate.report import Figure, Report, Sounds
+from mars.evaluate.table import DIGITS, EVALUATED, Headings, absent, arrow, headings, measured, rows
 from mars.pages import html
 from mars.pages.charts import Bar, bar_chart
 from mars.pages.html import number, section
@@ -30,7 +30,7 @@ LONG = 300  # characters of a value that are shown
 
 BETTER = {-1: "lower is better", 0: "", +1: "higher is better"}
 PROFILES = {
-    "standard": "For a number beside Table 1 of the paper evaluate with <code>--profile vinay2022</code>.",
+    "standard": "For a number beside Table 1 of the paper evaluate in the profile <code>vinay2022</code>.",
     "vinay2022": "This profile repeats the statistics behind the published baselines, their flaws included: "
     "it is for a number beside Table 1 of the paper.",
 }
@@ -59,14 +59,15 @@ def write(path: Path, report: Report, pairs: Sequence[Pair]) -> None:
 def render(report: Report, pairs: Sequence[Pair]) -> str:
     """The page as HTML; raises as `write` does."""
     title = f"Evaluation, {report.profile} profile, {report.mode}"
-    names = measured(rows(report).values())
+    known = headings(report)
+    names = measured(rows(report).values(), known)
     parts = [
         f"<header><h1>{escape(title)}</h1>{_facts(report)}</header>",
         _caution(report),
-        section("Figures", "results", _figures(report, names)),
-        section("Charts", "charts", "".join(_chart(report, name) for name in names)),
+        section("Figures", "results", _figures(report, names, known)),
+        section("Charts", "charts", "".join(_chart(report, name, known) for name in names)),
         _notes(pairs),
-        section("How they were computed", "computed", "".join(_computed(report, name) for name in names)),
+        section("How they were computed", "computed", "".join(_computed(report, name, known) for name in names)),
         section("What was evaluated", "provenance", _provenance(report)),
     ]
     footer = f"Made by mars {escape(report.versions.get('mars', ''))}; the same figures, in full: the JSON report."
@@ -97,9 +98,9 @@ def _caution(report: Report) -> str:
     )
 
 
-def _figures(report: Report, names: Sequence[str]) -> str:
+def _figures(report: Report, names: Sequence[str], known: Headings) -> str:
     """All values, a row for each set, and why some are missing."""
-    head = ["", *(f"{escape(label(name))} {arrow(name)}".rstrip() for name in names)]
+    head = ["", *(f"{escape(known[name].label)} {arrow(known[name])}".rstrip() for name in names)]
     table = html.table(
         head,
         [[escape(row), *(_cell(metrics.get(name)) for name in names)] for row, metrics in rows(report).items()],
@@ -107,24 +108,25 @@ def _figures(report: Report, names: Sequence[str]) -> str:
     )
     key = "<p>↓ lower is better, ↑ higher is better; in brackets: 95 % bootstrap intervals over notes.</p>"
     missing = "".join(
-        f"<li>{escape(', '.join(metrics))}: {escape(reason)}</li>" for reason, metrics in absent(rows(report)).items()
+        f"<li>{escape(', '.join(metrics))}: {escape(reason)}</li>"
+        for reason, metrics in absent(rows(report), known).items()
     )
     return (table + key if names else "") + (f"<h3>Not measured</h3><ul>{missing}</ul>" if missing else "")
 
 
-def _cell(metric: Metric | None) -> str:
-    if metric is None or metric.value is None:
+def _cell(figure: Figure | None) -> str:
+    if figure is None or figure.value is None:
         return "-"
-    return number(metric.value) + (f"<small>{found}</small>" if (found := _interval(metric)) else "")
+    return number(figure.value) + (f"<small>{found}</small>" if (found := _interval(figure)) else "")
 
 
-def _interval(metric: Metric) -> str:
-    if metric.low is None or metric.high is None:
+def _interval(figure: Figure) -> str:
+    if figure.low is None or figure.high is None:
         return ""
-    return f"[{number(metric.low)}, {number(metric.high)}]"
+    return f"[{number(figure.low)}, {number(figure.high)}]"
 
 
-def _chart(report: Report, name: str) -> str:
+def _chart(report: Report, name: str, known: Headings) -> str:
     bars = [
         Bar(row, m.value, m.low, m.high, colour=1 if row == EVALUATED else 0)
         for row, metrics in rows(report).items()
@@ -133,8 +135,8 @@ def _chart(report: Report, name: str) -> str:
     found = report.metrics.get(name)
     notes = f"{found.n_fake:,} notes against {found.n_real:,}" if found and found.value is not None else ""
     embedder = found.embedder if found else ""
-    below = "; ".join(filter(None, [BETTER[METRICS.get(name, 0)], notes, embedder]))
-    return bar_chart(label(name), below, bars)
+    below = "; ".join(filter(None, [BETTER[known[name].better], notes, embedder]))
+    return bar_chart(known[name].label, below, bars)
 
 
 def _notes(pairs: Sequence[Pair]) -> str:
@@ -171,7 +173,7 @@ def _media(waveform: Tensor) -> tuple[bytes, bytes]:
     return png(picture), html.flac(samples, FRONT_END.sample_rate)
 
 
-def _computed(report: Report, name: str) -> str:
+def _computed(report: Report, name: str, shown: Headings) -> str:
     """All that is known of a metric, for every set that has it; folded away."""
     found = {row: m for row, metrics in rows(report).items() if (m := metrics.get(name)) and m.value is not None}
     known = {
@@ -183,7 +185,7 @@ def _computed(report: Report, name: str) -> str:
         ["", *map(escape, known)],
         [[escape(key), *(_text(values[key]) if key in values else "-" for values in known.values())] for key in keys],
     )
-    return f"<details><summary>{escape(label(name))}</summary>{table}</details>"
+    return f"<details><summary>{escape(shown[name].label)}</summary>{table}</details>"
 
 
 def _provenance(report: Report) -> str:

@@ -20,7 +20,6 @@ from mars.evaluate.sets import stem as stem_of
 from mars.labels import CLOSED, Condition
 from mars.model import Model
 from mars.notes import Filled, Note, NoteFolder, fill, stem
-from mars.runtime import autocast
 from mars.sampling import tile_size
 
 Progress = Callable[[int, int], None]  # called with the notes that are there and all of them
@@ -56,8 +55,7 @@ def reconstruct(
             if not missing.isdisjoint(rows):
                 tile = [*rows, *[first] * (size - len(rows))]
                 waveforms = notes.waveforms(tile)[:, :samples]
-                with autocast(model.device, "auto"):
-                    ids = model.encode(functional.pad(waveforms, (0, samples - waveforms.shape[1])))
+                ids = model.encode(functional.pad(waveforms, (0, samples - waveforms.shape[1])))
                 streams = phases([notes.keys[i] for i in tile], seed)
                 decoded = audio.within_full_scale(model.decode(ids, iterations=iterations, seed=streams).cpu())
                 for i, waveform in zip(rows, decoded, strict=False):

@@ -21,19 +21,20 @@ FORMAT, VERSION = "mars-evaluation", 1
 Profile = Literal["standard", "vinay2022"]
 Mode = Literal["reconstruction", "generation"]
 PROFILES: tuple[Profile, ...] = ("standard", "vinay2022")
+MODES: tuple[Mode, ...] = ("reconstruction", "generation")
 
-# In the order of tables: Table 1 of the paper, then what it lacks. A better value is lower (-1) or higher (+1).
-METRICS: dict[str, int] = {
-    "ndb_k": -1, "pkid": -1, "ikid": -1, "pis": +1, "iis": +1, "mse": -1, "mae": -1, "fad": -1,
-    "fad_infinity": -1, "kad": -1, "precision": +1, "recall": +1, "density": +1, "coverage": +1,
-    "pitch_accuracy": +1, "copy_ratio": +1,
-    "fad_classifier": -1, "kad_classifier": -1, "pis_crepe": +1, "pkid_crepe": -1, "pitch_accuracy_crepe": +1,
-}  # fmt: skip
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """How tables show a metric."""
+
+    label: str  # its name for people; in parentheses a network in place of the usual one
+    better: Literal[-1, 0, 1] = 0  # where its better values are: lower, nowhere that is known, higher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Metric:
-    """One figure, or the reason why there is none."""
+class Figure:
+    """The value of a metric, or the reason why there is none."""
 
     value: float | None = None
     reason: str = ""  # why there is no value
@@ -67,8 +68,8 @@ class Report:
     profile: Profile
     mode: Mode
     seed: int
-    metrics: Mapping[str, Metric]
-    baselines: Mapping[str, Mapping[str, Metric]]  # "real-vs-real", "griffin-lim oracle", "anchor"
+    metrics: Mapping[str, Figure]
+    baselines: Mapping[str, Mapping[str, Figure]]  # "real-vs-real", "griffin-lim oracle", "anchor"
     sets: Mapping[str, Sounds]  # real, fake, train
     embedders: Mapping[str, Mapping[str, Any]]  # by id: sha256, front_end, accuracy
     versions: Mapping[str, str]
@@ -77,6 +78,7 @@ class Report:
     created: str  # ISO 8601
     seconds: float
     produced: Mapping[str, Any] = field(default_factory=dict)  # how the fake notes were made, where mars made them
+    table: Mapping[str, Heading] = field(default_factory=dict)  # of the metrics, in their order; older reports lack it
 
     @property
     def protocol(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mars.errors import ConfigError
-from mars.evaluate.report import METRICS, Metric, Report, Sounds
+from mars.evaluate.report import Figure, Heading, Report, Sounds
 from mars.pages.html import duration, number, text
 from mars.text import printable
 
@@ -25,24 +25,34 @@ WIDE = 10  # characters of a name that are worth a second line
 
 _ARROWS = {-1: "↓", 0: "", +1: "↑"}
 _ASCII = str.maketrans({"↓": "v", "↑": "^", "∞": "-infinity"})
-_LABELS = {"ndb_k": "NDB/k", "mse": "mel MSE", "mae": "mel MAE", "fad_infinity": "FAD∞"}
-_INITIALS = {"pkid", "ikid", "pis", "iis", "fad", "kad"}
-_EMBEDDERS = {"crepe": "CREPE", "classifier": "classifier"}
 
-Row = Mapping[str, Metric]
+Row = Mapping[str, Figure]
+Headings = Mapping[str, Heading]
 
 
-def label(name: str) -> str:
-    """A metric's name for people, and in parentheses a network in place of the usual one."""
-    stem, _, embedder = name.rpartition("_")
-    if stem and embedder in _EMBEDDERS:
-        return f"{label(stem)} ({_EMBEDDERS[embedder]})"
-    return _LABELS.get(name) or (name.upper() if name in _INITIALS else name.replace("_", " "))
+def headings(*reports: Report) -> dict[str, Heading]:
+    """How the metrics of reports are shown, in the order of tables; older reports do not say."""
+    found: dict[str, Heading] = {}
+    for report in reports:
+        found = {**report.table, **found} if report.table else {**_known(), **found}
+    measured = {
+        name: Heading(name.replace("_", " "))
+        for report in reports
+        for row in rows(report).values()
+        for name in sorted(row)
+    }
+    return {**found, **{name: heading for name, heading in measured.items() if name not in found}}
 
 
-def arrow(name: str) -> str:
+def _known() -> dict[str, Heading]:
+    from mars.evaluate.metrics import catalogue  # which loads PyTorch
+
+    return catalogue.headings()
+
+
+def arrow(heading: Heading) -> str:
     """Where a metric's better values are: down, up, or nowhere that is known."""
-    return _ARROWS[METRICS.get(name, 0)]
+    return _ARROWS[heading.better]
 
 
 def rows(report: Report) -> dict[str, Row]:
@@ -50,23 +60,23 @@ def rows(report: Report) -> dict[str, Row]:
     return {EVALUATED: report.metrics, **report.baselines}
 
 
-def measured(rows: Iterable[Row]) -> list[str]:
-    """The metrics that have a value in any row, in the order of `METRICS`."""
-    known = {name for row in rows for name, metric in row.items() if metric.value is not None}
-    return [name for name in METRICS if name in known] + sorted(known - METRICS.keys())
+def measured(rows: Iterable[Row], headings: Headings) -> list[str]:
+    """The metrics that have a value in any row, in the order of the headings."""
+    known = {name for row in rows for name, figure in row.items() if figure.value is not None}
+    return [name for name in headings if name in known]
 
 
-def absent(rows: Mapping[str, Row]) -> dict[str, list[str]]:
+def absent(rows: Mapping[str, Row], headings: Headings) -> dict[str, list[str]]:
     """Why metrics have no value: each reason with the metrics, and with the rows if it does not hold for all."""
     found: dict[str, dict[str, list[str]]] = {}
-    for row, metrics in rows.items():
-        for name, metric in metrics.items():
-            if metric.value is None:
-                found.setdefault(metric.reason or "no reason is given", {}).setdefault(name, []).append(row)
+    for row, figures in rows.items():
+        for name, figure in figures.items():
+            if figure.value is None:
+                found.setdefault(figure.reason or "no reason is given", {}).setdefault(name, []).append(row)
     everywhere = {name: sum(name in row for row in rows.values()) for names in found.values() for name in names}
     return {
         reason: [
-            label(name) + (f" ({', '.join(where)})" if len(where) < everywhere[name] else "")
+            headings[name].label + (f" ({', '.join(where)})" if len(where) < everywhere[name] else "")
             for name, where in names.items()
         ]
         for reason, names in found.items()
@@ -88,12 +98,13 @@ def print_report(report: Report, console: Console) -> None:
     _say(console, f"{report.profile} profile, {report.mode}, seed {report.seed}, {duration(report.seconds)}", "bold")
     for name, sounds in report.sets.items():
         _say(console, f"{name}: {sounds.source}, {counts(sounds)}")
-    names = measured(shown.values())
+    known = headings(report)
+    names = measured(shown.values(), known)
     if names:
         columns = [[name.replace(" ", "\n"), *(_cell(row.get(n)) for n in names)] for name, row in shown.items()]
-        _print([["", *map(_heading, names)], *columns], console)
+        _print([["", *(_heading(known[name]) for name in names)], *columns], console)
         _say(console, "↓ lower is better, ↑ higher is better; in brackets: 95 % intervals")
-    for reason, metrics in absent(shown).items():
+    for reason, metrics in absent(shown, known).items():
         _say(console, f"not measured: {', '.join(metrics)}: {reason}")
     _say(console, f"fingerprint {report.fingerprint[:DIGITS]}")
 
@@ -133,7 +144,8 @@ def print_comparison(reports: Mapping[str, Report], console: Console, stderr: Co
     """
     for line in compare(reports):
         _say(stderr, f"warning: {line}", "yellow")
-    names = measured(report.metrics for report in reports.values())
+    known = headings(*reports.values())
+    names = measured((report.metrics for report in reports.values()), known)
     columns = [
         [
             name,
@@ -143,7 +155,8 @@ def print_comparison(reports: Mapping[str, Report], console: Console, stderr: Co
         for name, report in reports.items()
     ]
     profile = next(iter(reports.values())).profile
-    _print([[f"{profile} profile", "mode", "fingerprint", "notes", *map(_heading, names)], *columns], console)
+    first = [f"{profile} profile", "mode", "fingerprint", "notes", *(_heading(known[name]) for name in names)]
+    _print([first, *columns], console)
 
 
 def _differences(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -175,21 +188,21 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _heading(name: str) -> str:
+def _heading(heading: Heading) -> str:
     """A metric's name and arrow, in lines as short as they can be."""
-    words, _, embedder = label(name).removesuffix(")").partition(" (")
-    first, _, last = f"{words} {arrow(name)}".rstrip().partition(" ")
+    words, _, embedder = heading.label.removesuffix(")").partition(" (")
+    first, _, last = f"{words} {arrow(heading)}".rstrip().partition(" ")
     lines = [f"{first} {last}"] if len(words) < WIDE else [first, last]
     return "\n".join([*lines, embedder]).rstrip()
 
 
-def _cell(metric: Metric | None) -> str:
+def _cell(figure: Figure | None) -> str:
     """Value and, below, its interval."""
-    if metric is None or metric.value is None:
+    if figure is None or figure.value is None:
         return "-"
-    if metric.low is None or metric.high is None:
-        return number(metric.value)
-    return f"{number(metric.value)}\n[{number(metric.low, 3)}, {number(metric.high, 3)}]"
+    if figure.low is None or figure.high is None:
+        return number(figure.value)
+    return f"{number(figure.value)}\n[{number(figure.low, 3)}, {number(figure.high, 3)}]"
 
 
 def _print(columns: Sequence[Sequence[str]], console: Console) -> None:

@@ -17,19 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mars import audio
 from mars.data import Dataset
+from mars.data.splits import spread
 from mars.errors import CheckpointError
 from mars.files import write_atomically
 from mars.labels import described
-from mars.model import Model
+from mars.model import Model, tokens_of
 from mars.pages.picture import Picture, spectrogram_picture, write_png
 from mars.runs.stage import Stage
-from mars.runtime import autocast
-from mars.train.tokenizer import held_out, spread
 
 COUNT = 4  # notes
 FOLDER = "samples"
@@ -57,7 +55,7 @@ class Sampler:
 
     def __init__(self, stage: Stage, dataset: Dataset, seed: int) -> None:
         self.stage, self.dataset, self.seed = stage, dataset, seed
-        notes = held_out(dataset, COUNT)
+        notes = spread(dataset.split("valid"), COUNT)
         self.kind = "" if len(notes) else " (a training note)"  # so that nobody takes it for a held-out one
         self.notes = notes if len(notes) else spread(dataset.split("train"), COUNT)
 
@@ -79,14 +77,10 @@ class Sampler:
         """
         return self._reconstructed(model) if model.var is None else self._generated(model)
 
-    @torch.no_grad()
     def _reconstructed(self, model: Model) -> list[Sample]:
-        config = model.config
-        x = audio.multiplexed(self.dataset.waveforms(self.notes).to(model.device), config.audio)
-        with autocast(model.device, config.train.tokenizer.precision):
-            y = model.tokenizer.decode(model.tokenizer.encode(x))
-        spectrograms = audio.demultiplexed(y, config.audio)
-        waveforms = audio.griffin_lim(audio.magnitudes(spectrograms, config.audio), config.audio, generators=0).cpu()
+        waveforms = self.dataset.waveforms(self.notes).to(model.device)
+        ids = tokens_of(model.tokenizer, waveforms, model.config.audio)
+        spectrograms, waveforms = model.spectrogram(ids), model.decode(ids).cpu()
         if not bool(waveforms.isfinite().all()):
             raise CheckpointError("the tokenizer's output is not finite")
         names = [self.dataset.names[note] + self.kind for note in self.notes]

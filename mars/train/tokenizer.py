@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mars import audio, checkpoint
 from mars.config import Config, TrainConfig
 from mars.data import Dataset
+from mars.data.splits import spread
 from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.model import Model
@@ -159,7 +160,7 @@ class TokenizerStage:
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
         """Errors of the averaged weights on held-out notes, and the codebook's use per scale; empty without any."""
-        notes = held_out(self.dataset, self.train.validate_notes)
+        notes = spread(self.dataset.split("valid"), self.train.validate_notes)
         if not len(notes):
             return {}
         squared = absolute = 0.0
@@ -208,16 +209,6 @@ class TokenizerStage:
         if not self.world.main:
             return None
         return Model(config=self.config, tokenizer=self.averaged, data={"tokenizer": self.dataset.fingerprint})
-
-
-def held_out(dataset: Dataset, count: int) -> np.ndarray:
-    """Up to `count` of the notes held out for validation, evenly spaced; none where none are."""
-    return spread(dataset.split("valid"), count)
-
-
-def spread(notes: np.ndarray, count: int) -> np.ndarray:
-    """Up to `count` of the notes, evenly spaced."""
-    return notes[np.linspace(0, len(notes) - 1, min(count, len(notes))).astype(np.int64)]
 
 
 def codebook_use(ids: Tensor, starts: list[int], size: int) -> tuple[list[int], list[float]]:

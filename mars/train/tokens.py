@@ -1,4 +1,4 @@
-"""The tokens of a dataset, made once per tokenizer, dataset and precision and kept beside the runs.
+"""The tokens of a dataset, made once per tokenizer and dataset and kept beside the runs.
 
 `runs/.tokens/<key>/` holds `ids.safetensors` of shape (notes, L) in the smallest integer type and a manifest of sha256
 sums. The folder appears complete or not at all, and is checked and read into memory when it is opened.
@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mars import audio, checkpoint
+from mars import checkpoint
 from mars.config import Config, to_dict
 from mars.data import Dataset
 from mars.distributed import World
 from mars.errors import CheckpointError
+from mars.model import tokens_of
 from mars.models.tokenizer import Tokenizer
-from mars.runtime import autocast
 
 VERSION = 1  # of what is cached; a change of the front end or of the search must raise it
+PRECISION = str(torch.float32)  # of all tokens (`mars.model.tokens_of`); tokens of another were kept once
 
 
 def cached_tokens(
@@ -42,7 +43,7 @@ def cached_tokens(
     A damaged entry is made again; where the folder cannot be written they stay in memory. Either is said. Several
     processes share the work, unless all of them find the tokens.
     """
-    path = folder / _key(tokenizer, config, dataset, world.device)
+    path = folder / _key(tokenizer, config, dataset)
     found, problem = None, ""
     if path.is_dir():
         try:
@@ -72,13 +73,10 @@ def cached_tokens(
     return tokens
 
 
-def _key(tokenizer: Tokenizer, config: Config, dataset: Dataset, device: torch.device) -> str:
+def _key(tokenizer: Tokenizer, config: Config, dataset: Dataset) -> str:
     """Hex sum of all that the tokens depend on."""
-    with autocast(device, config.train.var.precision):
-        lowered = torch.is_autocast_enabled(device.type)
-        precision = torch.get_autocast_dtype(device.type) if lowered else torch.float32
     settings = {name: to_dict(getattr(config, name)) for name in ("audio", "tokenizer")}
-    digest = hashlib.sha256(json.dumps([VERSION, dataset.fingerprint, str(precision), settings]).encode())
+    digest = hashlib.sha256(json.dumps([VERSION, dataset.fingerprint, PRECISION, settings]).encode())
     for name, weight in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -99,8 +97,7 @@ def tokenize(
     tokens = torch.zeros(len(dataset), config.tokenizer.tokens, dtype=dtype if world.size == 1 else torch.int32)
     for start in range(world.rank * size, len(dataset), world.size * size):
         indices = np.arange(start, min(start + size, len(dataset)))
-        x = audio.multiplexed(dataset.waveforms(indices).to(world.device), config.audio)
-        with autocast(world.device, config.train.var.precision):
-            tokens[start : start + len(indices)] = tokenizer.encode(x).to(tokens.dtype)
+        waveforms = dataset.waveforms(indices).to(world.device)
+        tokens[start : start + len(indices)] = tokens_of(tokenizer, waveforms, config.audio).to(tokens.dtype)
         advance(len(indices) * world.size)
     return world.all_reduce(tokens).to(dtype)  # every note is zero in all processes but one

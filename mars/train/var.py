@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mars import checkpoint, labels
 from mars.config import Config
 from mars.data import Dataset
+from mars.data.splits import spread
 from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.kernels import linear_cross_entropy, token_scores
@@ -24,7 +25,6 @@ from mars.models.var import VAR
 from mars.runtime import autocast, stream, to_device
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.spans import span
-from mars.train.tokenizer import held_out
 
 
 class Objective(nn.Module):
@@ -155,7 +155,7 @@ class VARStage:
 
         Empty where no notes are held out.
         """
-        notes = held_out(self.dataset, self.train.validate_notes)
+        notes = spread(self.dataset.split("valid"), self.train.validate_notes)
         if not len(notes):
             return {}
         loss = correct = torch.zeros(())

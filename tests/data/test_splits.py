@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mars.data.splits import hold_out, split_instruments
+from mars.data.splits import hold_out, split_instruments, spread
 
 
 @settings(deadline=None)
@@ -75,3 +76,10 @@ def test_the_order_of_the_notes_does_not_matter():
     notes, instruments = collection(2, 20)
     split, _ = hold_out(notes, instruments, None)
     assert hold_out(notes[::-1], instruments[::-1], None)[0] == split[::-1]
+
+
+def test_some_of_a_split_are_evenly_spaced():
+    notes = np.array([8, 9, 10])
+    assert spread(notes, 2).tolist() == [8, 10]
+    assert spread(notes, 99).tolist() == [8, 9, 10]
+    assert spread(notes[:0], 99).tolist() == []

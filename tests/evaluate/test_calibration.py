@@ -9,7 +9,7 @@ import pytest
 
 from mars.evaluate.baselines import anchor
 from mars.evaluate.embedders import roles as embedders
-from mars.evaluate.run import TABLE_1, Settings, evaluate
+from mars.evaluate.scoring import Settings, evaluate
 from mars.evaluate.sets import open_notes
 
 NSYNTH_TEST, WEIGHTS = os.environ.get("MARS_NSYNTH_TEST"), os.environ.get("MARS_WEIGHTS_DIR")
@@ -31,7 +31,9 @@ def test_the_anchor_is_that_of_the_published_table():
     found = {}
     for as_published in (False, True):
         for framing in ("google-16-bit", "google"):
-            settings = Settings(profile="vinay2022", mode="reconstruction", metrics=TABLE_1, as_published=as_published)
+            settings = Settings(
+                profile="vinay2022", mode="reconstruction", metrics=tuple(PUBLISHED), as_published=as_published
+            )
             networks = embedders.load("sony", framing=framing)
             cache = Path(WEIGHTS) / "features"
             report = evaluate(real, anchor(real), networks, settings, cache=cache, baselines=False).report

@@ -13,8 +13,9 @@ import torch
 
 from mars import audio
 from mars.evaluate import page, table
+from mars.evaluate.metrics import catalogue
 from mars.evaluate.page import Pair
-from mars.evaluate.report import METRICS, Metric
+from mars.evaluate.report import Figure
 from tests.page_parser import Page
 from tests.reports import plausible
 
@@ -41,7 +42,7 @@ def test_the_page_shows_the_report(tmp_path):
     for text in (
         *("nsynth (test)", "out/notes", "4,094 evaluated, 4,096 real", made.fingerprint[:12], "2020", "1 h 9 min"),
         *("mars 0.1.0, torch 2.13.0", "c.wav: unreadable", "p" * 64, "0.9312", "settings.iterations", "f" * 64),
-        *("fingerprint " + made.fingerprint[:12], "must not be put beside them", "--profile vinay2022"),
+        *("fingerprint " + made.fingerprint[:12], "must not be put beside them", "evaluate in the profile"),
     ):
         assert text in shown
     assert found.texts.count("a note") == 1
@@ -49,8 +50,8 @@ def test_the_page_shows_the_report(tmp_path):
         f"Spectrogram, {what}: a note" for what in ("real", "evaluated", "griffin-lim oracle", "anchor")
     ]
     assert found.tags.count("audio") == 4
-    assert found.tags.count("svg") == len(METRICS)
-    assert found.tags.count("details") == len(METRICS) + 1  # the files that were refused
+    assert found.tags.count("svg") == len(catalogue.table())
+    assert found.tags.count("details") == len(catalogue.table()) + 1  # the files that were refused
     assert all(source.startswith("data:") for source in found.sources)
 
 
@@ -65,7 +66,7 @@ def test_every_figure_is_there_with_its_interval():
             if metric.low is not None:
                 assert f"[{table.number(metric.low)}, {table.number(metric.high)}]" in cells
     assert [text for text in cells if text.endswith(("↓", "↑"))] == [
-        f"{table.label(name)} {table.arrow(name)}" for name in METRICS
+        f"{heading.label} {table.arrow(heading)}" for heading in catalogue.headings().values()
     ]
     assert [text for text in cells if text in table.rows(made)] == list(table.rows(made))
 
@@ -82,11 +83,11 @@ def test_what_is_missing_is_explained_once():
     assert "copy ratio (anchor): no copies of those" in found.texts
     assert found.text.count("no VGGish weights") == 1
     assert "FAD ↓" not in found.texts
-    assert found.tags.count("svg") == len(METRICS) - 3
+    assert found.tags.count("svg") == len(catalogue.table()) - 3
 
 
 def test_a_report_without_any_figure_is_a_page():
-    found = parsed(plausible(lacking=tuple(METRICS), embedders={}, produced={}, baselines={}))
+    found = parsed(plausible(lacking=tuple(catalogue.table()), embedders={}, produced={}, baselines={}))
     assert "Charts" not in found.texts
     assert "Not measured" in found.texts
     assert found.tags.count("table") == 1  # the sets
@@ -95,11 +96,11 @@ def test_a_report_without_any_figure_is_a_page():
 def test_the_profile_of_the_published_baselines_says_what_it_is_for():
     shown = " ".join(parsed(plausible(profile="vinay2022")).texts)
     assert "for a number beside Table 1 of the paper" in shown
-    assert "--profile vinay2022" not in shown
+    assert "evaluate in the profile" not in shown
 
 
 def test_names_cannot_smuggle_anything_in(tmp_path):
-    hostile = Metric(
+    hostile = Figure(
         value=1.0, low=0.5, high=2.0, embedder=HOSTILE, params={HOSTILE: HOSTILE}, details={"x": [HOSTILE]}
     )
     made = plausible()
@@ -110,7 +111,7 @@ def test_names_cannot_smuggle_anything_in(tmp_path):
     made = replace(
         made,
         **dict.fromkeys(("profile", "mode", "device", "created"), HOSTILE),
-        metrics={HOSTILE: hostile, "fad": Metric(reason=HOSTILE)},
+        metrics={HOSTILE: hostile, "fad": Figure(reason=HOSTILE)},
         baselines={HOSTILE: {HOSTILE: hostile}},
         sets={**sets, HOSTILE: sets["fake"]},
         embedders={HOSTILE: {"sha256": HOSTILE, "front_end": HOSTILE}},

@@ -16,7 +16,8 @@ from mars.cli.evaluate import main
 from mars.errors import ConfigError
 from mars.evaluate import report as reports
 from mars.evaluate import table
-from mars.evaluate.report import METRICS, Metric
+from mars.evaluate.metrics import catalogue
+from mars.evaluate.report import Figure
 from tests.reports import plausible
 
 HOSTILE = "[bold]x[/] \x1b[31m\n\u202e\ud800"
@@ -65,7 +66,7 @@ def test_each_reason_is_said_once_with_its_metrics():
 
 
 def test_a_report_without_figures_says_why():
-    made = plausible(lacking=tuple(METRICS))
+    made = plausible(lacking=tuple(catalogue.table()))
     text = printed(table.print_report, made)
     assert "in brackets" not in text
     assert text.count("not measured: ") == 2
@@ -83,7 +84,7 @@ def test_names_cannot_control_the_terminal():
     made = plausible()
     fake = replace(made.sets["fake"], source=HOSTILE)
     made = replace(
-        made, sets={**made.sets, "fake": fake}, metrics={HOSTILE: Metric(value=1.0), "fad": Metric(reason=HOSTILE)}
+        made, sets={**made.sets, "fake": fake}, metrics={HOSTILE: Figure(value=1.0), "fad": Figure(reason=HOSTILE)}
     )
     for show in (
         lambda console: table.print_report(made, console),

@@ -22,7 +22,7 @@ from mars.models.tokenizer import Tokenizer
 from mars.runs.folder import RunFolder
 from mars.runtime import stream
 from mars.train import loop
-from mars.train.tokenizer import TokenizerStage, codebook_use, held_out
+from mars.train.tokenizer import TokenizerStage, codebook_use
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage
 
@@ -358,16 +358,6 @@ def test_tokens_do_not_depend_on_the_batch(smoke, notes):
     assert done == [4, 4, 3]
     other = tokenize(tokenizer, all_, notes, ALONE, lambda n: None)
     assert (tokens == other).double().mean() > 0.99  # rounding may turn a near-tie
-
-
-def test_held_out_notes(notes):
-    assert held_out(notes, 2).tolist() == [8, 10]
-    assert held_out(notes, 99).tolist() == [8, 9, 10]
-    notes.metadata[8:, 5] = 0
-    try:
-        assert held_out(notes, 99).tolist() == []
-    finally:
-        notes.metadata[8:, 5] = 1
 
 
 def test_codebook_use_by_hand():

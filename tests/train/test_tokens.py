@@ -1,4 +1,4 @@
-"""Tokens are made once per tokenizer, dataset and precision, and never taken for others or from damaged files."""
+"""Tokens are made once per tokenizer and dataset, in float32, and never taken for others or from damaged files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from mars.config import override
 from mars.distributed import ALONE
+from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.train import start, tokens
 from mars.train.tokens import cached_tokens, tokenize
@@ -23,10 +24,9 @@ SMALL = ("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", 
 @pytest.fixture
 def made(smoke, notes, tmp_path):
     """Ask for tokens; gives them, what was said, and how many notes were tokenized for it."""
-    lowered = override(smoke, ["train.var.precision=bfloat16"])
     model = Tokenizer(smoke).eval().requires_grad_(False)
 
-    def made(config=lowered, dataset=notes, tokenizer=model, folder=tmp_path / "cache"):
+    def made(config=smoke, dataset=notes, tokenizer=model, folder=tmp_path / "cache"):
         done, said = [], []
         found = cached_tokens(folder, tokenizer, config, dataset, ALONE, advance=done.append, say=said.append)
         return found, said, sum(done)
@@ -41,21 +41,20 @@ def test_a_second_run_makes_no_tokens(made, smoke, notes):
     again, said_again, count_again = made()
     assert (count, count_again) == (11, 0)
     assert said + said_again == []
-    wanted = tokenize(made.model, override(smoke, ["train.var.precision=bfloat16"]), notes, ALONE, lambda n: None)
+    wanted = tokenize(made.model, smoke, notes, ALONE, lambda n: None)
     assert first.dtype == again.dtype == wanted.dtype
     assert torch.equal(first, wanted)
     assert torch.equal(again, wanted)
     assert len(made.entries()) == 1
 
 
-@pytest.mark.parametrize("changed", ["weights", "dataset", "precision", "front end"])
+@pytest.mark.parametrize("changed", ["weights", "dataset", "front end"])
 def test_other_tokens_are_not_taken_for_these(changed, made, smoke, notes):
     made()
     arguments = {
         "weights": {"tokenizer": Tokenizer(smoke).eval().requires_grad_(False)},
         "dataset": {"dataset": dataclasses.replace(notes, fingerprint="1" * 64)},
-        "precision": {"config": override(smoke, ["train.var.precision=float32"])},
-        "front end": {"config": override(smoke, ["audio.min_db=-40", "train.var.precision=bfloat16"])},
+        "front end": {"config": override(smoke, ["audio.min_db=-40"])},
     }[changed]
     assert made(**arguments)[2] == 11
     assert made()[2] == made(**arguments)[2] == 0
@@ -66,6 +65,16 @@ def test_settings_of_the_training_do_not_matter(made, smoke):
     made()
     others = ["train.var.lr=0.1", "var.width=32", "train.var.batch_size=3", "train.var.precision=bfloat16"]
     assert made(config=override(smoke, others))[2] == 0
+
+
+def test_the_tokens_are_those_of_the_model_in_float32(smoke, notes):
+    """Whatever the training computes in: what the transformer learns is what `Model.encode` gives."""
+    model = Model(config=smoke, tokenizer=Tokenizer(smoke).eval().requires_grad_(False))
+    wanted = model.encode(notes.waveforms(range(8)))
+    for precision in ("float32", "bfloat16"):
+        settings = override(smoke, [f"train.var.precision={precision}", "train.var.batch_size=8"])
+        found = tokenize(model.tokenizer, settings, notes, ALONE, lambda n: None)
+        assert torch.equal(found[:8].long(), wanted)
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "other shape"])

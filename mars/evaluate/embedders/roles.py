@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,7 +12,11 @@ from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.embedders import classifier, crepe, vggish
 from mars.evaluate.embedders.classifier import WEIGHTS_DIR, Task
 from mars.evaluate.embedders.features import Embedder
-from mars.evaluate.run import ROLES, Embedders, Role
+
+Role = Literal["pitch", "instrument", "vggish", "crepe"]
+ROLES: tuple[Role, ...] = ("pitch", "instrument", "vggish", "crepe")
+# A network for each role, or the reason why there is none.
+Embedders = Mapping[Role, Embedder | str]
 
 
 def load(

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from mars.errors import DataError
 from mars.evaluate.metrics.bootstrap import SEED, Estimate, estimate, resample_counts
+from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
 from mars.evaluate.metrics.samples import canonical, checked, checked_pair
+from mars.evaluate.report import Figure
 from mars.runtime import stream
 
 
@@ -163,3 +165,31 @@ def _resampled(clips: Tensor, counts: Tensor) -> Iterator[Moments]:
 def _clips(name: str, real: Tensor, fake: Tensor, minimum: int) -> tuple[Tensor, Tensor]:
     real, fake = checked_pair(name, real, fake, "clips", "frames", "features", minimum=minimum)
     return canonical(real), canonical(fake)
+
+
+def _fad(row: Row) -> dict[str, Figure]:
+    found = fad(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
+    details = {"frames_real": found.frames_real, "frames_fake": found.frames_fake}
+    return {"fad": figure(found.estimate, {}, details)}
+
+
+def _fad_infinity(row: Row) -> dict[str, Figure]:
+    found = fad_infinity(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
+    details = {"slope": found.slope, "notes": list(found.notes), "distances": list(found.distances)}
+    return {"fad_infinity": Figure(value=found.value, details=details)}
+
+
+def _fad_classifier(row: Row) -> dict[str, Figure]:
+    real, fake = (Moments.of(canonical(side.frames("instrument")[:, 0])) for side in (row.real, row.fake))
+    return {"fad_classifier": Figure(value=real.distance(fake), params={"features": len(real.mean)})}
+
+
+MEASURES = (
+    Measure(metrics=(Metric("fad", "FAD", -1, 80),), compute={"standard": _fad, "vinay2022": _fad}, role="vggish"),
+    Measure(metrics=(Metric("fad_infinity", "FAD∞", -1, 90),), compute={"standard": _fad_infinity}, role="vggish"),
+    Measure(
+        metrics=(Metric("fad_classifier", "FAD (classifier)", -1, 170),),
+        compute={"standard": _fad_classifier},
+        role="instrument",
+    ),
+)

@@ -7,12 +7,17 @@ logits it is PIS, of the instrument network's IIS.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from mars.evaluate.embedders.roles import Role
 from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
+from mars.evaluate.metrics.measure import ALL_NOTES, Measure, Metric, Row, figure
 from mars.evaluate.metrics.samples import canonical, checked
+from mars.evaluate.report import Figure
+from mars.runtime import stream
 
 BATCH = 50  # notes after which the published script reads its running score
 BLOCK = 5000  # notes after which it starts afresh
@@ -93,3 +98,50 @@ def _scores(logits: Tensor, counts: Tensor) -> Tensor:
     marginal = counts @ p / total
     negative_entropy = counts @ (p * log_p).sum(1) / total[:, 0]
     return (negative_entropy - torch.special.xlogy(marginal, marginal).sum(1)).exp()
+
+
+def _inception_score(name: str, role: Role, row: Row) -> dict[str, Figure]:
+    found = inception_score(row.fake.logits(role), seed=row.conditions.seed)
+    of_real = inception_score(row.real.logits(role), seed=row.conditions.seed)
+    details = {
+        "splits_mean": found.mean, "splits_std": found.std, "splits": found.splits, "real": of_real.full.value,
+    }  # fmt: skip
+    return {name: figure(found.full, {"classes": found.classes, "of": ALL_NOTES}, details)}
+
+
+def _inception_score_vinay2022(name: str, role: Role, row: Row) -> dict[str, Figure]:
+    logits = row.fake.logits(role)
+    found = inception_score_vinay2022(logits)
+    shuffled = logits[torch.randperm(len(logits), generator=stream(row.conditions.seed))]
+    details = {
+        "std": found.std, "notes": found.notes,
+        "shuffled": inception_score_vinay2022(shuffled).mean,
+        "real": inception_score_vinay2022(row.real.logits(role)).mean,
+    }  # fmt: skip
+    params = {"order": "of the files", "classes": found.classes, "label_order": row.conditions.label_order}
+    return {name: Figure(value=found.mean, params=params, details=details)}
+
+
+MEASURES = (
+    Measure(
+        metrics=(Metric("pis", "PIS", +1, 40),),
+        compute={
+            "standard": partial(_inception_score, "pis", "pitch"),
+            "vinay2022": partial(_inception_score_vinay2022, "pis", "pitch"),
+        },
+        role="pitch",
+    ),
+    Measure(
+        metrics=(Metric("iis", "IIS", +1, 50),),
+        compute={
+            "standard": partial(_inception_score, "iis", "instrument"),
+            "vinay2022": partial(_inception_score_vinay2022, "iis", "instrument"),
+        },
+        role="instrument",
+    ),
+    Measure(
+        metrics=(Metric("pis_crepe", "PIS (CREPE)", +1, 190),),
+        compute={"standard": partial(_inception_score, "pis_crepe", "crepe")},
+        role="crepe",
+    ),
+)

@@ -7,14 +7,18 @@ is evaluated.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mars.errors import DataError
+from mars.evaluate.embedders.roles import Role
 from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
+from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
 from mars.evaluate.metrics.mmd import gaussian, mmd2
 from mars.evaluate.metrics.samples import canonical, checked_pair
+from mars.evaluate.report import Figure
 from mars.runtime import stream
 
 SCALE = 100
@@ -61,3 +65,22 @@ def median_distance(clips: Tensor, *, seed: int = SEED) -> float:
     if median == 0:
         raise DataError("kad: want reference frames that differ, got at least half of them alike; check the real notes")
     return median
+
+
+def _kad(name: str, role: Role, row: Row) -> dict[str, Figure]:
+    found = kad(row.real.frames(role), row.fake.frames(role), seed=row.conditions.seed)
+    return {name: figure(found.estimate, {"kernel": "Gaussian", "times": SCALE}, {"bandwidth": found.bandwidth})}
+
+
+MEASURES = (
+    Measure(
+        metrics=(Metric("kad", "KAD", -1, 100),),
+        compute={"standard": partial(_kad, "kad", "vggish")},
+        role="vggish",
+    ),
+    Measure(
+        metrics=(Metric("kad_classifier", "KAD (classifier)", -1, 180),),
+        compute={"standard": partial(_kad, "kad_classifier", "instrument")},
+        role="instrument",
+    ),
+)

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mars.errors import DataError, needed
+from mars.evaluate.embedders.classifier import Classifier, logits_vinay2022
+from mars.evaluate.embedders.roles import Role
+from mars.evaluate.extractor import NoteFeatures
 from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
+from mars.evaluate.metrics.measure import ALL_NOTES, Measure, Metric, Row, figure
 from mars.evaluate.metrics.mmd import mmd2, polynomial, squared_distances
 from mars.evaluate.metrics.samples import canonical, checked
+from mars.evaluate.report import Figure
 
 BLOCK = 5000  # notes that the published scripts compare at a time
+_SUBSET = 1000  # notes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +117,60 @@ def _pair(name: str, real: Tensor, fake: Tensor, width: str, minimum: int) -> tu
             f"{name}: want as many {width} for both, got {real.shape[1]} (real) and {fake.shape[1]} (fake)"
         )
     return real, fake
+
+
+def _kid(name: str, role: Role, row: Row) -> dict[str, Figure]:
+    real, fake = (side.frames(role)[:, 0] for side in (row.real, row.fake))
+    # A subset of all notes would always be the same one.
+    size = _SUBSET if min(len(real), len(fake)) > _SUBSET else min(len(real), len(fake)) // 2
+    found = kid(real, fake, subset_size=size, seed=row.conditions.seed)
+    details = {
+        "subsets_mean": found.mean, "subsets_std": found.std,
+        "subsets": found.subsets, "subset_size": found.subset_size,
+    }  # fmt: skip
+    return {name: figure(found.full, {"kernel": "(<x, y> / d + 1)^3", "of": ALL_NOTES}, details)}
+
+
+def _kid_vinay2022(name: str, role: Role, row: Row) -> dict[str, Figure]:
+    if len(row.real) != len(row.fake):  # before minutes of listening
+        raise DataError(f"want as many notes to evaluate as real ones, got {len(row.fake)} and {len(row.real)}")
+    seed = row.conditions.seed
+    found = kid_vinay2022(*(_training_logits(side, role, seed, i) for i, side in enumerate((row.real, row.fake))))
+    params = {
+        "kernel": "16 / (16 + |x - y|^2), with diagonal", "network": "in training mode",
+        "label_order": row.conditions.label_order,
+    }  # fmt: skip
+    return {name: Figure(value=found.mean, params=params, details={"std": found.std, "blocks": found.blocks})}
+
+
+def _training_logits(notes: NoteFeatures, role: Role, seed: int, key: int) -> Tensor:
+    """Logits of the role's classifier in training mode, as the published scripts leave it."""
+    network = notes.network(role)
+    assert isinstance(network, Classifier)
+    progress = notes.progress(f"{network.id} in training mode")
+    return notes.once(
+        ("in training mode", role, key),
+        lambda: logits_vinay2022(network, notes.notes, seed=seed, key=key, progress=progress),
+    )
+
+
+MEASURES = (
+    Measure(
+        metrics=(Metric("pkid", "PKID", -1, 20),),
+        compute={"standard": partial(_kid, "pkid", "pitch"), "vinay2022": partial(_kid_vinay2022, "pkid", "pitch")},
+        role="pitch",
+    ),
+    Measure(
+        metrics=(Metric("ikid", "IKID", -1, 30),),
+        compute={
+            "standard": partial(_kid, "ikid", "instrument"),
+            "vinay2022": partial(_kid_vinay2022, "ikid", "instrument"),
+        },
+        role="instrument",
+    ),
+    Measure(
+        metrics=(Metric("pkid_crepe", "PKID (CREPE)", -1, 200),),
+        compute={"standard": partial(_kid, "pkid_crepe", "crepe")},
+        role="crepe",
+    ),
+)

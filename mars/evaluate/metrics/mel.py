@@ -149,21 +149,6 @@ def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
     return Nearest(index, MelErrors(mse, mae))
 
 
-def copy_ratio(train: Nearest, test: Nearest) -> Tensor:
-    """Distance to the nearest note of the training set over that to the nearest of the test set, float64 (n,).
-
-    About 1 for notes that are no nearer to what was learned than to what was held out; near 0 for copies. 1 where
-    both distances are 0.
-
-    Raises:
-        ValueError: the two are not of the same queries.
-    """
-    if len(train.index) != len(test.index):
-        raise ValueError(f"copy_ratio: want the same queries twice, got {len(train.index)} and {len(test.index)}")
-    ratio = (train.errors.mse / test.errors.mse).sqrt()
-    return torch.where(train.errors.mse == test.errors.mse, torch.ones_like(ratio), ratio)
-
-
 def _errors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared and mean absolute difference over the last dimension, in float64."""
     device = float64_device(a.device)

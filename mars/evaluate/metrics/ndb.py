@@ -22,13 +22,16 @@ from torch import Tensor
 
 from mars.errors import DataError, needed
 from mars.evaluate.metrics.bootstrap import SEED
+from mars.evaluate.metrics.measure import Measure, Metric, Row
 from mars.evaluate.metrics.samples import canonical_order, checked
+from mars.evaluate.report import Figure
 from mars.runtime import stream
 
 ALPHA = 0.05  # level of the test
 COMPONENTS = 256  # principal components that the bins are made in
 _FITTED = 4096  # notes that the components are made from
 _CHUNK = 4096
+_REFERENCE = 50_000  # training notes at most that bins are made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,3 +203,46 @@ def _choice(n: int, size: int, seed: int) -> Tensor:
 def _integer(seed: int, key: int) -> int:
     """A seed for scikit-learn."""
     return int(torch.randint(2**31, (), generator=stream(seed, 1, key)))
+
+
+def _bins(row: Row) -> Bins:
+    """Those of the training notes (of _REFERENCE of them at most, whatever their order), or of the real ones."""
+    conditions, train = row.conditions, row.train
+    fit = fit_bins if conditions.profile == "standard" else fit_bins_vinay2022
+
+    def fitted(log_mel: Tensor) -> Bins:
+        return fit(log_mel.flatten(1), conditions.bins, seed=conditions.seed)
+
+    if train is None:
+        return row.real.once("ndb_k", lambda: fitted(row.real.log_mel))
+    order = np.argsort(np.array(train.notes.keys))
+    chosen = _choice(len(order), _REFERENCE, conditions.seed).numpy()
+    return train.once("ndb_k", lambda: fitted(train.log_mel_of(order[np.sort(chosen)])))
+
+
+def _ndb(row: Row) -> dict[str, Figure]:
+    reference, k = row.train or row.real, row.conditions.bins
+    if len(reference) < k:
+        raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer `bins`")
+    bins = _bins(row)
+    found = different_bins(bins, row.fake.log_mel.flatten(1))
+    details = {
+        "std": found.ratio_std, "clusterings": list(found.ratios),
+        "jensen_shannon": found.divergence, "jensen_shannon_std": found.divergence_std, "explained": bins.explained,
+    }  # fmt: skip
+    if row.train is not None:
+        details["floor"] = different_bins(bins, row.real.log_mel.flatten(1)).ratio  # of the real notes
+    params = {
+        "k": found.bins, "alpha": ALPHA, "runs": len(found.ratios), "features": bins.centres.shape[2],
+        "reference": "real" if row.train is None else "train", "n_reference": found.reference,
+    }  # fmt: skip
+    return {"ndb_k": Figure(value=found.ratio, params=params, details=details)}
+
+
+MEASURES = (
+    Measure(
+        metrics=(Metric("ndb_k", "NDB/k", -1, 10),),
+        compute={"standard": _ndb, "vinay2022": _ndb},
+        training="used",
+    ),
+)

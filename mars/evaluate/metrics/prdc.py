@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, bootstrap_mean
+from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
 from mars.evaluate.metrics.mmd import squared_distances
 from mars.evaluate.metrics.samples import checked_pair
+from mars.evaluate.report import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +60,26 @@ def _squared_radii(samples: Tensor, k: int) -> Tensor:
     Less a part in a billion, so that rounding does not move a copy of the k-th neighbour into the ball.
     """
     return squared_distances(samples, samples).fill_diagonal_(torch.inf).kthvalue(k, dim=1).values * (1 - 1e-9)
+
+
+def _prdc(row: Row) -> dict[str, Figure]:
+    real, fake = (side.frames("instrument")[:, 0] for side in (row.real, row.fake))
+    found = prdc(real, fake, seed=row.conditions.seed)
+    values = {
+        "precision": found.precision, "recall": found.recall, "density": found.density, "coverage": found.coverage,
+    }  # fmt: skip
+    return {name: figure(value, {"neighbours": found.k}) for name, value in values.items()}
+
+
+MEASURES = (
+    Measure(
+        metrics=(
+            Metric("precision", "precision", +1, 110),
+            Metric("recall", "recall", +1, 120),
+            Metric("density", "density", +1, 130),
+            Metric("coverage", "coverage", +1, 140),
+        ),
+        compute={"standard": _prdc},
+        role="instrument",
+    ),
+)

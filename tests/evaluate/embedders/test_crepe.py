@@ -11,7 +11,7 @@ from torch import nn
 
 from mars.errors import CheckpointError
 from mars.evaluate.embedders import crepe
-from mars.evaluate.metrics.pitch import detected
+from mars.evaluate.metrics.pitch_accuracy import detected
 
 
 def tones(*pitches: float) -> torch.Tensor:

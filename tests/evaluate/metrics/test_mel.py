@@ -11,7 +11,7 @@ import sklearn.metrics
 import torch
 
 from mars.errors import DataError
-from mars.evaluate.metrics.mel import copy_ratio, filterbank, log_mel, mel_errors, nearest
+from mars.evaluate.metrics.mel import filterbank, log_mel, mel_errors, nearest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever a librosa import says is not about us
@@ -167,21 +167,6 @@ def test_collapsed_modes_show_in_the_distinct_neighbours():
     references = torch.rand(40, 4, 6)
     assert nearest(references, references).distinct == 40
     assert nearest(references[:2].repeat(20, 1, 1) + 0.001, references).distinct == 2
-
-
-def test_copy_ratio():
-    train, test = torch.rand(60, 4, 30), torch.rand(60, 4, 30)
-    both = torch.rand(1, 4, 30)
-    queries = torch.cat([train[:1], test[:1], torch.rand(20, 4, 30), both])
-    ratio = copy_ratio(
-        nearest(queries, torch.cat([train, both])), nearest(queries, torch.cat([test, both]))
-    )  # fmt: skip
-    assert ratio[0] == 0
-    assert ratio[1] == math.inf
-    assert float(ratio[2:22].mean()) == pytest.approx(1, abs=0.05)
-    assert ratio[22] == 1
-    with pytest.raises(ValueError, match="want the same queries twice, got 23 and 2"):
-        copy_ratio(nearest(queries, train), nearest(queries[:2], test))
 
 
 def test_nearest_refuses():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mars.errors import DataError
-from mars.evaluate.metrics.pitch import PitchAccuracy, detected, pitch_accuracy
+from mars.evaluate.metrics.pitch_accuracy import PitchAccuracy, detected, pitch_accuracy
 
 CLASSES = tuple(str(midi) for midi in range(40, 80))
 

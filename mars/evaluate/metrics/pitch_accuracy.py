@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from mars.errors import DataError
+from mars.evaluate.embedders.roles import Role
+from mars.evaluate.metrics.bootstrap import bootstrap_mean
+from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
+from mars.evaluate.report import Figure
 
 Numbers = npt.NDArray[np.int64]
 
@@ -79,3 +85,25 @@ def _midi(classes: Sequence[str]) -> Numbers:
     if not all(name.isdecimal() and int(name) < 128 for name in classes):
         raise ValueError(f"want classes that are MIDI numbers, got {', '.join(classes[:3])}...; use a pitch classifier")
     return np.array([int(name) for name in classes], np.int64)
+
+
+def _pitch_accuracy(name: str, role: Role, row: Row) -> dict[str, Figure]:
+    requested, classes, logits = row.fake.notes.pitch, row.fake.classes(role), row.fake.logits(role)
+    found = pitch_accuracy(requested, logits, classes)
+    right = (detected(logits, classes) == requested)[judged(requested, classes)]
+    estimate = bootstrap_mean(torch.from_numpy(right).double(), seed=row.conditions.seed)
+    return {name: figure(estimate, {}, asdict(found))}
+
+
+MEASURES = (
+    Measure(
+        metrics=(Metric("pitch_accuracy", "pitch accuracy", +1, 150),),
+        compute={"standard": partial(_pitch_accuracy, "pitch_accuracy", "pitch")},
+        role="pitch",
+    ),
+    Measure(
+        metrics=(Metric("pitch_accuracy_crepe", "pitch accuracy (CREPE)", +1, 210),),
+        compute={"standard": partial(_pitch_accuracy, "pitch_accuracy_crepe", "crepe")},
+        role="crepe",
+    ),
+)

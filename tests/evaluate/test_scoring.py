@@ -16,14 +16,14 @@ from rich.console import Console
 
 from mars.errors import ConfigError, DataError
 from mars.evaluate import page, report, table
-from mars.evaluate import run as score
-from mars.evaluate.baselines import anchor
+from mars.evaluate.baselines import ANCHOR, ORACLE, REAL_VS_REAL, anchor
 from mars.evaluate.embedders.classifier import Classifier, logits_vinay2022
 from mars.evaluate.embedders.features import Embedding
 from mars.evaluate.embedders.frontend import WHOLE_NOTE
 from mars.evaluate.embedders.networks import build, initialise
-from mars.evaluate.metrics import inception_score, kid, mel, ndb
-from mars.evaluate.run import ANCHOR, ORACLE, REAL_VS_REAL, ROLES, Settings, evaluate
+from mars.evaluate.embedders.roles import ROLES
+from mars.evaluate.metrics import catalogue, inception_score, kid, mel, ndb
+from mars.evaluate.scoring import Settings, evaluate
 from mars.evaluate.sets import open_notes
 from mars.pages.html import number
 from mars.runtime import stream
@@ -115,7 +115,7 @@ def values(metrics):
 
 
 def test_every_metric_has_a_value_or_a_reason(generated):
-    assert tuple(generated.metrics) == tuple(report.METRICS)
+    assert tuple(generated.metrics) == tuple(catalogue.table())
     assert tuple(generated.baselines) == (REAL_VS_REAL, ORACLE, ANCHOR)
     for row in (generated.metrics, *generated.baselines.values()):
         for name, metric in row.items():
@@ -194,7 +194,7 @@ def test_the_published_profile_is_that_of_the_published_programs(folders):
     fake = anchor(open_notes(folders["fresh"]))
     networks, settings = classifiers(), Settings(profile="vinay2022", bins=5)
     found = assess(folders, fake, settings, networks, baselines=False)
-    assert tuple(found.metrics) == score.TABLE_1
+    assert tuple(found.metrics) == Settings(profile="vinay2022").possible
     assert found.metrics["pkid"].reason == "want as many notes to evaluate as real ones, got 30 and 40"
     for name, role in (("pis", "pitch"), ("iis", "instrument")):
         wanted = inception_score.inception_score_vinay2022(networks[role].embed(fake.waveforms()).logits)
@@ -211,7 +211,7 @@ def test_the_published_profile_is_that_of_the_published_programs(folders):
     equal, swapped = with_thirty(settings), with_thirty(replace(settings, as_published=True))
     logits = [logits_vinay2022(networks["pitch"], notes, key=i) for i, notes in enumerate((thirty, fake))]
     assert equal.metrics["pkid"].value == pytest.approx(kid.kid_vinay2022(*logits).mean, rel=1e-4)
-    for name in score.TABLE_1:
+    for name in Settings(profile="vinay2022").possible:
         other = {"pkid": "ikid", "ikid": "pkid", "pis": "iis", "iis": "pis"}.get(name, name)
         assert swapped.metrics[name].value == equal.metrics[other].value
         assert swapped.metrics[name].embedder == equal.metrics[other].embedder
@@ -237,7 +237,7 @@ def test_the_real_notes_are_heard_once_in_training_mode(folders, monkeypatch):
         heard.append((notes.source, key))
         return logits_vinay2022(made, notes, seed=seed, key=key)
 
-    monkeypatch.setattr(score, "logits_vinay2022", logits)
+    monkeypatch.setattr(kid, "logits_vinay2022", logits)
     real = open_notes(folders["real"]).subset(range(6))
     settings = Settings(profile="vinay2022", metrics=("pkid",))
     found = evaluate(real, anchor(real), classifiers(), settings, cache=folders["cache"]).report
