@@ -17,11 +17,12 @@ import torch
 from mars import audio
 from mars.config import Config, preset
 from mars.data import Dataset, open_dataset
+from mars.data.splits import spread
 from mars.evaluate.metrics import mel
 from mars.model import Model
 from mars.runtime import stream
 from mars.train.loop import batch_indices
-from mars.train.tokenizer import TokenizerStage, held_out
+from mars.train.tokenizer import TokenizerStage
 
 SMALL = (
     *("tokenizer.width=256", "tokenizer.depth=2", "tokenizer.heads=4", "tokenizer.codebook_size=1024"),
@@ -44,7 +45,9 @@ def mel_errors(stage: TokenizerStage) -> tuple[float, float]:
     """Mel MSE and MAE of held-out notes against what Griffin-Lim makes of their own low bins."""
     settings = stage.config.audio
     model = Model(config=stage.config, tokenizer=stage.averaged)
-    waveforms = stage.dataset.waveforms(held_out(stage.dataset, stage.train.validate_notes))[:, : settings.samples]
+    waveforms = stage.dataset.waveforms(spread(stage.dataset.split("valid"), stage.train.validate_notes))[
+        :, : settings.samples
+    ]
     true = audio.magnitudes(audio.spectrogram(waveforms, settings), settings)
     streams = [torch.Generator().manual_seed(0) for _ in waveforms]
     oracle = audio.griffin_lim(true, settings, generators=streams)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mars.config import preset, preset_names
 from mars.runs.stage import StageName
-from mars.train.plan import Planner, Rehearsal
+from mars.train.plan import DryRun, Planner
 
 STAGES: tuple[StageName, ...] = ("tokenizer", "var")
 MEMORIES = (24, 32, 80)  # GB
@@ -53,7 +53,7 @@ def training(stage: StageName) -> float:
     config = preset("paper")
     train = getattr(config.train, stage)
     joins = train.adversarial_start if train.adversarial else 1.0
-    before, after = (Rehearsal(config, stage, "cuda", at=at).step(train.batch_size, 1).flops for at in (0, None))
+    before, after = (DryRun(config, stage, "cuda", at=at).step(train.batch_size, 1).flops for at in (0, None))
     return (joins * before + (1 - joins) * after) / train.batch_size * NOTES * EPOCHS[stage]
 
 

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import mars
@@ -25,12 +24,6 @@ FLOORS = (
     {"train"},
     {"cli"},
 )
-# Imports that are not mended yet, as (module, module).
-STILL = {
-    ("mars.kernels.scale_causal_attention.triton", "mars.kernels.scale_causal_attention.registered"),
-    ("mars.evaluate.embedders.classifier", "mars.train.loop"),
-    ("mars.runs.samples", "mars.train.tokenizer"),
-}
 
 
 @cache
@@ -86,7 +79,7 @@ def test_no_folder_is_a_shed():
 
 
 def test_imports_go_round_in_no_circle():
-    found = [" -> ".join(circle) for circle in circles() if not STILL & set(pairwise(circle))]
+    found = [" -> ".join(circle) for circle in circles()]
     assert not found, f"import circles: {found}; move what both need to a module below them"
 
 
@@ -99,10 +92,8 @@ def test_imports_go_down():
         for module in modules()
         if "." in module
         for other in sorted(imports(module))
-        if floors[room(other)] > floors[room(module)] and (module, other) not in STILL
+        if floors[room(other)] > floors[room(module)]
     ]
-    mended = sorted(STILL - {(module, other) for module in modules() for other in imports(module)})
-    assert not mended, f"{mended} are no more; take them out of STILL in this file"
     assert not up, f"imports from a floor above: {up}; hand over what is needed, or move it down (docs/architecture.md)"
 
 
@@ -113,7 +104,7 @@ def test_evaluation_and_runs_do_not_know_each_other():
         for module in modules()
         if "." in module
         for other in sorted(imports(module))
-        if {room(module), room(other)} in pairs and (module, other) not in STILL
+        if {room(module), room(other)} in pairs
     ]
     assert not crossed, f"{crossed}: rooms of one floor; move what both need to one below"
 

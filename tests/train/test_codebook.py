@@ -115,7 +115,7 @@ class Summing:
     """Stands for the processes: does with each tensor what it is told to."""
 
     def __init__(self, act) -> None:
-        self.sum = act
+        self.all_reduce = act
 
 
 @pytest.mark.parametrize("settings", [{"ema_codebook": True}, {"restart_dead_codes": 0.9}], ids=str)
