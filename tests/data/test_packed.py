@@ -17,7 +17,6 @@ from mars.data import COLUMNS, Dataset, open_dataset
 from mars.data.notes import parse_json
 from mars.data.packed import Writer
 from mars.errors import DataError, DiskError, TooManyBadError
-from mars.files import sha256
 from mars.labels import Labels
 from tests.data.conftest import list_again
 
@@ -255,7 +254,9 @@ def test_a_disk_that_cannot_be_written_is_told(tmp_path, monkeypatch):
 
 
 def test_raw_audio_and_nothing_are_explained(tmp_path):
-    with pytest.raises(DataError, match=r"is not a packed dataset \(no dataset.json\); pack it first: mars-data"):
+    with pytest.raises(
+        DataError, match=r"is not a packed dataset \(no dataset.json\); pack it first: `mars-data folder`$"
+    ):
         Dataset.open(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         Dataset.open(tmp_path / "none")
@@ -418,45 +419,6 @@ def test_what_is_not_held_out_is_not_called_so(tmp_path):
 def test_json_from_strangers_is_strict(text):
     with pytest.raises(DataError, match=r"x\.json cannot be read as JSON"):
         parse_json(text, "x.json")
-
-
-def with_metadata(tmp_path: Path, content: bytes) -> Path:
-    """A dataset whose metadata a stranger has written, who listed it rightly."""
-    path = tmp_path / "set"
-    write(path)
-    (path / "metadata.npy").write_bytes(content)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["metadata.npy"] = {"size": len(content), "sha256": sha256(path / "metadata.npy")}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    return path
-
-
-def npy(header: str) -> bytes:
-    text = header.encode() + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x93NUMPY\x09\x00" + bytes(200),
-        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000, 6)}"),
-        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (20, 6)}"),
-        npy("{'descr': 'O', 'fortran_order': False, 'shape': (20, 6)}"),
-        npy("{'descr': '<i4', 'fortran_order': True, 'shape': (20, 6)}") + bytes(480),
-        npy("[" * 5000),
-        npy("-" * 5000 + "1"),
-        npy("{'descr': [('a'" + ", [('a'" * 300),
-        npy("{" * 9000),
-        bytes(100_000),
-    ],
-    ids=range(11),
-)
-def test_a_hostile_table_is_one_line(content, tmp_path):
-    with pytest.raises(DataError, match=r"metadata.npy .*pack it again|metadata.npy is over") as caught:
-        Dataset.open(with_metadata(tmp_path, content))
-    assert "\n" not in str(caught.value)
 
 
 def columns_of(out, names, metadata):

@@ -494,7 +494,7 @@ def test_a_folder_of_any_name_is_trained_in(tmp_path, capsys):
         start.train("tokenizer", preset="smoke", overrides=("train.sample_every=0",), out=out, max_steps=most)
     lines = capsys.readouterr().err.splitlines()
     assert sum(f"run {out}" in line for line in lines) == 2
-    assert sum(f"saved in {out}; the same command with --out {out} goes on" in line for line in lines) == 2
+    assert sum(f"saved in {out}; start the same again with `out` {out} to go on" in line for line in lines) == 2
     assert any("resuming at step 1" in line for line in lines)
     listed = CliRunner().invoke(main, ["list", str(out)])
     assert str(out) in listed.output
