@@ -4,7 +4,7 @@ python -m scripts.channel_multiplexing [--steps N] [--seeds 0,1] [--data PACKED]
 
 Trains the tokenizers of the presets `truncated` (256 x 256 x 1) and `cmx` (128 x 128 x 4), made small and, by default,
 without the discriminator, and prints their errors on held-out instruments: of the spectrograms in [-1, 1], and of the
-mel spectrograms after Griffin-Lim, as mars.evaluate.metrics.mel computes them, both against the low 256 bins of 2 s.
+mel spectrograms after Griffin-Lim, as mars.evaluate.mel computes them, both against the low 256 bins of 2 s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mars import audio
 from mars.config import Config, preset
 from mars.data import Dataset, open_dataset
 from mars.data.splits import spread
-from mars.evaluate.metrics import mel
+from mars.evaluate import mel
 from mars.model import Model
 from mars.runtime import stream
 from mars.train.loop import batch_indices

@@ -17,10 +17,10 @@ from mars.config import AudioConfig
 from mars.data import open_dataset
 from mars.errors import ConfigError, DiskError
 from mars.evaluate import page, produce, report
+from mars.evaluate.bootstrap import SEED
 from mars.evaluate.embedders import crepe, roles
 from mars.evaluate.embedders.classifier import Classifier
 from mars.evaluate.extractor import Progress
-from mars.evaluate.metrics.bootstrap import SEED
 from mars.evaluate.report import Mode, Profile, Report
 from mars.evaluate.scoring import Settings, check, evaluate
 from mars.evaluate.sets import NoteSet, can_pair, open_notes

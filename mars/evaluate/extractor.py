@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mars.errors import ConfigError
+from mars.evaluate import mel
 from mars.evaluate.embedders import features
 from mars.evaluate.embedders.classifier import Classifier
 from mars.evaluate.embedders.features import Embedder, Embedding
 from mars.evaluate.embedders.roles import Embedders, Role
-from mars.evaluate.metrics import mel
 from mars.evaluate.sets import NoteSet
 from mars.runtime import thread_pool
 

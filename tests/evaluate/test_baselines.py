@@ -14,7 +14,7 @@ from mars.audio import within_full_scale
 from mars.config import AudioConfig, preset
 from mars.errors import ConfigError, DataError
 from mars.evaluate.baselines import anchor, griffin_lim_oracle, halves, low_pass, quantise
-from mars.evaluate.metrics.mel import log_mel
+from mars.evaluate.mel import log_mel
 from mars.evaluate.sets import SAMPLES, NoteSet, open_notes
 
 FRONT_END = preset("smoke").audio

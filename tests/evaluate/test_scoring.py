@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 
 from mars.errors import ConfigError, DataError
-from mars.evaluate import page, report, table
+from mars.evaluate import mel, page, report, table
 from mars.evaluate.baselines import ANCHOR, ORACLE, REAL_VS_REAL, anchor
 from mars.evaluate.embedders.classifier import Classifier, logits_vinay2022
 from mars.evaluate.embedders.features import Embedding
 from mars.evaluate.embedders.frontend import WHOLE_NOTE
 from mars.evaluate.embedders.networks import build, initialise
 from mars.evaluate.embedders.roles import ROLES
-from mars.evaluate.metrics import catalogue, inception_score, kid, mel, ndb
+from mars.evaluate.metrics import catalogue, inception_score, kid, ndb
 from mars.evaluate.scoring import Settings, evaluate
 from mars.evaluate.sets import open_notes
 from mars.pages.html import number

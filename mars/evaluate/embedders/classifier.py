@@ -26,11 +26,11 @@ import mars
 from mars import checkpoint, runtime
 from mars.config import from_document
 from mars.errors import CheckpointError, ConfigError
+from mars.evaluate.bootstrap import SEED
 from mars.evaluate.embedders.features import Embedding
 from mars.evaluate.embedders.frontend import PUBLISHED, SAMPLE_RATE, WHOLE_NOTE, FrontEnd
 from mars.evaluate.embedders.networks import Network, build, outline
 from mars.evaluate.embedders.weights import git_blob, read_weights
-from mars.evaluate.metrics.bootstrap import SEED
 from mars.evaluate.sets import NoteSet
 from mars.runtime import stream
 

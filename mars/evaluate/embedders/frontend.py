@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mars.errors import ConfigError
-from mars.evaluate.metrics import mel
+from mars.evaluate import mel
 from mars.runtime import float64_device
 
 SAMPLE_RATE = 16_000  # Hz

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mars.evaluate import mel
 from mars.evaluate.baselines import REAL_VS_REAL
+from mars.evaluate.bootstrap import bootstrap_median
 from mars.evaluate.extractor import Unavailable
-from mars.evaluate.metrics import mel
-from mars.evaluate.metrics.bootstrap import bootstrap_median
+from mars.evaluate.mel import Nearest
 from mars.evaluate.metrics.measure import NO_TRAINING_NOTES, Measure, Metric, Row, figure
-from mars.evaluate.metrics.mel import Nearest
 from mars.evaluate.report import Figure
 
 MAY_BE_COPIES = ("", REAL_VS_REAL)  # rows

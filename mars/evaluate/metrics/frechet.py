@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from mars.errors import DataError
-from mars.evaluate.metrics.bootstrap import SEED, Estimate, estimate, resample_counts
+from mars.evaluate.bootstrap import SEED, Estimate, estimate, resample_counts
 from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
-from mars.evaluate.metrics.samples import canonical, checked, checked_pair
 from mars.evaluate.report import Figure
+from mars.evaluate.samples import canonical, checked, checked_pair
 from mars.runtime import stream
 
 

@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mars.evaluate.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.embedders.roles import Role
-from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.metrics.measure import ALL_NOTES, Measure, Metric, Row, figure
-from mars.evaluate.metrics.samples import canonical, checked
 from mars.evaluate.report import Figure
+from mars.evaluate.samples import canonical, checked
 from mars.runtime import stream
 
 BATCH = 50  # notes after which the published script reads its running score

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mars.errors import DataError
+from mars.evaluate.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.embedders.roles import Role
-from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
-from mars.evaluate.metrics.mmd import gaussian, mmd2
-from mars.evaluate.metrics.samples import canonical, checked_pair
+from mars.evaluate.mmd import gaussian, mmd2
 from mars.evaluate.report import Figure
+from mars.evaluate.samples import canonical, checked_pair
 from mars.runtime import stream
 
 SCALE = 100

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from mars.errors import DataError, needed
+from mars.evaluate.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.embedders.classifier import Classifier, logits_vinay2022
 from mars.evaluate.embedders.roles import Role
 from mars.evaluate.extractor import NoteFeatures
-from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.metrics.measure import ALL_NOTES, Measure, Metric, Row, figure
-from mars.evaluate.metrics.mmd import mmd2, polynomial, squared_distances
-from mars.evaluate.metrics.samples import canonical, checked
+from mars.evaluate.mmd import mmd2, polynomial, squared_distances
 from mars.evaluate.report import Figure
+from mars.evaluate.samples import canonical, checked
 
 BLOCK = 5000  # notes that the published scripts compare at a time
 _SUBSET = 1000  # notes at most

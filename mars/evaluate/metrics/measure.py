@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 
+from mars.evaluate import mel
+from mars.evaluate.bootstrap import SEED, Estimate
 from mars.evaluate.embedders.roles import Role
 from mars.evaluate.extractor import NoteFeatures, Unavailable
-from mars.evaluate.metrics import mel
-from mars.evaluate.metrics.bootstrap import SEED, Estimate
 from mars.evaluate.report import MODES, Figure, Mode, Profile
 
 ALL_NOTES = "all notes at once"  # what a value and its interval are of, which usually is published of parts

@@ -1,4 +1,4 @@
-"""Mel MSE and MAE: errors between the log-mels of `mars.evaluate.metrics.mel`, one of 1 being 100 dB.
+"""Mel MSE and MAE: errors between the log-mels of `mars.evaluate.mel`, one of 1 being 100 dB.
 
 Reconstructions are compared with their originals, new notes with the nearest real note.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mars.evaluate.metrics.bootstrap import bootstrap_mean
+from mars.evaluate.bootstrap import bootstrap_mean
 from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
 from mars.evaluate.report import Figure
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from mars.errors import DataError, needed
-from mars.evaluate.metrics.bootstrap import SEED
+from mars.evaluate.bootstrap import SEED
 from mars.evaluate.metrics.measure import Measure, Metric, Row
-from mars.evaluate.metrics.samples import canonical_order, checked
 from mars.evaluate.report import Figure
+from mars.evaluate.samples import canonical_order, checked
 from mars.runtime import stream
 
 ALPHA = 0.05  # level of the test

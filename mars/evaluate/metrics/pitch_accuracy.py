@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mars.errors import DataError
+from mars.evaluate.bootstrap import bootstrap_mean
 from mars.evaluate.embedders.roles import Role
-from mars.evaluate.metrics.bootstrap import bootstrap_mean
 from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
 from mars.evaluate.report import Figure
 

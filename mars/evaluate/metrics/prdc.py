@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mars.evaluate.metrics.bootstrap import RESAMPLES, SEED, Estimate, bootstrap_mean
+from mars.evaluate.bootstrap import RESAMPLES, SEED, Estimate, bootstrap_mean
 from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
-from mars.evaluate.metrics.mmd import squared_distances
-from mars.evaluate.metrics.samples import checked_pair
+from mars.evaluate.mmd import squared_distances
 from mars.evaluate.report import Figure
+from mars.evaluate.samples import checked_pair
 
 
 @dataclass(frozen=True, slots=True)

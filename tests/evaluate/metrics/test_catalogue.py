@@ -21,7 +21,7 @@ from mars.evaluate.scoring import Settings
 FILE = '''
 """How loud notes are."""
 
-from mars.evaluate.metrics.bootstrap import bootstrap_mean
+from mars.evaluate.bootstrap import bootstrap_mean
 from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from mars.evaluate.mel import nearest
 from mars.evaluate.metrics.copy_ratio import copy_ratio
-from mars.evaluate.metrics.mel import nearest
 
 
 def test_copy_ratio():

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from mars.errors import DataError
-from mars.evaluate.metrics.bootstrap import resample_counts
+from mars.evaluate.bootstrap import resample_counts
 from mars.evaluate.metrics.frechet import Moments, _resampled, fad, fad_infinity, frechet_distance
 
 

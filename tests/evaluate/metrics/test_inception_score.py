@@ -12,7 +12,7 @@ import torchmetrics.image.inception
 from mars.errors import DataError
 from mars.evaluate.metrics import inception_score as module
 from mars.evaluate.metrics.inception_score import inception_score, inception_score_vinay2022
-from mars.evaluate.metrics.samples import canonical
+from mars.evaluate.samples import canonical
 
 
 def sure(classes: int, notes: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torchmetrics.image.kid import poly_mmd
 from mars.errors import ConfigError, DataError
 from mars.evaluate.metrics import kid as kid_module
 from mars.evaluate.metrics.kid import kid, kid_vinay2022
-from mars.evaluate.metrics.mmd import gaussian, mmd2, polynomial, squared_distances
+from mars.evaluate.mmd import gaussian, mmd2, polynomial, squared_distances
 
 
 def ones(n: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_blocks_do_not_show(monkeypatch):
     x, y = torch.randn(40, 3, 5).double(), torch.randn(30, 2, 5).double()
     w, v = torch.randint(0, 3, (4, 40)).double(), torch.randint(0, 3, (4, 30)).double()
     whole = mmd2(x, y, gaussian(2.0), w, v)
-    monkeypatch.setattr("mars.evaluate.metrics.mmd._BLOCK", 7)
+    monkeypatch.setattr("mars.evaluate.mmd._BLOCK", 7)
     torch.testing.assert_close(mmd2(x, y, gaussian(2.0), w, v), whole, rtol=1e-12, atol=1e-14)
 
 

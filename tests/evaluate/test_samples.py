@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from mars.errors import DataError
-from mars.evaluate.metrics.samples import canonical, canonical_order, checked
+from mars.evaluate.samples import canonical, canonical_order, checked
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mars.errors import DataError
-from mars.evaluate.metrics.bootstrap import bootstrap_mean, bootstrap_median, estimate, resample_counts
-from mars.evaluate.metrics.mmd import mmd2, polynomial
+from mars.evaluate.bootstrap import bootstrap_mean, bootstrap_median, estimate, resample_counts
+from mars.evaluate.mmd import mmd2, polynomial
 
 
 def test_counts():

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mars.evaluate.metrics.samples import checked
+from mars.evaluate.samples import checked
 from mars.runtime import stream
 
 SEED = 2020  # of everything random here

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mars.errors import DataError
-from mars.evaluate.metrics.samples import finite
+from mars.evaluate.samples import finite
 from mars.runtime import exact_float32, float64_device
 
 SAMPLE_RATE = 16_000  # Hz

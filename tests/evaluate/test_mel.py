@@ -11,7 +11,7 @@ import sklearn.metrics
 import torch
 
 from mars.errors import DataError
-from mars.evaluate.metrics.mel import filterbank, log_mel, mel_errors, nearest
+from mars.evaluate.mel import filterbank, log_mel, mel_errors, nearest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever a librosa import says is not about us
