@@ -425,7 +425,7 @@ class Ranges:
         trained = f"{values[0]}-{values[-1]}" if name == "pitch" else some(values)
         raise ConfigError(
             f"{name} {value}: the notes{of and f' ({of})'} that the model was trained on are known to have {trained}; "
-            "ask for one of these, or set allow_untrained and expect other notes than asked for"
+            "ask for one of these, or set `allow_untrained` and expect other notes than asked for"
         )
 
 

@@ -138,7 +138,7 @@ def test_what_was_not_trained_on_has_to_be_allowed(notes, asked, message):
         low, high = value if isinstance(value, tuple) else (value, value)
         assert low <= chosen[name] <= high
     if not isinstance(asked.get("pitch"), tuple):
-        with pytest.raises(ConfigError, match="set allow_untrained"):
+        with pytest.raises(ConfigError, match="set `allow_untrained`"):
             ranges.accepted(asked)
         assert ranges.accepted(asked, allow_untrained=True) == dict.fromkeys(ALL) | asked
 
