@@ -26,9 +26,8 @@ from torch import Tensor
 
 from mars import audio, lock
 from mars.config import AudioConfig
-from mars.data.notes import parse_json
 from mars.errors import ConfigError, DataError
-from mars.files import write_atomically
+from mars.files import read_json, write_atomically
 from mars.labels import CLOSED, Condition
 from mars.pages.picture import contact_sheet, write_png
 from mars.runtime import free_space
@@ -140,7 +139,7 @@ class NoteFolder:
         file = self.path / LISTING
         if not file.is_file():
             return None
-        there = parse_json(file.read_bytes(), str(file))
+        there = read_json(file, DataError)
         try:
             plain = [{k: v for k, v in note.items() if k != "sha256"} for note in there["notes"]]
         except (KeyError, TypeError, AttributeError):

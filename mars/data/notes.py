@@ -1,14 +1,9 @@
-"""What every source of notes shares: audio of one length, the check of a note, JSON from strangers."""
+"""What every source of notes shares: audio of one length, and the check of a note."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
-
-from mars import files
-from mars.errors import DataError
 
 Audio = npt.NDArray[np.float32]  # (samples,), 1.0 is full scale
 
@@ -28,8 +23,3 @@ def fault(audio: Audio) -> str | None:
         return "holds NaN or infinite samples"
     peak = float(np.abs(audio).max(initial=0.0))
     return f"silent (peak {peak:.1e})" if peak < SILENT else None
-
-
-def parse_json(text: bytes | str, where: str) -> Any:
-    """Strict JSON, see `mars.files.parse_json`. Raises `DataError` naming `where`."""
-    return files.parse_json(text, where, DataError)

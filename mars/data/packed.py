@@ -24,7 +24,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -161,7 +161,7 @@ class Dataset:
     sample_rate: int  # Hz
     fingerprint: str  # sha256 of the content, in hex
     origin: dict[str, Any]  # where the notes came from
-    packing: Packing = field(default_factory=lambda: Packing())
+    packing: Packing = field(default_factory=Packing)
     columns: tuple[str, ...] = COLUMNS  # of the metadata; also such as this version of mars does not know
 
     @classmethod
@@ -218,8 +218,8 @@ class Dataset:
             if values.min() < least or values.max() >= limits.get(column, 1 << 31):
                 raise DataError(f"{path}/metadata.npy: a {column} is out of range; {again}")
         audio = AudioFile(path / "audio.i16", count, samples, sums["audio.i16"])
-        dataset = cls(audio, metadata, names, instruments, rate, sha256(path / "manifest.json"), origin, packing)
-        dataset = replace(dataset, columns=columns)
+        fingerprint = sha256(path / "manifest.json")
+        dataset = cls(audio, metadata, names, instruments, rate, fingerprint, origin, packing, columns)
         if verify:
             dataset.verify()
         return dataset

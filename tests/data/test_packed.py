@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from mars.data import COLUMNS, Dataset, open_dataset
-from mars.data.notes import parse_json
 from mars.data.packed import Writer
 from mars.errors import DataError, DiskError, TooManyBadError
+from mars.files import parse_json
 from mars.labels import Labels
 from tests.data.conftest import list_again
 
@@ -416,7 +416,7 @@ def test_what_is_not_held_out_is_not_called_so(tmp_path):
 @pytest.mark.parametrize("text", [b"{", b'{"a":1,"a":2}', b"[NaN]", b"\xff\xfe{\x00}", b"[" * 100_000, b'"\xff"'])
 def test_json_from_strangers_is_strict(text):
     with pytest.raises(DataError, match=r"x\.json cannot be read as JSON"):
-        parse_json(text, "x.json")
+        parse_json(text, "x.json", DataError)
 
 
 def columns_of(out, names, metadata):
