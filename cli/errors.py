@@ -117,6 +117,15 @@ class _Told:
         with user_errors():
             return super().make_context(*arguments, **options)  # type: ignore[misc]
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().main(*arguments, **options)  # type: ignore[misc]
+        except SystemExit as end:
+            distributed = sys.modules.get("mars.distributed")  # most commands never need it
+            if distributed is not None and isinstance(end.code, int):
+                distributed.leave(end.code)
+            raise
+
     def invoke(self, context: click.Context) -> Any:
         with user_errors(), whole_imports():
             return super().invoke(context)  # type: ignore[misc]

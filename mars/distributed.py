@@ -8,11 +8,13 @@ agree on goes through gloo, on the CPU, and so does not wait for a GPU.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -174,6 +176,7 @@ def _sharded(tensor: Tensor) -> bool:
 
 
 ALONE = World()  # one process
+_joined = False  # whether this process has ever been one of several
 
 
 def join(device: torch.device) -> World:
@@ -191,6 +194,8 @@ def join(device: torch.device) -> World:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"`device` {device.type}: several processes need cpu or cuda")
     device = _own(device)
+    global _joined
+    _joined = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
@@ -232,3 +237,19 @@ def teardown() -> Iterator[None]:
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End this process with `code` at once if it was one of several, else return; functions of `atexit` are run first.
+
+    Gloo's threads outlive their process group, since parts of PyTorch keep it. One that is still letting go of a tensor
+    while Python shuts down is ended by Python, and with it the whole process by SIGABRT, whatever its exit code was to
+    be (https://github.com/pytorch/pytorch/pull/179291). So a process of several never gets there.
+    """
+    if not _joined:
+        return
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
+            stream.flush()
+    os._exit(code)

@@ -26,7 +26,7 @@ from mars.train.loop import batch_indices
 from mars.train.start import train
 from tests.train import processes
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = [
     *(("two", name) for name in processes.SETTINGS),
     *(("sharded", name) for name in ("var", "muon")),
@@ -62,12 +62,12 @@ def start() -> Iterator[Start]:
 def pair(start) -> Callable[..., list[subprocess.Popen[str]]]:
     """Starts the same twice, with the environment that torchrun would give to two processes."""
 
-    def pair(*arguments: object) -> list[subprocess.Popen[str]]:
+    def pair(*arguments: object, **variables: object) -> list[subprocess.Popen[str]]:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [start(*arguments, **common, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
+        return [start(*arguments, **variables, **common, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
 
     return pair
 
@@ -311,3 +311,29 @@ def test_only_a_lost_process_is_reported_as_one():
     for other in (RuntimeError("mat1 and mat2 shapes"), Diverged("the run is in gloomy/"), OSError("gloo")):
         with pytest.raises(type(other)), teardown():
             raise other
+
+
+ENDING = """
+import atexit, sys, torch
+from mars import distributed
+from mars.cli.train import main
+
+class Late:
+    def __del__(self):
+        print("Python has shut down")
+
+late = Late()
+atexit.register(print, "functions of atexit are run")
+distributed.join(torch.device("cpu"))
+sys.argv = ["mars-train", "nothing"]
+main()
+"""
+
+
+def test_a_process_of_several_ends_before_python_shuts_down(tmp_path, pair):
+    (tmp_path / "ending.py").write_text(ENDING, encoding="utf-8")
+    for process in pair("ending", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"):
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 2, output
+        assert "functions of atexit are run" in output
+        assert "Python has shut down" not in output

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mars.distributed import World, teardown
+from mars.distributed import World, leave, teardown
 from mars.models.discriminator import Discriminator
 from mars.train import start, tokenizer
 from mars.train.tokenizer import TokenizerStage
@@ -113,3 +113,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)
