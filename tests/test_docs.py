@@ -35,7 +35,7 @@ GROUPS = {"mars-train": "train", "mars-generate": "generate", "mars-data": "data
 RUN = re.compile(r"(?:mars-\w+|-m mars\.cli\.\w+)\b")
 
 
-def make_a_folder_of_notes(folder: str, count: int = 4) -> None:
+def make_a_folder_of_notes(folder: str, count: int = 10) -> None:
     """Some of the built-in notes as WAVs, under names as NSynth has them."""
     dataset = builtin.load()
     Path(folder).mkdir(parents=True)
