@@ -110,8 +110,8 @@ def _called_from_c(frame: FrameType) -> bool:
     )
 
 
-class _Told:
-    """A command all of whose errors are told by `user_errors`, those of its arguments too."""
+class _ReportsErrors:
+    """A mix-in for Click commands that reports every error, those of the arguments too, through `user_errors`."""
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         with user_errors():
@@ -131,9 +131,9 @@ class _Told:
             return super().invoke(context)  # type: ignore[misc]
 
 
-class Command(_Told, click.Command):
-    """`click.Command`, told."""
+class Command(_ReportsErrors, click.Command):
+    """A `click.Command` whose errors are reported by `user_errors`."""
 
 
-class Group(_Told, click.Group):
-    """`click.Group`, told; its commands need not be."""
+class Group(_ReportsErrors, click.Group):
+    """A `click.Group` whose errors, and those of its commands, are reported by `user_errors`."""

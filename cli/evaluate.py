@@ -166,8 +166,8 @@ def compare(reports: tuple[Path, ...]) -> None:
         if len(files) < 2:
             raise click.UsageError("give two reports or more: the files that --json names")
         names = [file.name for file in files]
-        found = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
-        table.print_comparison(found, terminal.console(stderr=False), terminal.console())
+        contents = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
+        table.print_comparison(contents, terminal.console(stderr=False), terminal.console())
 
 
 @main.command()

@@ -77,8 +77,8 @@ def training_options(function: F) -> F:
 
 def planned(stage: StageName, options: dict[str, Any]) -> bool:
     """Print the plan if it is asked for; takes its options out of `options`."""
-    wanted, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
-    if not wanted:
+    show_plan, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
+    if not show_plan:
         if memory is not None or as_json:
             raise ConfigError(f"{'--json' if memory is None else '--memory'} goes with --plan")
         return False
@@ -90,8 +90,8 @@ def planned(stage: StageName, options: dict[str, Any]) -> bool:
     used = ("preset", "overrides", "out", "resume", "tokenizer")
     settings = settings_of(stage, **{name: options[name] for name in used if name in options})
     device: plan.Device = "cpu" if options["device"] == "cpu" else "cuda"
-    found = plan.Planner(settings, stage, device).plan(32 * 10**9 if memory is None else memory)
-    click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else plan.report(found, before="--set "))
+    result = plan.Planner(settings, stage, device).plan(32 * 10**9 if memory is None else memory)
+    click.echo(json.dumps(dataclasses.asdict(result), indent=1) if as_json else plan.report(result, before="--set "))
     return True
 
 
@@ -109,7 +109,7 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
                 stage,
                 **options,
                 began=began,
-                following=lambda run: _following(stage, run, options["data"]),
+                next_command=lambda run: _following(stage, run, options["data"]),
                 console=console(),
             )
 
@@ -155,11 +155,11 @@ def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
     from mars.runs import compare
 
     with user_errors():
-        found = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
+        summaries = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
     if as_json:
-        click.echo(json.dumps(found, indent=1))
-    elif found:
-        click.echo(compare.table(found))
+        click.echo(json.dumps(summaries, indent=1))
+    elif summaries:
+        click.echo(compare.table(summaries))
     else:
         click.echo("no runs; train one: mars-train tokenizer", err=True)
 

@@ -47,11 +47,11 @@ def number(name: str, value: Any) -> float:
     raise ConfigError(f"{name} must be a number, got {value!r:.80}")
 
 
-def tensor(name: str, x: Array, wanted: str) -> Tensor:
+def tensor(name: str, x: Array, expected: str) -> Tensor:
     """A tensor, or a NumPy array as one: its own copy, whatever its byte order and strides.
 
     Raises:
-        ConfigError: it is something else, or of a dtype that PyTorch does not have; `wanted` is in the message.
+        ConfigError: it is something else, or of a dtype that PyTorch does not have; `expected` is in the message.
     """
     import torch  # late: settings and labels are checked without it
 
@@ -61,5 +61,5 @@ def tensor(name: str, x: Array, wanted: str) -> Tensor:
         try:
             return torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C"))
         except TypeError:
-            raise ConfigError(f"{name}: want {wanted}, got a NumPy array of {x.dtype}") from None
-    raise ConfigError(f"{name}: want {wanted}, as a tensor or a NumPy array, got {type(x).__name__}")
+            raise ConfigError(f"{name}: want {expected}, got a NumPy array of {x.dtype}") from None
+    raise ConfigError(f"{name}: want {expected}, as a tensor or a NumPy array, got {type(x).__name__}")

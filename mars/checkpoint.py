@@ -121,10 +121,10 @@ def recover(folder: Path) -> None:
     Only for the one process that may write there.
     """
     for prefix in (_NEW, _OLD):
-        for found in folder.glob(f"{prefix}*"):
-            path = found.with_name(found.name.removeprefix(prefix))
+        for copy in folder.glob(f"{prefix}*"):
+            path = copy.with_name(copy.name.removeprefix(prefix))
             if not path.exists():
-                found.rename(path)
+                copy.rename(path)
     for prefix in (_WRITING, _NEW, _OLD, _DOOMED):
         for leftover in folder.glob(f"{prefix}*"):
             shutil.rmtree(leftover)
@@ -238,10 +238,12 @@ def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    for name in sorted(wanted.keys() ^ found.keys()):
-        side = "lacks" if name in wanted else "has an unknown"
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    for name in sorted(expected.keys() ^ actual.keys()):
+        side = "lacks" if name in expected else "has an unknown"
         raise CheckpointError(f"{source} {side} tensor {name}; it belongs to another configuration")
-    for name, shape in found.items():
-        if shape != wanted[name]:
-            raise CheckpointError(f"{source}: tensor {name} has shape {shape}, the configuration wants {wanted[name]}")
+    for name, shape in actual.items():
+        if shape != expected[name]:
+            raise CheckpointError(
+                f"{source}: tensor {name} has shape {shape}, the configuration wants {expected[name]}"
+            )

@@ -230,7 +230,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0  # global norm; 0: off
-    ema: float = 0.999  # decay of the averaged weights, which are the ones exported
+    ema: float = 0.999  # decay of the EMA (exponential moving average) of the weights, which are the ones exported
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the transformer blocks; auto: on CUDA
     workers: int = 1  # threads that make batches ahead of the steps; 0: each batch when its step wants it

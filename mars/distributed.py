@@ -105,9 +105,9 @@ class World:
         """Whether the flag is set in any process; a barrier too."""
         if self.size == 1:
             return flag
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
     def barrier(self) -> None:
         """Wait for the other processes."""
@@ -144,15 +144,15 @@ class World:
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors; sharded ones are gathered on the CPU of the main process, and left out in the others."""
-        found = {}
+        gathered = {}
         for name, tensor in tensors.items():
             if _sharded(tensor):
                 full = tensor.full_tensor()  # type: ignore[attr-defined]  # one at a time, so that memory stays low
                 if self.main:
-                    found[name] = full.detach().cpu()
+                    gathered[name] = full.detach().cpu()
             else:
-                found[name] = tensor
-        return found
+                gathered[name] = tensor
+        return gathered
 
     @staticmethod
     def local(tensor: Tensor) -> Tensor:

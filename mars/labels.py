@@ -8,8 +8,8 @@ An open label has no words of its own: its words are those of the dataset, and o
 learns are stored with it (`Model.words`, `labels.json`). Words that are given for a label always go before those of the
 table, so that own words for `family` need a dataset that has them and nothing here. A further label, as of another
 column of a CSV, is one more entry of `LABELS`: open, or with its words or levels; datasets that were packed before
-give -1 for it. Beside the entry, a field of `Labels`, and where it may be asked for an argument of `Ranges.asked` and
-`Model.iterate` and an option of `mars-generate`.
+give -1 for it. Beside the entry, a field of `Labels`, and where it may be requested an argument of `Ranges.requested`,
+one of `Model.iterate` and an option of `mars-generate`.
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ class Labels:
     @property
     def known(self) -> Condition:
         """The values of those that are known."""
-        found = {name: getattr(self, name) for name in LABELS}
+        values = {name: getattr(self, name) for name in LABELS}
         return {
             name: value if isinstance(value, str) else LABELS[name].values({})[value]
-            for name, value in found.items()
+            for name, value in values.items()
             if value not in ("", UNKNOWN)
         }
 
@@ -148,7 +148,7 @@ def labels_of(name: str) -> Labels | None:
 
 def labels_in(entry: Mapping[str, Any]) -> Labels:
     """The labels in an entry of NSynth's examples.json. Raises `BadFileError`."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, label in LABELS.items():
         if label.entry is None:
             continue
@@ -161,8 +161,8 @@ def labels_in(entry: Mapping[str, Any]) -> Labels:
         elif label.words and entry.get(f"{label.entry}_str", label.words[value]) != label.words[value]:
             got = entry[f"{label.entry}_str"]
             raise BadFileError(f"examples.json: want {label.entry}_str {label.words[value]!r}, got {got!r:.40}")
-        found[name] = value
-    return Labels(**found)
+        values[name] = value
+    return Labels(**values)
 
 
 def described(condition: Condition) -> str:
@@ -172,7 +172,7 @@ def described(condition: Condition) -> str:
     return ", ".join(filter(None, (kind, *others)))
 
 
-def learnt(attributes: Iterable[str], columns: Columns, words: Words) -> dict[str, list[str]]:
+def vocabularies(attributes: Iterable[str], columns: Columns, words: Words) -> dict[str, list[str]]:
     """The words that a model with these conditions learns, of those of the dataset: what the training notes have."""
     return {
         name: [words[name][i] for i in np.unique(columns[name]) if i != UNKNOWN] for name in attributes if name in words
@@ -226,26 +226,26 @@ def entries(columns: Columns, attributes: Iterable[str], words: Words) -> list[d
     names = ("family", "source", *(name for name in attributes if LABELS[name].open))
     pitch, velocity = columns["pitch"], columns["velocity"]
     kinds, kind = np.unique(np.stack([columns[name] for name in names], axis=1), axis=0, return_inverse=True)
-    found = []
+    result = []
     for k, numbers in enumerate(kinds.tolist()):
-        alike = kind.reshape(-1) == k
-        pitches = pitch[alike & (pitch >= 0)]
+        matching = kind.reshape(-1) == k
+        pitches = pitch[matching & (pitch >= 0)]
         low, high = np.percentile(pitches, (5, 95)).astype(int).tolist() if len(pitches) else (-1, -1)
         lowest, highest = (int(pitches.min()), int(pitches.max())) if len(pitches) else (-1, -1)
         values = (
             LABELS[name].values(words)[number] if number >= 0 else None
             for name, number in zip(names, numbers, strict=True)
         )
-        found.append(
+        result.append(
             {
                 **dict(zip(names, values, strict=True)),
-                "count": int(alike.sum()),
+                "count": int(matching.sum()),
                 "pitch": [low, high],
                 "pitch_range": [lowest, highest],
-                "velocity": sorted({level(int(v)) for v in set(velocity[alike & (velocity >= 0)].tolist())}),
+                "velocity": sorted({level(int(v)) for v in set(velocity[matching & (velocity >= 0)].tolist())}),
             }
         )
-    return found
+    return result
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ class Ranges:
         pitch = condition["pitch"]
         return self._narrowed({**condition, "pitch": None if pitch is None else (pitch, pitch)})[1]
 
-    def asked(
+    def requested(
         self,
         *,
         pitch: int | tuple[int, int] | None = None,
@@ -319,15 +319,15 @@ class Ranges:
                 )
             if value is not None and not LABELS[name].levels:
                 self._check_word(name, value)
-        wanted: Condition = {name: None if given[name] is None else str(given[name]) for name in self.names}
-        wanted["pitch"] = None if pitch is None else _limits(pitch)
-        wanted["velocity"] = None if velocity is None else level(_midi("velocity", velocity))
+        condition: Condition = {name: None if given[name] is None else str(given[name]) for name in self.names}
+        condition["pitch"] = None if pitch is None else _limits(pitch)
+        condition["velocity"] = None if velocity is None else level(_midi("velocity", velocity))
         for name, value in (("pitch", pitch), ("velocity", velocity)):
             if value is not None and not self.takes(name, value):
                 raise ConfigError(f"{name} {value}: the model was trained on notes of unknown {name}; leave it out")
         if not allow_untrained:
-            self._check(wanted)
-        return wanted
+            self._check(condition)
+        return condition
 
     def accepted(self, condition: Condition, *, allow_untrained: bool = False) -> Condition:
         """A condition as a note of this model has it: all of `names`, None where it says nothing.
@@ -335,22 +335,22 @@ class Ranges:
         Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
 
         Raises:
-            ConfigError: a value is out of range, or the model was not trained on it; see `asked`.
+            ConfigError: a value is out of range, or the model was not trained on it; see `requested`.
         """
         if not isinstance(condition, Mapping):
             raise ConfigError(f"want a mapping of {', '.join(LABELS)} as condition, got {condition!r:.80}")
         if unknown := condition.keys() - LABELS.keys():
             names = ", ".join(sorted(map(str, unknown)))
             raise ConfigError(f"{condition}: want {', '.join(LABELS)} in a condition, got {names}")
-        kept = {name: condition.get(name) if name in self.attributes else None for name in self.names}
+        known = {name: condition.get(name) if name in self.attributes else None for name in self.names}
         try:
-            if kept["pitch"] is not None:
-                kept["pitch"] = _midi("pitch", kept["pitch"])
-            return self.asked(**kept, allow_untrained=allow_untrained) | {"pitch": kept["pitch"]}
+            if known["pitch"] is not None:
+                known["pitch"] = _midi("pitch", known["pitch"])
+            return self.requested(**known, allow_untrained=allow_untrained) | {"pitch": known["pitch"]}
         except ConfigError as error:
             raise ConfigError(f"{condition}: {error}") from None
 
-    def choose(self, asked: Condition, generator: torch.Generator) -> Condition:
+    def choose(self, requested: Condition, generator: torch.Generator) -> Condition:
         """The condition of one note; draws as many numbers whatever is asked: three, and one more with open labels.
 
         What is left open is one of the families, the source most common in it, any of their instruments where that is
@@ -360,14 +360,14 @@ class Ranges:
         import torch
 
         draws = torch.rand(4 if self.opened else 3, generator=generator, dtype=torch.float32).tolist()
-        family, source, pitch, velocity = (asked[name] for name in CLOSED)
+        family, source, pitch, velocity = (requested[name] for name in CLOSED)
         entry: Entry | None = None
         if self.notes:
-            alike, _ = self._narrowed(asked)
+            matching, _ = self._narrowed(requested)
             families = LABELS["family"].values(self.words)
-            known = sorted({e["family"] for e in alike if e["family"]}, key=families.index) or [None]
+            known = sorted({e["family"] for e in matching if e["family"]}, key=families.index) or [None]
             family = family or _pick(known, draws[0])
-            entry = self._one_of([e for e in alike if e["family"] == family], draws[-1])
+            entry = self._one_of([e for e in matching if e["family"] == family], draws[-1])
             source = source or (entry and entry["source"])
             for usual in (_span(*entry["pitch"]), _values(entry, "pitch")) if entry else ():
                 within = usual if pitch is None else _overlap(usual, pitch)
@@ -380,17 +380,17 @@ class Ranges:
             pitch = _pick(range(pitch[0], pitch[1] + 1), draws[1])
         chosen = {"family": family, "source": source, "pitch": pitch, "velocity": velocity}
         for name in self.opened:
-            value = asked[name]
+            value = requested[name]
             chosen[name] = entry.get(name) if value is None and entry is not None else value
         return {name: value if name in self.attributes else None for name, value in chosen.items()}
 
-    def _one_of(self, alike: Sequence[Entry], uniform: float) -> Entry | None:
+    def _one_of(self, matching: Sequence[Entry], uniform: float) -> Entry | None:
         """Of the entries of a family one with the source most common in it; several have one where labels are open."""
         counts: dict[str | None, int] = {}
-        for entry in alike:
+        for entry in matching:
             counts[entry["source"]] = counts.get(entry["source"], 0) + entry["count"]
         common = max(counts, key=lambda source: counts[source], default=None)
-        return _pick([e for e in alike if e["source"] == common], uniform) if alike else None
+        return _pick([e for e in matching if e["source"] == common], uniform) if matching else None
 
     def _check_word(self, name: str, value: Any) -> None:
         """Raise an error if the model does not know the word, or was trained on no note with it."""
@@ -403,25 +403,27 @@ class Ranges:
             others = some([word for word in known if word in trained])
             raise ConfigError(f"{name} {value}: the model was trained on none; it knows {others or 'no other'}")
 
-    def _narrowed(self, asked: Condition) -> tuple[Sequence[Entry], str | None]:
+    def _narrowed(self, requested: Condition) -> tuple[Sequence[Entry], str | None]:
         """The training notes that hold as much as can be of what is asked for, and the first label that none has."""
-        alike, lacking = self.notes, None
+        matching, missing = self.notes, None
         for name in ("family", "source", *self.opened, "pitch", "velocity"):
-            if asked[name] is not None:
-                holding = [e for e in alike if _holds(e, name, asked[name])]
-                lacking = lacking if holding or lacking else name
-                alike = holding or alike
-        return alike, lacking
+            if requested[name] is not None:
+                holding = [e for e in matching if _holds(e, name, requested[name])]
+                missing = missing if holding or missing else name
+                matching = holding or matching
+        return matching, missing
 
-    def _check(self, asked: Condition) -> None:
+    def _check(self, requested: Condition) -> None:
         """Raise an error if no training notes hold all that is asked for."""
-        alike, name = self._narrowed(asked)
+        matching, name = self._narrowed(requested)
         if not self.notes or name is None:
             return
-        low, high = asked["pitch"] or (None, None)
-        value = asked[name] if name != "pitch" else f"{low}-{high}" if low != high else low
-        of = " ".join(asked[k] for k in ("source", "family", *self.opened) if asked[k] is not None and k != name)
-        values = sorted({v for e in alike for v in _values(e, name)})
+        low, high = requested["pitch"] or (None, None)
+        value = requested[name] if name != "pitch" else f"{low}-{high}" if low != high else low
+        of = " ".join(
+            requested[k] for k in ("source", "family", *self.opened) if requested[k] is not None and k != name
+        )
+        values = sorted({v for e in matching for v in _values(e, name)})
         trained = f"{values[0]}-{values[-1]}" if name == "pitch" else some(values)
         raise ConfigError(
             f"{name} {value}: the notes{of and f' ({of})'} that the model was trained on are known to have {trained}; "

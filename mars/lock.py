@@ -111,9 +111,9 @@ def _lock_new(place: Path) -> tuple[int, OSError | None]:
 
 
 def _empty(place: Path) -> None:
-    for found in place.iterdir():
-        if found.name != NAME:
-            shutil.rmtree(found, ignore_errors=True)
+    for entry in place.iterdir():
+        if entry.name != NAME:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _remove(place: Path) -> None:

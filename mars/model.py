@@ -55,7 +55,7 @@ class Timing:
 
 
 @dataclass(frozen=True, eq=False)
-class _Draft:
+class _Decoded:
     """A note without its waveform."""
 
     index: int
@@ -138,19 +138,19 @@ class Model:
             ConfigError: another shape, integers, NaN or infinity.
             CheckpointError: the tokenizer's weights were made something else than float32.
         """
-        wanted = f"waveforms (B, {self.config.audio.samples}), floating-point with full scale 1"
-        x = tensor("encode", waveform, wanted)
+        expected = f"waveforms (B, {self.config.audio.samples}), floating-point with full scale 1"
+        x = tensor("encode", waveform, expected)
         if not x.is_floating_point():
             hint = "" if x.is_complex() or x.dtype == torch.bool else "; divide 16-bit samples by 32768"
-            raise ConfigError(f"encode: want {wanted}, got {x.dtype}{hint}")
+            raise ConfigError(f"encode: want {expected}, got {x.dtype}{hint}")
         if x.ndim != 2:
             hint = "; give one note as waveform[None]" if x.ndim == 1 else "; mix channels to one, one note a row"
-            raise ConfigError(f"encode: want {wanted}, got shape {tuple(x.shape)}{hint}")
+            raise ConfigError(f"encode: want {expected}, got shape {tuple(x.shape)}{hint}")
         if x.shape[1] != self.config.audio.samples:
             do = "cut it" if x.shape[1] > self.config.audio.samples else "pad it with zeros"
-            raise ConfigError(f"encode: want {wanted}, got {x.shape[1]} samples; {do}")
+            raise ConfigError(f"encode: want {expected}, got {x.shape[1]} samples; {do}")
         if not bool(x.isfinite().all()):
-            raise ConfigError(f"encode: want {wanted}, got NaN or infinity in {_rows(~x.isfinite())}")
+            raise ConfigError(f"encode: want {expected}, got NaN or infinity in {_rows(~x.isfinite())}")
         self.check_weights()
         return tokens_of(self.tokenizer, x.to(self.device), self.config.audio)
 
@@ -182,16 +182,16 @@ class Model:
             CheckpointError: the tokenizer's weights were made something else than float32.
         """
         size, length = self.config.tokenizer.codebook_size, self.config.tokenizer.tokens
-        wanted = f"tokens (B, {length}), integers 0..{size - 1}"
-        x = tensor("decode", ids, wanted)
+        expected = f"tokens (B, {length}), integers 0..{size - 1}"
+        x = tensor("decode", ids, expected)
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise ConfigError(f"decode: want {wanted}, got {x.dtype}")
+            raise ConfigError(f"decode: want {expected}, got {x.dtype}")
         if x.ndim != 2 or x.shape[1] != length:
             hint = "; give one note as ids[None]" if x.shape == (length,) else ""
-            raise ConfigError(f"decode: want {wanted}, got shape {tuple(x.shape)}{hint}")
+            raise ConfigError(f"decode: want {expected}, got shape {tuple(x.shape)}{hint}")
         x = x.to(torch.int64)
         if bool((outside := (x < 0) | (x >= size)).any()):
-            raise ConfigError(f"decode: want {wanted}, got {int(x[outside][0])} in {_rows(outside)}")
+            raise ConfigError(f"decode: want {expected}, got {int(x[outside][0])} in {_rows(outside)}")
         self.check_weights()
         return self._decoded(self.tokenizer.quantizer.latent(x.to(self.device)))
 
@@ -246,7 +246,7 @@ class Model:
             velocity: counts as the nearest of `mars.labels.VELOCITIES`.
             instrument: one of `model.words["instrument"]`.
             allow_untrained: take what is out of the range that the model was trained on; see
-                `mars.labels.Ranges.asked`.
+                `mars.labels.Ranges.requested`.
             conditions: n of them, what each note is to be, in place of the labels; see
                 `mars.labels.Ranges.accepted`.
             cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
@@ -274,7 +274,7 @@ class Model:
             raise ConfigError(f"top_p must be above 0 and at most 1 (no limit), got {top_p}")
         if precision not in get_args(Precision):
             raise ConfigError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r:.80}")
-        asked = ranges.asked(
+        requested = ranges.requested(
             pitch=pitch,
             family=family,
             source=source,
@@ -284,7 +284,7 @@ class Model:
         )
         given: dict[int, Condition] = {}
         if conditions is not None:
-            if any(value is not None for value in asked.values()):
+            if any(value is not None for value in requested.values()):
                 raise ConfigError(f"conditions say what each note is to be; leave out {', '.join(LABELS)}")
             if not isinstance(conditions, Sequence) or len(conditions) != n:
                 got = len(conditions) if isinstance(conditions, Sequence) else repr(conditions)[:80]
@@ -293,12 +293,12 @@ class Model:
             given = dict(enumerate(accepted, start))
         timing = timing or Timing()
         size = tile_size(device)
-        wanted = range(start, start + n)
+        indices = range(start, start + n)
 
-        def drafts(first: int) -> list[_Draft]:
+        def sample_tile(first: int) -> list[_Decoded]:
             """The tile of notes from `first`, whole even where fewer are wanted."""
             streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
-            chosen = [ranges.choose(asked, s) for s in streams]
+            chosen = [ranges.choose(requested, s) for s in streams]
             conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
             uniforms = torch.stack([torch.rand(var.starts[-1], generator=s, dtype=torch.float32) for s in streams])
             began = time.perf_counter()
@@ -319,36 +319,36 @@ class Model:
             _synchronise(device)
             timing.transformer += sampled - began
             timing.decoding += time.perf_counter() - sampled
-            return [_Draft(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+            return [_Decoded(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
 
         def notes() -> Iterator[Note]:
             step = -(-batch_size // size) * size
             for first in range(start - start % size, start + n, step):
                 with torch.no_grad():
-                    tiles = [drafts(t) for t in range(first, min(first + step, start + n), size)]
+                    tiles = [sample_tile(t) for t in range(first, min(first + step, start + n), size)]
                     if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
-                        tiles = [[d for tile in tiles for d in tile if d.index in wanted]]
+                        tiles = [[d for tile in tiles for d in tile if d.index in indices]]
                     began = time.perf_counter()
-                    finished = [note for tile in tiles for note in finish(tile) if note.index in wanted]
+                    finished = [note for tile in tiles for note in finish(tile) if note.index in indices]
                     timing.griffin_lim += time.perf_counter() - began
                 if progress is not None:
                     progress(finished[-1].index + 1 - start, n)
                 yield from finished
 
-        def finish(drafts: list[_Draft]) -> list[Note]:
+        def finish(tile: list[_Decoded]) -> list[Note]:
             """The same with waveforms."""
-            spectrograms = torch.stack([d.spectrogram for d in drafts])
+            spectrograms = torch.stack([d.spectrogram for d in tile])
             magnitudes = audio.magnitudes(spectrograms, self.config.audio)
-            streams = [d.stream for d in drafts]
+            streams = [d.stream for d in tile]
             waveforms = audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=streams).cpu()
-            for d, finite in zip(drafts, waveforms.isfinite().all(dim=1).tolist(), strict=True):
+            for d, finite in zip(tile, waveforms.isfinite().all(dim=1).tolist(), strict=True):
                 if not finite:
                     raise CheckpointError(
                         f"note {d.index} of seed {seed} is not finite; the model's weights are unusable"
                     )
             return [
                 Note(d.index, w, s, d.ids, d.condition)
-                for d, w, s in zip(drafts, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
+                for d, w, s in zip(tile, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
             ]
 
         return notes()
@@ -373,7 +373,7 @@ class Model:
         """
         ranges = self.ranges
         n, seed, start = integer("n", n, 1), integer("seed", seed, 0), integer("start", start, 0)
-        asked = ranges.asked(
+        requested = ranges.requested(
             pitch=pitch,
             family=family,
             source=source,
@@ -381,7 +381,7 @@ class Model:
             instrument=instrument,
             allow_untrained=allow_untrained,
         )
-        return [ranges.choose(asked, stream(seed, STREAM, index)) for index in range(start, start + n)]
+        return [ranges.choose(requested, stream(seed, STREAM, index)) for index in range(start, start + n)]
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the model directory `path`, replacing one that is there.
@@ -460,26 +460,26 @@ def _ranges(path: Path, words: Words) -> list[dict[str, Any]]:
         config.from_document(_Range, entry, f"{path}: entry {i}", CheckpointError)
         for name, known in words.items():
             if (value := entry.get(name)) is not None and value not in known:
-                wanted = f"{name} must be null or one of labels.json"
-                raise CheckpointError(f"{path}: entry {i} cannot be used: {wanted}, got {value!r:.80}")
+                expected = f"{name} must be null or one of labels.json"
+                raise CheckpointError(f"{path}: entry {i} cannot be used: {expected}, got {value!r:.80}")
     return entries
 
 
 def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
     """The words of the open conditions, which `labels.json` holds; models without such conditions have none."""
-    wanted = {name for name in attributes if LABELS[name].open}
-    if not wanted:
+    names = {name for name in attributes if LABELS[name].open}
+    if not names:
         return {}
-    found = checkpoint.read_json(path)
-    if not isinstance(found, dict) or not wanted <= found.keys() <= set(attributes):
-        raise CheckpointError(f"{path} must hold the words of {', '.join(sorted(wanted))}, got {found!r:.80}")
-    for name, words in found.items():
+    document = checkpoint.read_json(path)
+    if not isinstance(document, dict) or not names <= document.keys() <= set(attributes):
+        raise CheckpointError(f"{path} must hold the words of {', '.join(sorted(names))}, got {document!r:.80}")
+    for name, words in document.items():
         good = isinstance(words, list) and all(
             isinstance(word, str) and 0 < len(word) <= LONGEST_WORD and one_line(word) for word in words
         )
         if not good or len(set(words)) < len(words):
             raise CheckpointError(f"{path}: {name} must be a list of different words, each on one line")
-    return found
+    return document
 
 
 def locate(name: str | Path | None) -> Path:
@@ -539,9 +539,9 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
 def _data(path: Path) -> dict[str, str]:
     """The fingerprints in `data.json`, or of a model without it what the run that it is in says."""
     if (path / "data.json").is_file():
-        found = checkpoint.read_json(path / "data.json")
-        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-            return found
+        document = checkpoint.read_json(path / "data.json")
+        if isinstance(document, dict) and all(isinstance(value, str) for value in document.values()):
+            return document
         raise CheckpointError(f"{path / 'data.json'} must hold the fingerprint of a dataset for each stage")
     record = path.parent / "run.json"
     run = checkpoint.read_json(record) if record.is_file() else None

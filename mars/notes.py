@@ -65,7 +65,7 @@ class NoteFolder:
     def __init__(
         self,
         path: Path,
-        made: Mapping[str, Any],
+        origin: Mapping[str, Any],
         files: Sequence[str],
         conditions: Sequence[Condition],
         config: AudioConfig,
@@ -77,7 +77,7 @@ class NoteFolder:
             for i, (file, condition) in enumerate(zip(files, conditions, strict=True))
         ]
         self.path, self.files, self.config, self.picture = path, files, config, picture
-        self.document: dict[str, Any] = json.loads(json.dumps({**made, "notes": notes}))  # as it is read
+        self.document: dict[str, Any] = json.loads(json.dumps({**origin, "notes": notes}))  # as it is read
         self.bytes = _HEADER + 2 * config.samples  # of each file
         self.missing: list[int] = []  # notes that are not there
 
@@ -145,9 +145,9 @@ class NoteFolder:
         except (KeyError, TypeError, AttributeError):
             raise DataError(f"{file} is not one that mars wrote; name a new folder") from None
         for name, value in self.document.items():
-            found = plain if name == "notes" else there.get(name)
-            if found != value and name not in _FREE:
-                differs = "other notes" if name == "notes" else f"{name} {found}, not {value}"
+            earlier = plain if name == "notes" else there.get(name)
+            if earlier != value and name not in _FREE:
+                differs = "other notes" if name == "notes" else f"{name} {earlier}, not {value}"
                 raise ConfigError(f"{self.path} was begun with {differs}; name a new folder")
         return dict(there)
 

@@ -157,22 +157,22 @@ def record(source: Path | bytes, seconds: float) -> Recording:
     Raises:
         BadFileError: it cannot be read, or ends before its header says and before those seconds.
     """
-    found: list[Recording] = []
+    parts: list[Recording] = []
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             if not file.read(1):
                 raise BadFileError("unreadable (it is empty)")
             for part in _parts(file):
-                found.append(_read(part, seconds, sum(len(one.audio) for one in found)))
+                parts.append(_read(part, seconds, sum(len(one.audio) for one in parts)))
     except _Unknown as unknown:
         if isinstance(source, Path):
             return record(_through_ffmpeg(source, seconds, str(unknown)), seconds)
         raise BadFileError(f"unreadable ({unknown}): convert it to WAV or FLAC") from None
     except OSError as error:
         raise BadFileError(f"unreadable ({error.strerror or error})") from None
-    if len(found) == 1:
-        return found[0]
-    return Recording(np.concatenate([one.audio for one in found]), found[0].rate, None)
+    if len(parts) == 1:
+        return parts[0]
+    return Recording(np.concatenate([one.audio for one in parts]), parts[0].rate, None)
 
 
 def _read(stream: BinaryIO, seconds: float, before: int) -> Recording:
@@ -294,10 +294,10 @@ def _chunks(file: BinaryIO, layout: _Layout) -> BinaryIO:
     return file
 
 
-def _check_size(claimed: int, found: int) -> None:
+def _check_size(claimed: int, actual: int) -> None:
     """Refuses a file with fewer bytes of sound than it claims, if it does claim a number."""
-    if found < claimed and not (_PIPE <= claimed < 1 << 32 or claimed >= 1 << 60):
-        raise BadFileError(f"cut short: {claimed:,} bytes of sound claimed, {found:,} found")
+    if actual < claimed and not (_PIPE <= claimed < 1 << 32 or claimed >= 1 << 60):
+        raise BadFileError(f"cut short: {claimed:,} bytes of sound claimed, {actual:,} found")
 
 
 def _is_chunk(head: bytes, layout: _Layout, room: int) -> bool:
@@ -328,6 +328,6 @@ def _through_ffmpeg(path: Path, seconds: float, reason: str) -> bytes:
     except subprocess.TimeoutExpired:
         raise BadFileError(f"unreadable (FFmpeg was not done with it in {_PATIENCE} s)") from None
     if done.returncode != 0 or not done.stdout:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [reason]
-        raise BadFileError(f"unreadable ({said[-1].removeprefix(url).lstrip(': ')})")
+        message = done.stderr.decode(errors="replace").strip().splitlines() or [reason]
+        raise BadFileError(f"unreadable ({message[-1].removeprefix(url).lstrip(': ')})")
     return done.stdout

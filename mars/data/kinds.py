@@ -46,9 +46,9 @@ def kind(file: Path) -> tuple[str, str]:
     return "", ""
 
 
-def not_a_folder(path: Path, wanted: str) -> str:
-    """What to say of a path that is no folder; `wanted`: what to do where the file does not say it."""
+def not_a_folder(path: Path, advice: str) -> str:
+    """What to say of a path that is no folder; `advice`: what to do where the file does not say it."""
     if not path.exists():
-        return f"{path} does not exist; {wanted}"
+        return f"{path} does not exist; {advice}"
     what, cure = kind(path)
-    return f"{path} is not a folder{f' but {what}' if what else ''}; {cure or wanted}"
+    return f"{path} is not a folder{f' but {what}' if what else ''}; {cure or advice}"

@@ -57,10 +57,10 @@ def streams(content: bytes) -> list[bytes]:
     Raises:
         BadFileError: it joins sounds of different rates or channels, or holds something else in between.
     """
-    found: list[_Stream] = []
+    result: list[_Stream] = []
     at = 0
-    while (start := _next_frame(content, at, found[0].header if found else None)) is not None:
-        if found and content[at:start].strip(b"\0"):
+    while (start := _next_frame(content, at, result[0].header if result else None)) is not None:
+        if result and content[at:start].strip(b"\0"):
             raise BadFileError(f"damaged: {start - at:,} bytes in its middle are no MP3; repair or convert it")
         at = start
         while (header := _header(content, at)) is not None and at + header.length <= len(content):
@@ -68,14 +68,14 @@ def streams(content: bytes) -> list[bytes]:
             at += header.length
             xing = frame[header.tag : header.tag + 4] in (b"Xing", b"Info")
             other = frame[36:40] == b"VBRI"  # the same of another maker, which few decoders heed
-            if found and header.sound != found[0].header.sound:
+            if result and header.sound != result[0].header.sound:
                 raise BadFileError("it joins MP3s of different rates or channels; convert it to WAV or FLAC")
-            if xing or other or not found:
-                found.append(_Stream(header, frame if xing else b""))
+            if xing or other or not result:
+                result.append(_Stream(header, frame if xing else b""))
             if not (xing or other):
-                found[-1].frames.append(frame)
+                result[-1].frames.append(frame)
         at = _after_tags(content, at)
-    return [_counted(stream) + b"".join(stream.frames) for stream in found if stream.frames]
+    return [_counted(stream) + b"".join(stream.frames) for stream in result if stream.frames]
 
 
 def _header(content: bytes, at: int) -> _Header | None:
@@ -140,8 +140,8 @@ def _counted(stream: _Stream) -> bytes:
     first = bytearray(stream.frames[0][:4])
     first[1] |= 1  # no check sum
     first[2] = 0x90 | first[2] & 0x0C | first[2] & 1  # 128 or 80 kbit/s, which has room
-    made = _header(bytes(first), 0)
-    assert made is not None
-    frame = first + bytes(made.length - 4)
-    struct.pack_into(">4sII", frame, made.tag, b"Info", _COUNTS, count)
+    info = _header(bytes(first), 0)
+    assert info is not None
+    frame = first + bytes(info.length - 4)
+    struct.pack_into(">4sII", frame, info.tag, b"Info", _COUNTS, count)
     return bytes(frame)

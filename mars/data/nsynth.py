@@ -66,8 +66,8 @@ def pack_nsynth(
 
 def _split_of(path: Path, split: str) -> int:
     if split == "auto":
-        found = re.search(r"nsynth[-_](train|valid|test)", path.absolute().name)
-        return SPLITS.index(found.group(1)) if found else -1
+        match = re.search(r"nsynth[-_](train|valid|test)", path.absolute().name)
+        return SPLITS.index(match.group(1)) if match else -1
     return SPLITS.index(split) if split in SPLITS else -1
 
 
@@ -127,22 +127,22 @@ def _read_listing(file: IO[bytes], where: str) -> Listing:
 
     Raises `DataError` for anything but a JSON object of at most a million notes.
     """
-    found: Listing = {}
+    listing: Listing = {}
     try:
         for name, entry in _items(codecs.iterdecode(iter(lambda: file.read(_LARGEST_ENTRY), b""), "utf-8")):
-            if name in found:
+            if name in listing:
                 raise ValueError(f"{name} appears twice")
-            if len(found) >= _MOST_NOTES or len(name) > _LONGEST_NAME:
+            if len(listing) >= _MOST_NOTES or len(name) > _LONGEST_NAME:
                 raise ValueError(f"more than {_MOST_NOTES:,} notes, or a name of over {_LONGEST_NAME} characters")
             try:
-                found[name] = _labels(name, entry)
+                listing[name] = _labels(name, entry)
             except BadFileError as error:
-                found[name] = str(error)
+                listing[name] = str(error)
     except (ValueError, RecursionError) as error:
-        place = f"after {next(reversed(found))}: " if found else ""
+        place = f"after {next(reversed(listing))}: " if listing else ""
         reason = getattr(error, "msg", error)  # json counts lines from where a piece begins
         raise DataError(f"{where} is not valid JSON of notes ({place}{reason}); fetch it again") from None
-    return found
+    return listing
 
 
 def _items(pieces: Iterator[str]) -> Iterator[tuple[str, Any]]:

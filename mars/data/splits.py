@@ -59,8 +59,8 @@ def hold_out(notes: Sequence[str], instruments: Sequence[str], by: HoldOut | Non
     names = sorted(set(instruments))
     whole = dict(zip(names, split_instruments(names), strict=True))
     split = [whole[name] for name in instruments]
-    kept = split.count(0) / max(len(split), 1)
-    few = len(names) < _FEW or kept < _KEPT
+    training_share = split.count(0) / max(len(split), 1)
+    few = len(names) < _FEW or training_share < _KEPT
     if by == "none":
         return [0] * len(notes), "nothing, as was asked for"
     if by == "instruments" or (by is None and not few):

@@ -51,8 +51,8 @@ def resample_counts(clips: int, resamples: int, seed: int, key: int = 0) -> Tens
         raise ValueError(f"bootstrap: want clips >= 1 and resamples >= 2, got {clips} and {resamples}")
     counts = torch.zeros(1 + resamples, clips, dtype=torch.float64)
     counts[0] = 1
-    drawn = torch.randint(clips, (resamples, clips), generator=stream(seed, key))
-    counts[1:].scatter_add_(1, drawn, torch.ones(resamples, clips, dtype=torch.float64))
+    indices = torch.randint(clips, (resamples, clips), generator=stream(seed, key))
+    counts[1:].scatter_add_(1, indices, torch.ones(resamples, clips, dtype=torch.float64))
     return counts
 
 

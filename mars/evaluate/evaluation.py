@@ -282,7 +282,7 @@ class _Evaluation:
         audio: AudioConfig | None = None,
     ) -> Result:
         """Evaluate and write."""
-        found = evaluate(
+        evaluation = evaluate(
             real,
             fake,
             self.networks,
@@ -296,10 +296,10 @@ class _Evaluation:
             produced=produced,
         )
         if json_file is not None:
-            report.write(json_file, found.report)
+            report.write(json_file, evaluation.report)
         if html_file is not None:
-            page.write(html_file, found.report, [page.Pair(title, sounds) for title, sounds in found.shown])
-        return Result(found.report, tuple(file for file in (json_file, html_file) if file is not None))
+            page.write(html_file, evaluation.report, [page.Pair(title, sounds) for title, sounds in evaluation.shown])
+        return Result(evaluation.report, tuple(file for file in (json_file, html_file) if file is not None))
 
 
 def _writable(*files: Path | None) -> None:

@@ -41,10 +41,10 @@ class Extractor:
 
     def network(self, role: Role) -> Embedder:
         """The role's network. Raises `Unavailable` where there is none."""
-        found = self._embedders[role]
-        if isinstance(found, str):
-            raise Unavailable(found)
-        return found
+        embedder = self._embedders[role]
+        if isinstance(embedder, str):
+            raise Unavailable(embedder)
+        return embedder
 
     def embed(self, notes: NoteSet, role: Role) -> Embedding:
         """What the role's network says of the notes. Raises `Unavailable` where there is none."""
@@ -63,8 +63,8 @@ class Extractor:
                 rows = range(start, min(start + size, len(notes)))
                 batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
                 block = torch.empty(len(rows), *mel.SHAPE)
-                made = pool.map(lambda batch: mel.log_mel(notes.waveforms(batch)), batches)
-                for batch, place, part in zip(batches, block.split(_BATCH), made, strict=True):
+                blocks = pool.map(lambda batch: mel.log_mel(notes.waveforms(batch)), batches)
+                for batch, place, part in zip(batches, block.split(_BATCH), blocks, strict=True):
                     place.copy_(part)
                     progress(batch[-1] + 1, len(notes))
                 yield block
@@ -141,8 +141,8 @@ class NoteFeatures:
         """What `compute` gives, computed once for each key; for what a metric wants of these notes again and again."""
         if key not in self._computed:
             self._computed[key] = compute()
-        found: T = self._computed[key]
-        return found
+        result: T = self._computed[key]
+        return result
 
     def progress(self, what: str) -> Callable[[int, int], None]:
         """What to call with notes done and all of them while `what` is done to these notes."""

@@ -135,14 +135,14 @@ def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
             part = queries[rows].flatten(1)
             with exact_float32():
                 scores = torch.addmm(squares, part, flat.T, alpha=-2)
-            found = scores.topk(min(_CANDIDATES, len(flat)), largest=False).indices.sort().values
-            squared, absolute = _errors(part[:, None], flat[found])
+            candidates = scores.topk(min(_CANDIDATES, len(flat)), largest=False).indices.sort().values
+            squared, absolute = _errors(part[:, None], flat[candidates])
             best = squared.argmin(1, keepdim=True)
             candidate = squared.gather(1, best)[:, 0]
             better = candidate < mse[rows]
             mse[rows] = torch.where(better, candidate, mse[rows])
             mae[rows] = torch.where(better, absolute.gather(1, best)[:, 0], mae[rows])
-            index[rows] = torch.where(better, start + found.gather(1, best)[:, 0], index[rows])
+            index[rows] = torch.where(better, start + candidates.gather(1, best)[:, 0], index[rows])
         start += len(block)
     if n and not start:
         raise DataError("nearest: want at least 1 reference note, got none")

@@ -117,7 +117,7 @@ def _figures(report: Report, names: Sequence[str], known: Headings) -> str:
 def _cell(figure: Figure | None) -> str:
     if figure is None or figure.value is None:
         return "-"
-    return number(figure.value) + (f"<small>{found}</small>" if (found := _interval(figure)) else "")
+    return number(figure.value) + (f"<small>{interval}</small>" if (interval := _interval(figure)) else "")
 
 
 def _interval(figure: Figure) -> str:
@@ -132,9 +132,9 @@ def _chart(report: Report, name: str, known: Headings) -> str:
         for row, metrics in rows(report).items()
         if (m := metrics.get(name)) is not None and m.value is not None
     ]
-    found = report.metrics.get(name)
-    notes = f"{found.n_fake:,} notes against {found.n_real:,}" if found and found.value is not None else ""
-    embedder = found.embedder if found else ""
+    metric = report.metrics.get(name)
+    notes = f"{metric.n_fake:,} notes against {metric.n_real:,}" if metric and metric.value is not None else ""
+    embedder = metric.embedder if metric else ""
     below = "; ".join(filter(None, [BETTER[known[name].better], notes, embedder]))
     return bar_chart(known[name].label, below, bars)
 
@@ -173,19 +173,19 @@ def _media(waveform: Tensor) -> tuple[bytes, bytes]:
     return png(picture), html.flac(samples, FRONT_END.sample_rate)
 
 
-def _computed(report: Report, name: str, shown: Headings) -> str:
+def _computed(report: Report, name: str, headings: Headings) -> str:
     """All that is known of a metric, for every set that has it; folded away."""
-    found = {row: m for row, metrics in rows(report).items() if (m := metrics.get(name)) and m.value is not None}
+    computed = {row: m for row, metrics in rows(report).items() if (m := metrics.get(name)) and m.value is not None}
     known = {
         row: html.flat({key: value for key, value in asdict(metric).items() if value not in (None, "", {})})
-        for row, metric in found.items()
+        for row, metric in computed.items()
     }
     keys = dict.fromkeys(key for values in known.values() for key in values)
     table = html.table(
         ["", *map(escape, known)],
         [[escape(key), *(_text(values[key]) if key in values else "-" for values in known.values())] for key in keys],
     )
-    return f"<details><summary>{escape(shown[name].label)}</summary>{table}</details>"
+    return f"<details><summary>{escape(headings[name].label)}</summary>{table}</details>"
 
 
 def _provenance(report: Report) -> str:

@@ -55,13 +55,13 @@ class Settings(Conditions):
     @property
     def possible(self) -> tuple[str, ...]:
         """The metrics of this profile and mode, in the order of tables."""
-        found = {
+        available = {
             name
             for measure in catalogue.measures()
             if self.profile in measure.compute and self.mode in measure.modes
             for name in measure.names
         }
-        return tuple(name for name in catalogue.table() if name in found)
+        return tuple(name for name in catalogue.table() if name in available)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -77,8 +77,8 @@ class Settings(Conditions):
     @property
     def roles(self) -> frozenset[Role]:
         """Of the networks that the metrics to compute listen with."""
-        found = (measure.role for measure in self.measures)
-        return frozenset(_swapped(role) if self.as_published else role for role in found if role is not None)
+        roles = (measure.role for measure in self.measures)
+        return frozenset(_swapped(role) if self.as_published else role for role in roles if role is not None)
 
 
 def check(settings: Settings, embedders: Embedders, train: NoteSet | None) -> None:
@@ -185,9 +185,9 @@ def evaluate(
 
 def _score(row: Row, settings: Settings, networks: Mapping[Role, Embedder | str]) -> dict[str, Figure]:
     """The settings' metrics of a row; of the evaluated notes' row, those that the settings name must be there."""
-    found: dict[str, Figure] = {}
+    results: dict[str, Figure] = {}
     for measure in settings.measures:
-        wanted = [name for name in measure.names if name in settings.wanted]
+        names = [name for name in measure.names if name in settings.wanted]
         embedder = None if measure.role is None else networks[measure.role]
         if not isinstance(embedder, str):
             for side in (row.real, row.fake):  # outside of the clause: a file that has changed spoils everything
@@ -199,16 +199,16 @@ def _score(row: Row, settings: Settings, networks: Mapping[Role, Embedder | str]
             figures = measure.compute[settings.profile](row)
         except (ConfigError, DataError) as error:
             if not row.name and settings.metrics:
-                raise type(error)(f"{', '.join(wanted)}: {error}") from None
-            figures = {name: Figure(reason=str(error)) for name in wanted}
+                raise type(error)(f"{', '.join(names)}: {error}") from None
+            figures = {name: Figure(reason=str(error)) for name in names}
         same: dict[str, Any] = {
             "n_real": len(row.real),
             "n_fake": len(row.fake),
             "embedder": embedder.id if embedder is not None and not isinstance(embedder, str) else "",
             "seconds": round(time.perf_counter() - began, 3),
         }
-        found |= {name: replace(figures[name], **same) for name in wanted}
-    return {name: found[name] for name in settings.wanted}
+        results |= {name: replace(figures[name], **same) for name in names}
+    return {name: results[name] for name in settings.wanted}
 
 
 def _roles(settings: Settings, embedders: Embedders) -> dict[Role, Embedder | str]:
@@ -255,10 +255,10 @@ def _sounds(notes: NoteSet) -> Sounds:
 
 
 def _versions() -> dict[str, str]:
-    found = {"mars": mars.__version__}
+    versions = {"mars": mars.__version__}
     for name in ("numpy", "torch", "torchmetrics", "scikit-learn"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

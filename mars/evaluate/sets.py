@@ -123,15 +123,15 @@ class NoteSet:
         Raises:
             DataError: an id occurs twice.
         """
-        found: dict[str, int] = {}
+        index: dict[str, int] = {}
         for i, key in enumerate(self.ids):
-            if key in found:
+            if key in index:
                 raise DataError(
-                    f"{self.source}: {self.names[found[key]]} and {self.names[i]} both have the id {key}; "
+                    f"{self.source}: {self.names[index[key]]} and {self.names[i]} both have the id {key}; "
                     "rename one or keep each in a folder of its own"
                 )
-            found[key] = i
-        return found
+            index[key] = i
+        return index
 
 
 def stem(name: str) -> str:
@@ -189,12 +189,12 @@ def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
     real, fake = _without_partners(real, fake), _without_partners(fake, real)
     places = real.by_id(), fake.by_id()
     for ours, theirs, where in ((places[0], places[1], fake), (places[1], places[0], real)):
-        lacking = sorted(ours.keys() - theirs.keys())
-        if lacking:
-            more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+        missing = sorted(ours.keys() - theirs.keys())
+        if missing:
+            more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise DataError(
                 f"{real.source} has {len(real):,} notes, {fake.source} {len(fake):,}, and they must pair up by name; "
-                f"{where.source} has no note {lacking[0]}{more}"
+                f"{where.source} has no note {missing[0]}{more}"
             )
     order = sorted(places[0])
     if not order:
@@ -215,9 +215,9 @@ def _without_partners(notes: NoteSet, others: NoteSet) -> NoteSet:
     """The notes but for those whose partner among the others was refused."""
     refused = {note_id(name) for name, _ in others.record.refused} - set(others.ids)
     alone = [i for i, key in enumerate(notes.ids) if key in refused]
-    kept = notes.subset([i for i, key in enumerate(notes.ids) if key not in refused])
+    paired = notes.subset([i for i, key in enumerate(notes.ids) if key not in refused])
     reasons = tuple((notes.names[i], f"its partner in {others.source} cannot be used") for i in alone)
-    return replace(kept, record=replace(kept.record, refused=kept.record.refused + reasons))
+    return replace(paired, record=replace(paired.record, refused=paired.record.refused + reasons))
 
 
 def _packed(path: str | Path | None, split: str, progress: Callable[[int, int], None] | None) -> NoteSet:
@@ -272,8 +272,8 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
         raise DataError(f"{path} holds no audio files{listed.why_none()}; want {', '.join(SUFFIXES)}")
     checked = {name: _File(reason=reason) for name, reason in listed.refused.items()}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        for file, found in zip(files, pool.map(_check, files), strict=True):
-            checked[file.relative_to(path).as_posix()] = found
+        for file, result in zip(files, pool.map(_check, files), strict=True):
+            checked[file.relative_to(path).as_posix()] = result
             if progress is not None:
                 progress(len(checked) - len(listed.refused), len(files))
     for name in conditions.keys() - checked.keys():
@@ -284,25 +284,25 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
             f"{path}: {len(refused):,} of {len(checked):,} notes cannot be used, the first: {refused[0][0]}: "
             f"{refused[0][1]}; mend them, or allow the fraction of them with `allow_bad`"
         )
-    kept = {name: file for name, file in sorted(checked.items()) if not file.reason}
-    if not kept:
+    intact = {name: file for name, file in sorted(checked.items()) if not file.reason}
+    if not intact:
         raise DataError(f"{path}: none of its {len(refused):,} notes can be used; {refused[0][0]}: {refused[0][1]}")
-    names = tuple(kept)
+    names = tuple(intact)
 
     def read(chosen: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.stack([_again(path / names[i], kept[names[i]]) for i in chosen]))
+        return torch.from_numpy(np.stack([_again(path / names[i], intact[names[i]]) for i in chosen]))
 
     labels = tuple(_labels(name, conditions) for name in names)
     return NoteSet(
         source=str(path),
         names=names,
-        keys=tuple(file.sha256 for file in kept.values()),
+        keys=tuple(file.sha256 for file in intact.values()),
         pitch=np.array([known.get("pitch", UNKNOWN) for known in labels], np.int32),
         labels=labels,
         record=Record(
-            padded=frozenset(name for name, file in kept.items() if file.frames < SAMPLES),
-            cut=frozenset(name for name, file in kept.items() if file.frames > SAMPLES),
-            clipped=frozenset(name for name, file in kept.items() if file.clipped),
+            padded=frozenset(name for name, file in intact.items() if file.frames < SAMPLES),
+            cut=frozenset(name for name, file in intact.items() if file.frames > SAMPLES),
+            clipped=frozenset(name for name, file in intact.items() if file.clipped),
             refused=refused,
         ),
         _read=read,
@@ -360,17 +360,17 @@ def _conditions(path: Path) -> dict[str, Condition]:
         return {}
     content = read_json(listing, DataError)
     try:
-        asked = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
+        requested = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
     try:
-        found = {
+        conditions = {
             file: {name: label.listed(condition.get(name)) for name, label in LABELS.items()}
-            for file, condition in asked.items()
+            for file, condition in requested.items()
         }
     except ValueError as error:
         raise DataError(f"{listing}: {error}") from None
-    return {file: {k: v for k, v in condition.items() if v is not None} for file, condition in found.items()}
+    return {file: {k: v for k, v in condition.items() if v is not None} for file, condition in conditions.items()}
 
 
 def _labels(name: str, conditions: dict[str, Condition]) -> Condition:

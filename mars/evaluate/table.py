@@ -32,16 +32,16 @@ Headings = Mapping[str, Heading]
 
 def headings(*reports: Report) -> dict[str, Heading]:
     """How the metrics of reports are shown, in the order of tables; older reports do not say."""
-    found: dict[str, Heading] = {}
+    result: dict[str, Heading] = {}
     for report in reports:
-        found = {**report.table, **found} if report.table else {**_known(), **found}
+        result = {**report.table, **result} if report.table else {**_known(), **result}
     measured = {
         name: Heading(name.replace("_", " "))
         for report in reports
         for row in rows(report).values()
         for name in sorted(row)
     }
-    return {**found, **{name: heading for name, heading in measured.items() if name not in found}}
+    return {**result, **{name: heading for name, heading in measured.items() if name not in result}}
 
 
 def _known() -> dict[str, Heading]:
@@ -68,18 +68,18 @@ def measured(rows: Iterable[Row], headings: Headings) -> list[str]:
 
 def absent(rows: Mapping[str, Row], headings: Headings) -> dict[str, list[str]]:
     """Why metrics have no value: each reason with the metrics, and with the rows if it does not hold for all."""
-    found: dict[str, dict[str, list[str]]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for row, figures in rows.items():
         for name, figure in figures.items():
             if figure.value is None:
-                found.setdefault(figure.reason or "no reason is given", {}).setdefault(name, []).append(row)
-    everywhere = {name: sum(name in row for row in rows.values()) for names in found.values() for name in names}
+                reasons.setdefault(figure.reason or "no reason is given", {}).setdefault(name, []).append(row)
+    everywhere = {name: sum(name in row for row in rows.values()) for names in reasons.values() for name in names}
     return {
         reason: [
             headings[name].label + (f" ({', '.join(where)})" if len(where) < everywhere[name] else "")
             for name, where in names.items()
         ]
-        for reason, names in found.items()
+        for reason, names in reasons.items()
     }
 
 
@@ -119,8 +119,8 @@ def compare(reports: Mapping[str, Report]) -> list[str]:
     for name, report in reports.items():
         profiles.setdefault(report.profile, name)
     if len(profiles) > 1:
-        found = ", ".join(f"{profile} of {name}" for profile, name in profiles.items())
-        raise ConfigError(f"want reports of one profile, got {found}; figures of two must not share a table")
+        described = ", ".join(f"{profile} of {name}" for profile, name in profiles.items())
+        raise ConfigError(f"want reports of one profile, got {described}; figures of two must not share a table")
     protocols = {name: json.loads(json.dumps(report.protocol)) for name, report in reports.items()}
     merged: dict[tuple[str, str], list[str]] = {}  # the same difference in several metrics is one line
     for path, words in _differences(protocols, ()):
@@ -165,8 +165,8 @@ def _differences(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[t
         for key in dict.fromkeys(key for value in values.values() for key in value):
             have = {report: value[key] for report, value in values.items() if key in value}
             if len(have) < len(values):
-                lacking = [report for report in values if report not in have]
-                yield (*path, key), f"in {_listed(have)}, not in {_listed(lacking)}"
+                missing = [report for report in values if report not in have]
+                yield (*path, key), f"in {_listed(have)}, not in {_listed(missing)}"
             else:
                 yield from _differences(have, (*path, key))
         return

@@ -90,7 +90,7 @@ class VAR(nn.Module):
     checkpointing = False  # in training mode: see `mars.models.tokenizer.recomputed`
 
     def __init__(self, config: VARConfig, tokenizer: TokenizerConfig, words: labels.Words | None = None) -> None:
-        """words: of the conditions whose words are those of the training notes; see `mars.labels.learnt`."""
+        """words: of the conditions whose words are those of the training notes; see `mars.labels.vocabularies`."""
         super().__init__()
         self.config = config
         self.lengths = [h * w for h, w in tokenizer.scales]

@@ -63,16 +63,16 @@ class Bucket:
 def buckets(points: Points, count: int = BUCKETS) -> list[Bucket]:
     """The points in at most `count` groups of neighbours."""
     size = max(-(-len(points) // count), 1)
-    found = []
+    result = []
     for start in range(0, len(points), size):
         part = points[start : start + size]
         values = [v for _, v in part if v is not None]
         step = (part[0][0] + part[-1][0]) / 2
         if values:
-            found.append(Bucket(step, sum(values) / len(values), min(values), max(values)))
+            result.append(Bucket(step, sum(values) / len(values), min(values), max(values)))
         else:
-            found.append(Bucket(step, None, None, None))
-    return found
+            result.append(Bucket(step, None, None, None))
+    return result
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ class Axis:
             every = max(math.ceil((high - low) / count), 1)
             digits = (1,) if high - low > 2 else (1, 2, 5)
             exponents = [k for k in range(math.floor(low), math.ceil(high) + 1) if k % every == 0]
-            found = [d * 10.0**k for k in exponents for d in digits]
+            values = [d * 10.0**k for k in exponents for d in digits]
         else:
             rough = (high - low) / count
             unit = 10.0 ** math.floor(math.log10(rough))
             width = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
-            found = [k * width for k in range(math.floor(low / width), math.ceil(high / width) + 1)]
+            values = [k * width for k in range(math.floor(low / width), math.ceil(high / width) + 1)]
         near, far = sorted((self.first, self.last))
-        return [t for t in found if near - 1e-3 <= self(t) <= far + 1e-3]
+        return [t for t in values if near - 1e-3 <= self(t) <= far + 1e-3]
 
 
 def line_chart(title: str, unit: str, curves: Sequence[Curve], *, log: bool = True) -> str:
@@ -115,14 +115,14 @@ def line_chart(title: str, unit: str, curves: Sequence[Curve], *, log: bool = Tr
     log: the values may be shown on a logarithmic axis, which is done where they are positive and far apart.
     """
     drawn = [(curve, buckets(curve.points)) for curve in curves]
-    drawn = [(curve, found) for curve, found in drawn if any(b.mean is not None for b in found)]
+    drawn = [(curve, points) for curve, points in drawn if any(b.mean is not None for b in points)]
     if not drawn:
         return ""
-    extremes = [v for _, found in drawn for b in found for v in (b.low, b.high) if v is not None]
+    extremes = [v for _, points in drawn for b in points for v in (b.low, b.high) if v is not None]
     x = Axis(0, max(curve.points[-1][0] for curve, _ in drawn) or 1, LEFT, WIDTH - RIGHT)
     y = _value_axis(min(extremes), max(extremes), log)
     parts = [_axes(x, y, unit + (", logarithmic" if y.log else ""))]
-    parts += [_curve(f"c{curve.colour}", found, x, y) for curve, found in drawn]
+    parts += [_curve(f"c{curve.colour}", points, x, y) for curve, points in drawn]
     parts.append(_hovers(drawn, x))
     keys = "".join(f'<li class="c{curve.colour}">{escape(_summary(curve))}</li>' for curve, _ in drawn)
     spoken = f"{title}, {unit}, over steps. " + " ".join(f"{_summary(curve)}." for curve, _ in drawn)
@@ -253,9 +253,9 @@ def _steps(x: Axis, bottom: int) -> str:
     return "".join(parts)
 
 
-def _curve(name: str, found: Sequence[Bucket], x: Axis, y: Axis) -> str:
+def _curve(name: str, points: Sequence[Bucket], x: Axis, y: Axis) -> str:
     runs: list[list[tuple[float, float, float, float]]] = [[]]  # without gaps
-    for b in found:
+    for b in points:
         if b.mean is None or b.low is None or b.high is None:
             runs.append([])
         else:
@@ -266,21 +266,21 @@ def _curve(name: str, found: Sequence[Bucket], x: Axis, y: Axis) -> str:
             edge = [f"{a:.1f} {low:.1f}" for a, _, low, _ in run] + [f"{a:.1f} {high:.1f}" for a, *_, high in run[::-1]]
             parts.append(f'<path class="band {name}" d="M{"L".join(edge)}Z"/>')
         parts.append(f'<path class="line {name}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b, *_ in run)}"/>')
-        if len(found) <= MARKED or len(run) == 1:
+        if len(points) <= MARKED or len(run) == 1:
             parts += [f'<circle class="{name}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b, *_ in run]
     return "".join(parts)
 
 
 def _hovers(drawn: Sequence[tuple[Curve, Sequence[Bucket]]], x: Axis) -> str:
     """Invisible columns that cover the chart and name the values nearest to them."""
-    steps = sorted({b.step for _, found in drawn for b in found})
+    steps = sorted({b.step for _, points in drawn for b in points})
     steps = steps[:: -(-len(steps) // HOVERS)]
     edges = [x.low, *((a + b) / 2 for a, b in pairwise(steps)), x.high]
     parts = []
     for step, (before, after) in zip(steps, pairwise(edges), strict=True):
         lines = [f"step {step:,.0f}"]
-        for curve, found in drawn:
-            near = _nearest(found, step)
+        for curve, points in drawn:
+            near = _nearest(points, step)
             if near.mean is None or near.low is None or near.high is None:
                 lines.append(f"{curve.label}: not finite")
             else:
@@ -293,9 +293,9 @@ def _hovers(drawn: Sequence[tuple[Curve, Sequence[Bucket]]], x: Axis) -> str:
     return "".join(parts)
 
 
-def _nearest(found: Sequence[Bucket], step: float) -> Bucket:
-    place = bisect_left(found, step, key=lambda b: b.step)
-    return min(found[max(place - 1, 0) : place + 1], key=lambda b: abs(b.step - step))
+def _nearest(points: Sequence[Bucket], step: float) -> Bucket:
+    place = bisect_left(points, step, key=lambda b: b.step)
+    return min(points[max(place - 1, 0) : place + 1], key=lambda b: abs(b.step - step))
 
 
 def _summary(curve: Curve) -> str:

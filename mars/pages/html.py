@@ -105,10 +105,10 @@ def duration(seconds: float) -> str:
 
 def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {f"{where}{name}": value}
-    return found
+        result |= flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {f"{where}{name}": value}
+    return result
 
 
 def text(value: Any) -> str:

@@ -97,14 +97,14 @@ class RunFolder:
         if not self.world.main or not path.is_file():
             return
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
-        if kept != lines:
-            write_atomically(path, b"".join(kept), durable=True)
+        lines_kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
+        if lines_kept != lines:
+            write_atomically(path, b"".join(lines_kept), durable=True)
 
     def checkpoints(self) -> list[Path]:
         """Newest first."""
-        found = (self.path / "checkpoints").glob("step-*")
-        return sorted((p for p in found if p.name[5:].isdigit()), reverse=True)
+        folders = (self.path / "checkpoints").glob("step-*")
+        return sorted((p for p in folders if p.name[5:].isdigit()), reverse=True)
 
     def recover(self) -> None:
         """Put right what a killed trainer left; only for the process that holds the folder."""
@@ -142,9 +142,9 @@ class RunFolder:
             checkpoint.replace_directory(target, state, {"state": document})  # there may be a damaged one
             if best is not None and best.step == position.step:
                 self._note_best(best)
-            found = self.checkpoints()  # those of later steps are damaged, or the run would have gone on from them
-            kept = [path for path in found if path.name <= target.name][: stage.train.keep]
-            for path in found:
+            existing = self.checkpoints()  # those of later steps are damaged, or the run would have gone on from them
+            kept = [path for path in existing if path.name <= target.name][: stage.train.keep]
+            for path in existing:
                 if path not in kept and (best is None or path.name != f"step-{best.step:08d}"):
                     checkpoint.remove_directory(path)
         except OSError as error:
@@ -195,10 +195,10 @@ class RunFolder:
             write_atomically(path, data, durable=True)
 
     def _check_identity(self, document: Mapping[str, Any], path: Path) -> None:
-        for key, wanted in self.identity.items():
-            found = difference(document.get(key), wanted, key)
-            if found is not None:
-                raise CheckpointError(f"{path} is of another run: {found}")
+        for key, expected in self.identity.items():
+            problem = difference(document.get(key), expected, key)
+            if problem is not None:
+                raise CheckpointError(f"{path} is of another run: {problem}")
 
 
 def checkpoint_size(stage: Stage) -> int:
@@ -257,9 +257,9 @@ def _position(document: Any, path: Path) -> Position:
     return Position(state.step, state.skipped, state.best)
 
 
-def difference(found: Any, wanted: Any, where: str) -> str | None:
-    """The first value of `wanted` that is another in `found`; settings that `found` does not know are passed over."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        parts = (difference(found[k], v, f"{where}.{k}") for k, v in wanted.items() if k in found)
+def difference(actual: Any, expected: Any, where: str) -> str | None:
+    """Describe the first value of `expected` that differs in `actual`, if any; keys that `actual` lacks are ignored."""
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        parts = (difference(actual[k], v, f"{where}.{k}") for k, v in expected.items() if k in actual)
         return next((part for part in parts if part is not None), None)
-    return None if found == wanted else f"{where} is {found}, not {wanted}"
+    return None if actual == expected else f"{where} is {actual}, not {expected}"

@@ -48,8 +48,8 @@ class Log:
 
     def lists(self, name: str) -> list[tuple[int, list[float]]]:
         """(step, values) of a list of numbers, such as those per scale."""
-        found = [(r["step"], r[name]) for r in self.records if isinstance(r.get(name), list)]
-        return [(step, values) for step, values in found if values and None not in map(_number, values)]
+        result = [(r["step"], r[name]) for r in self.records if isinstance(r.get(name), list)]
+        return [(step, values) for step, values in result if values and None not in map(_number, values)]
 
     def last(self, name: str) -> Any:
         """The newest value of that name that is not None; None without one."""
@@ -61,8 +61,8 @@ class Log:
 
     def best(self) -> tuple[str, int, float] | None:
         """(name, step, value) of the lowest validation."""
-        found = [(value, step, name) for name in JUDGED_BY for step, value in self.series(name) if value is not None]
-        value, step, name = min(found, default=(0.0, 0, ""))
+        entries = [(value, step, name) for name in JUDGED_BY for step, value in self.series(name) if value is not None]
+        value, step, name = min(entries, default=(0.0, 0, ""))
         return (name, step, value) if name else None
 
     def events(self, *names: str) -> Iterator[Record]:

@@ -136,20 +136,20 @@ def render(run: Path) -> str:
 
 def alarms(log: Log, labels: list[str]) -> list[str]:
     """What has gone wrong, a line each."""
-    found = [f"Training diverged: {event.get('reason', '')}" for event in log.events("diverged")][-1:]
+    messages = [f"Training diverged: {event.get('reason', '')}" for event in log.events("diverged")][-1:]
     since: dict[int, int] = {}
     for record in log.records:
         if isinstance(scales := record.get("collapsed"), list):
             step: int = record["step"]
             since = {k: since.get(k, step) for k in range(len(labels)) if k in scales}
-    found += [f"Scale {labels[k]} has collapsed: few of its codes in use since step {since[k]:,}." for k in since]
+    messages += [f"Scale {labels[k]} has collapsed: few of its codes in use since step {since[k]:,}." for k in since]
     if skipped := log.last("skipped"):
-        found.append(f"Steps that were not finite and changed nothing: {skipped}.")
+        messages.append(f"Steps that were not finite and changed nothing: {skipped}.")
     for event in list(log.events("failed"))[-3:]:
-        found.append(f"No {event.get('what')} of step {event['step']:,}: {event.get('reason')}")
+        messages.append(f"No {event.get('what')} of step {event['step']:,}: {event.get('reason')}")
     if log.unreadable:
-        found.append(f"Lines of the log that cannot be read and were left out: {log.unreadable}.")
-    return found
+        messages.append(f"Lines of the log that cannot be read and were left out: {log.unreadable}.")
+    return messages
 
 
 def _facts(record: Record, log: Log, steps: int) -> str:
@@ -211,12 +211,12 @@ def _scales(log: Log, labels: list[str], codes: int) -> str:
 def _sounds(run: Path, log: Log, stage: str) -> str:
     """The newest samples beside the originals, earlier ones folded away."""
     steps = sorted({event["step"] for event in log.events("samples")})
-    found = [shown for step in steps if (shown := _shown(samples.folder(run, step), step))]
-    if not found:
+    shown_steps = [shown for step in steps if (shown := _shown(samples.folder(run, step), step))]
+    if not shown_steps:
         return ""
     originals = _shown(run / samples.FOLDER / samples.ORIGINALS, 0)
     made = "generated" if stage == "var" else "reconstruction"
-    media, newest = Media(run, EMBEDDED), found[-1]
+    media, newest = Media(run, EMBEDDED), shown_steps[-1]
     notes = []
     for i, name in enumerate(newest.names):
         title, figures = name, _note(media, newest, i, made, name)
@@ -224,7 +224,7 @@ def _sounds(run: Path, log: Log, stage: str) -> str:
             title = originals.names[i]
             figures = _note(media, originals, i, "original", title) + _note(media, newest, i, made, title)
         notes.append(f'<div class="note"><h3>{escape(title)}</h3><div class="pair">{figures}</div></div>')
-    earlier = found[-2::-1]
+    earlier = shown_steps[-2::-1]
     earlier = earlier[:: -(-len(earlier) // OLDER)] if earlier else []
     folded = [
         f"<details><summary>Step {shown.step:,}</summary>"
@@ -241,10 +241,10 @@ def _shown(path: Path, step: int) -> Shown | None:
     """The samples in a directory; None if they have been removed."""
     try:
         listing = path / "samples.json"
-        found = config.from_document(_Listing, read_json(listing, ConfigError), listing, ConfigError)
+        document = config.from_document(_Listing, read_json(listing, ConfigError), listing, ConfigError)
     except ConfigError:
         return None
-    names, rate, count = list(found.names), found.sample_rate, found.samples
+    names, rate, count = list(document.names), document.sample_rate, document.samples
     files = [path / f"{i}.{kind}" for i in range(len(names)) for kind in ("png", "wav")]
     return Shown(path, step, names, count / rate, rate / 2) if all(file.is_file() for file in files) else None
 

@@ -89,13 +89,13 @@ class Sampler:
         ]
 
     def _generated(self, model: Model) -> list[Sample]:
-        made = []
+        samples = []
         for index, note in enumerate(self.notes):
-            asked = self._condition(model, int(note))
-            (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **asked)
+            condition = self._condition(model, int(note))
+            (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **condition)
             name = described(generated.condition) or f"note {index}"
-            made.append(Sample(name, generated.waveform, generated.spectrogram))
-        return made
+            samples.append(Sample(name, generated.waveform, generated.spectrogram))
+        return samples
 
     def _condition(self, model: Model, note: int) -> dict[str, Any]:
         """What to ask for: what is known of the note, and known to the model."""

@@ -39,7 +39,7 @@ class Stage(Protocol):
         """What has gathered since the last call, for the log; `say` is given the warnings."""
 
     def validate(self) -> dict[str, Any]:
-        """Metrics on held-out notes, of the averaged weights; empty where no notes are held out."""
+        """Metrics on held-out notes, of the EMA weights; empty where no notes are held out."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All tensors needed to go on; those that are spread over processes as such."""
@@ -48,4 +48,4 @@ class Stage(Protocol):
         """Restore them, from whole tensors; CheckpointError if anything does not fit."""
 
     def snapshot(self) -> Model | None:
-        """The model with the averaged weights, able to generate; None but on the main process."""
+        """The model with the EMA weights, able to generate; None but on the main process."""

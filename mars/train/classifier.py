@@ -59,9 +59,9 @@ def examples(dataset: Dataset, task: Task, preset: Preset) -> Examples:
     else:
         family = dataset.column("family")
         usable &= family >= 0
-        learnt = np.unique(family[usable & (split == 0)]) if preset.acoustic else np.arange(len(FAMILIES))
-        usable &= np.isin(family, learnt)
-        targets, classes = np.searchsorted(learnt, family).astype(np.int32), tuple(FAMILIES[i] for i in learnt)
+        families = np.unique(family[usable & (split == 0)]) if preset.acoustic else np.arange(len(FAMILIES))
+        usable &= np.isin(family, families)
+        targets, classes = np.searchsorted(families, family).astype(np.int32), tuple(FAMILIES[i] for i in families)
     train, valid = (np.flatnonzero(usable & (split == SPLITS.index(name))) for name in ("train", "valid"))
     kind = "acoustic notes" if preset.acoustic else "notes"
     for name, rows in (("train", train), ("valid", valid)):
@@ -171,14 +171,14 @@ def _learn(fit: _Fit, max_time: float | None, console: Console) -> tuple[dict[st
                 if late:
                     break
             fit.epoch += 1
-            judged = fit.validate()
-            better = judged["accuracy"] > best["accuracy"]
+            validation = fit.validate()
+            better = validation["accuracy"] > best["accuracy"]
             if better:
-                best = {**judged, "epoch": fit.epoch}
+                best = {**validation, "epoch": fit.epoch}
                 weights = {name: t.detach().to("cpu", copy=True) for name, t in fit.network.state_dict().items()}
             console.print(
-                f"epoch {fit.epoch}  loss {np.mean(losses):.3f}  held-out loss {judged['loss']:.3f}  "
-                f"accuracy {judged['accuracy']:.4f}{'  best' if better else ''}"
+                f"epoch {fit.epoch}  loss {np.mean(losses):.3f}  held-out loss {validation['loss']:.3f}  "
+                f"accuracy {validation['accuracy']:.4f}{'  best' if better else ''}"
             )
     return best, weights
 

@@ -80,13 +80,13 @@ class CodebookTraining:
     def __init__(
         self,
         quantizer: Quantizer,
-        averaged: Quantizer,
+        ema: Quantizer,
         optimizer: Optimizer,
         tokens_per_step: int,
         world: World = ALONE,
     ) -> None:
         c, codes = quantizer.config, quantizer.codebook
-        self.quantizer, self.averaged, self.optimizer, self.world = quantizer, averaged, optimizer, world
+        self.quantizer, self.ema, self.optimizer, self.world = quantizer, ema, optimizer, world
         self.means, self.restarts = c.ema_codebook, c.restart_dead_codes > 0
         size = len(codes)
         starts = quantizer.starts
@@ -121,43 +121,43 @@ class CodebookTraining:
         """
         q = self.quantizer
         for round_ in range(KMEANS_ROUNDS + 1):
-            found = self._statistics(means=True, restarts=True)
+            statistics = self._statistics(means=True, restarts=True)
             for i, f in latents.items():
                 ids, totals = q.search(f)
                 residuals = q.residuals(f, totals if round_ else torch.zeros_like(totals))
-                found.add(ids, residuals, None, stream(seed, 3, round_, i), (i, parts))
-            found.reduce(self.world)
-            assert found.sums is not None
-            assert found.candidates is not None
-            chosen = found.counts.sum(0)[:, None]
-            means = found.sums / chosen.clamp_min(1)
+                statistics.add(ids, residuals, None, stream(seed, 3, round_, i), (i, parts))
+            statistics.reduce(self.world)
+            assert statistics.sums is not None
+            assert statistics.candidates is not None
+            chosen = statistics.counts.sum(0)[:, None]
+            means = statistics.sums / chosen.clamp_min(1)
             # The first round draws the seeds, from the latents at the grids of all scales.
-            q.codebook.copy_(means.where((chosen > 0) & (round_ > 0), found.candidates))
-        self.averaged.codebook.copy_(q.codebook)
+            q.codebook.copy_(means.where((chosen > 0) & (round_ > 0), statistics.candidates))
+        self.ema.codebook.copy_(q.codebook)
         self.total = q.codebook * self.size[:, None]
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
         """After the backward pass of a step: take its statistics in, unless its loss or gradient was not `finite`."""
-        found, self.gathered = self.gathered, self._statistics(self.means, self.restarts)
-        found.reduce(self.world)
-        self.counts += found.counts * finite
+        statistics, self.gathered = self.gathered, self._statistics(self.means, self.restarts)
+        statistics.reduce(self.world)
+        self.counts += statistics.counts * finite
         if not (self.means or self.restarts):
             return
         c, codes = self.quantizer.config, self.quantizer.codebook
-        size = self.size.lerp(found.counts.sum(0).to(self.size.dtype), 1 - c.codebook_decay)
+        size = self.size.lerp(statistics.counts.sum(0).to(self.size.dtype), 1 - c.codebook_decay)
         new, total = codes.detach(), self.total
-        if found.sums is not None:
-            total = total.lerp(found.sums, 1 - c.codebook_decay)
+        if statistics.sums is not None:
+            total = total.lerp(statistics.sums, 1 - c.codebook_decay)
             mass = size.sum()
             new = total / ((size + EPSILON) * (mass / (mass + len(size) * EPSILON)))[:, None]
-        if found.candidates is not None:
+        if statistics.candidates is not None:
             mean = size.mean()
             dead = (size < c.restart_dead_codes * mean) & finite
-            new = found.candidates.where(dead[:, None], new)
-            total = (found.candidates * mean).where(dead[:, None], total)
+            new = statistics.candidates.where(dead[:, None], new)
+            total = (statistics.candidates * mean).where(dead[:, None], total)
             size = mean.where(dead, size)
-            self.averaged.codebook.copy_(new.where(dead[:, None], self.averaged.codebook))
+            self.ema.codebook.copy_(new.where(dead[:, None], self.ema.codebook))
             self.optimizer.restart(codes, dead)
         codes.copy_(new.where(finite, codes))
         self.size, self.total = size.where(finite, self.size), total.where(finite, self.total)

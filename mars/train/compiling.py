@@ -2,7 +2,7 @@
 
 Blocks are compiled one by one in place (`nn.Module.compile`): all of a kind share one graph, names in the state dict
 stay, and wrappers around the model see the same modules. Shapes are static: micro-batches are all of one size, and
-validation runs the averaged weights, which are not compiled. As compilation is lazy, a missing compiler would show in
+validation runs the EMA weights, which are not compiled. As compilation is lazy, a missing compiler would show in
 the middle of the first step; a dry run of that step shows it before.
 """
 
@@ -41,8 +41,8 @@ def compile_blocks(stage: Compilable, say: Callable[[str], None]) -> bool:
     Raises:
         ConfigError: `train.compile` is "on" and compilation fails.
     """
-    asked = stage.train.compile
-    if asked == "off" or (asked == "auto" and stage.device.type not in AUTO):
+    mode = stage.train.compile
+    if mode == "off" or (mode == "auto" and stage.device.type not in AUTO):
         return False
     blocks = stage.blocks()
     for block in blocks:
@@ -54,7 +54,7 @@ def compile_blocks(stage: Compilable, say: Callable[[str], None]) -> bool:
             block._compiled_call_impl = None
         stage.dry_run()  # what fails without compilation too is not its fault, and is raised as it is
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if asked == "on":
+        if mode == "on":
             raise ConfigError(
                 f"train.compile=on: torch.compile failed ({reason}); install what it names or use train.compile=off"
             ) from error

@@ -97,13 +97,13 @@ def run(
         return [stage.batch(parts[i]) for i in mine]
 
     def take_verdicts(wait: bool) -> None:
-        for step, found, finite in verdicts.known(wait):
+        for step, metrics, finite in verdicts.known(wait):
             if finite:
                 bad.forget()
             else:
                 position.skipped += 1
-                drawn = batch_indices(seed, step - 1, batch, notes).tolist()
-                bad.add(step, found, [names[i] for i in drawn] if names else drawn)
+                indices = batch_indices(seed, step - 1, batch, notes).tolist()
+                bad.add(step, metrics, [names[i] for i in indices] if names else indices)
 
     def save() -> None:
         nonlocal saved

@@ -38,7 +38,7 @@ class Optimizer:
     2024), scaled so that the same learning rate serves both.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, averaged: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module, config: TrainConfig, ema: nn.Module | None = None) -> None:
         self.config = config
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -65,8 +65,8 @@ class Optimizer:
                 matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
             self.optimizers.append(muon)
-        self.averaged = [World.local(p) for p in averaged.parameters()] if averaged is not None else None
-        self.current = [World.local(p) for p in module.parameters()]  # what is averaged: a frozen codebook, too
+        self.ema = [World.local(p) for p in ema.parameters()] if ema is not None else None
+        self.current = [World.local(p) for p in module.parameters()]  # what the EMA follows: a frozen codebook, too
         self.waits = bool(matrices) or any(World.local(p) is not p for p in self.parameters)
 
     def clip(self) -> Tensor:
@@ -94,20 +94,20 @@ class Optimizer:
                 optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
             with span("optimizer"):
                 optimizer.step()
-        if self.averaged is not None:
+        if self.ema is not None:
             with span("average"):
-                self._average(self.averaged, min(self.config.ema, (1 + step) / (10 + step)), bad)  # quick at first
+                self._update_ema(self.ema, min(self.config.ema, (1 + step) / (10 + step)), bad)  # quick at first
         self.forget()
         return rate
 
     @torch.no_grad()
-    def _average(self, averaged: list[Tensor], decay: float, bad: Tensor | None) -> None:
+    def _update_ema(self, ema: list[Tensor], decay: float, bad: Tensor | None) -> None:
         """mean += (1 - decay) (weight - mean), as a step of gradient descent: that has a fused kernel that reads `bad`.
 
         With the weight as the gradient to go up along and a decay of 1: mean - rate (mean - weight).
         """
         torch._fused_sgd_(
-            averaged,
+            ema,
             self.current,
             [],
             weight_decay=1.0,

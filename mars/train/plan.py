@@ -47,7 +47,7 @@ Device = Literal["cpu", "cuda"]
 class Step:
     """One planned step, in bytes and FLOPs."""
 
-    held: int  # before the step: weights, moments, averaged weights, the batches of this and of the next step
+    held: int  # before the step: weights, moments, EMA weights, the batches of this and of the next step
     peak: int  # most during the step
     loading: int  # what preparing one micro-batch takes meanwhile
     flops: int
@@ -209,7 +209,7 @@ class DryRun:
         """Parameters of the model, and bytes of what stays from step to step."""
         members = vars(self.stage).values()
         held = {id(t): t for m in members if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())}
-        for tensor in (*self.stage.averaged.parameters(), *self.stage.averaged.buffers()):
+        for tensor in (*self.stage.ema.parameters(), *self.stage.ema.buffers()):
             held.pop(id(tensor), None)
         weights = held.values()
         return {
@@ -217,7 +217,7 @@ class DryRun:
             "weights": sum(t.nbytes for t in weights),
             "gradients": sum(t.nbytes for t in weights if t.requires_grad),
             "optimizer": sum(t.nbytes for o in members if isinstance(o, Optimizer) for t in o.state().values()),
-            "averaged": sum(p.nbytes for p in self.stage.averaged.parameters()),
+            "averaged": sum(p.nbytes for p in self.stage.ema.parameters()),
         }
 
     @contextmanager
@@ -314,20 +314,20 @@ class _Needs:
 
 def _largest(needs: Callable[[int], int], usable: int, guess: int, least: int) -> int:
     """The largest micro-batch that needs at most `usable` bytes, 0 if not even one does; `least` is what none needs."""
-    found = {0: least}
+    needed = {0: least}
     low, high = 0, math.inf
     while high - low > 1:
-        found[guess] = needs(guess)
-        if found[guess] <= usable:
+        needed[guess] = needs(guess)
+        if needed[guess] <= usable:
             low = guess
         else:
             high = guess
-        a, b, *_ = sorted(found, key=lambda n: abs(found[n] - usable))
-        slope = (found[a] - found[b]) / (a - b)  # needs are nearly affine
-        wanted = a + (usable - found[a]) / slope if slope > 0 else math.inf
-        if a == low > 0 < b and wanted < low + 1:
+        a, b, *_ = sorted(needed, key=lambda n: abs(needed[n] - usable))
+        slope = (needed[a] - needed[b]) / (a - b)  # needs are nearly affine
+        estimate = a + (usable - needed[a]) / slope if slope > 0 else math.inf
+        if a == low > 0 < b and estimate < low + 1:
             break
-        guess = int(max(min(wanted, high - 1, 8 * low + 8), low + 1))
+        guess = int(max(min(estimate, high - 1, 8 * low + 8), low + 1))
     return low
 
 
@@ -352,7 +352,7 @@ def report(plan: Plan, before: str = "") -> str:
         f"{plan.accumulate} x {plan.batch_size} = {plan.notes} notes a step",
         f"estimated on fake tensors for {place}, {plan.precision}; nothing was run or measured",
         "",
-        *(f"{name:<18}{_gb(size)}" for name, size in (*fixed, ("averaged weights", plan.averaged))),
+        *(f"{name:<18}{_gb(size)}" for name, size in (*fixed, ("EMA weights", plan.averaged))),
         "",
         f"{'checkpointing':<18}{'false':>12}{'true':>12}",
     ]

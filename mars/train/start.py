@@ -57,7 +57,7 @@ def train(
     began: float | None = None,
     tokenizer: Path | None = None,
     shard: bool = False,
-    following: Callable[[Path], str] | None = None,
+    next_command: Callable[[Path], str] | None = None,
     console: Console | None = None,
 ) -> Path:
     """Train a tokenizer, or a VAR on the tokens of one; returns the run folder.
@@ -70,7 +70,7 @@ def train(
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: the newest run.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
-        following: the command to type after the run at this path has come to its end, which is then printed.
+        next_command: gives the command to type after the run at a path has ended, which is then printed.
         console: what is said goes there; None: to stderr.
 
     Raises:
@@ -116,7 +116,7 @@ def train(
         rate = dataset.sample_rate
         console.print(f"the notes, of {had / rate:.3g} s, are {change} to {wanted / rate:.3g} s (audio.samples)")
 
-    def made() -> TokenizerStage | VARStage:
+    def make_stage() -> TokenizerStage | VARStage:
         _verify(dataset, console, world)
         stage: TokenizerStage | VARStage
         if trained is None:
@@ -124,17 +124,17 @@ def train(
         else:
             cache = (out.parent if out is not None else RUNS) / TOKENS
             tokens = _tokens(cache, trained, settings, dataset, console, world)
-            heard = trained.data.get("tokenizer")
-            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, heard)
+            trained_on = trained.data.get("tokenizer")
+            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, trained_on)
         compile_blocks(stage, console.print)
         return stage
 
     if profile is not None:
-        profile_steps(made(), notes, seed=seed, device=world.device, out=profile, console=console)
+        profile_steps(make_stage(), notes, seed=seed, device=world.device, out=profile, console=console)
         return profile
     origin["data_path"] = None if data is None else str(data.resolve())
     with _open_run(out, stage_name, settings, dataset, seed, resume, console, origin, world) as run:
-        stage = made()
+        stage = make_stage()
         if world.main:
             runtime.free_space(run.path, run.space_needed(stage))
         count = sum(p.numel() for p in stage.model.parameters()) / 1e6
@@ -160,8 +160,8 @@ def train(
                 tensorboard=tensorboard,
             ),
         )
-    if done >= stage.train.steps and following is not None:
-        console.print(f"next: {following(run.path)}", markup=False)
+    if done >= stage.train.steps and next_command is not None:
+        console.print(f"next: {next_command(run.path)}", markup=False)
     return run.path
 
 
@@ -191,7 +191,7 @@ def newest_tokenizer(preset: str | None = None) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = []
+    candidates = []
     for path in RUNS.glob("*/run.json"):
         try:
             record = read_record(path.parent)
@@ -200,13 +200,13 @@ def newest_tokenizer(preset: str | None = None) -> Path:
         exported = checkpoint.current(path.parent / "model") / "config.json"
         usable = record.stage == "tokenizer" and exported.is_file()
         if usable and preset in (None, record.preset):
-            found.append((record.created, path.parent))
-    if not found:
+            candidates.append((record.created, path.parent))
+    if not candidates:
         kind = f"tokenizer run of preset {preset}" if preset else "tokenizer run"
         raise ConfigError(
             f"there is no {kind} under {RUNS}/; train one first (`mars-train tokenizer`) or name it with `tokenizer`"
         )
-    return max(found)[1]
+    return max(candidates)[1]
 
 
 def _prepare(device: str, threads: int | None) -> World:
@@ -257,7 +257,7 @@ def _var_settings(
         return config.load(out / "config.json")
     name = preset or trained.preset
     plain = config.preset(name) if preset or name in config.preset_names() else trained
-    asked = config.override(plain, overrides, "var")
+    settings = config.override(plain, overrides, "var")
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(
@@ -268,7 +268,7 @@ def _var_settings(
             f"`preset` {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave `preset` out"
         )
-    return dataclasses.replace(asked, audio=trained.audio, tokenizer=trained.tokenizer)
+    return dataclasses.replace(settings, audio=trained.audio, tokenizer=trained.tokenizer)
 
 
 def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path | None) -> str | None:
@@ -312,11 +312,11 @@ def _verify(dataset: Dataset, console: Console, world: World) -> None:
     if world.first_here:
         with terminal.progress(console, transient=True) as tell:
 
-            def told(done: int, size: int) -> None:
+            def report(done: int, size: int) -> None:
                 tell("checking the audio (MB)", done // 10**6, size // 10**6)
                 world.any(True)
 
-            dataset.verify(told)
+            dataset.verify(report)
     while world.any(False):
         pass
 
@@ -351,8 +351,8 @@ def _open_run(
     }
     identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
-    asked = json.dumps([run.identity, str(path)])
-    if world.broadcast(asked) != asked:  # this waits for all to have read what the main process may write now
+    signature = json.dumps([run.identity, str(path)])
+    if world.broadcast(signature) != signature:  # this waits for all to have read what the main process may write now
         raise ConfigError("started with other settings, data or `out` than process 0")
     if not world.main:
         world.barrier()
@@ -401,8 +401,8 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Res
         raise ConfigError(
             f"{path} is a run on {_called(known)}, not on {_called(record)}; name that dataset, or a new folder"
         )
-    had, asked = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
-    if (other := folder.difference(had, asked, "config")) is not None:
+    recorded, requested = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
+    if (other := folder.difference(recorded, requested, "config")) is not None:
         raise ConfigError(
             f"`out` {path} is a run with other settings: {other}; repeat its `overrides`, or name a new folder with "
             "`out`"

@@ -41,16 +41,16 @@ class TokenizerStage:
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = Tokenizer(config).to(device)
             self.discriminator = Discriminator(config.audio.channels).to(device) if self.train.adversarial else None
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.encoder.checkpointing = self.model.decoder.checkpointing = self.train.checkpointing
-        self.optimizer = Optimizer(self.model, self.train, self.averaged)
+        self.optimizer = Optimizer(self.model, self.train, self.ema)
         self.wrapped = self.world.wrap(self.model)
         if self.discriminator is not None:
             self.d_start, d_train = discriminator_schedule(self.train)
             self.d_optimizer = Optimizer(self.discriminator, d_train)
             self.d_wrapped = self.world.wrap(self.discriminator)
         per_step = self.train.notes_per_step * config.tokenizer.tokens
-        self.codebook = CodebookTraining(self.model.quantizer, self.averaged.quantizer, self.optimizer, per_step, world)
+        self.codebook = CodebookTraining(self.model.quantizer, self.ema.quantizer, self.optimizer, per_step, world)
 
     def batch(self, indices: np.ndarray) -> Tensor:
         """CMX tensors (B, C, F, T)."""
@@ -150,7 +150,7 @@ class TokenizerStage:
         with autocast(self.device, self.train.precision):
             mine = range(self.world.rank, len(parts), self.world.size)
             # The average still is the model itself, and is never compiled: these parts differ in length.
-            latents = {i: self.averaged.latent(self.batch(parts[i])) for i in mine}
+            latents = {i: self.ema.latent(self.batch(parts[i])) for i in mine}
         self.codebook.start(latents, len(parts), self.seed)
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class TokenizerStage:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Errors of the averaged weights on held-out notes, and the codebook's use per scale; empty without any."""
+        """Errors of the EMA weights on held-out notes, and the codebook's use per scale; empty without any."""
         notes = spread(self.dataset.split("valid"), self.train.validate_notes)
         if not len(notes):
             return {}
@@ -168,21 +168,19 @@ class TokenizerStage:
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             x = self.batch(part)
             with autocast(self.device, self.train.precision):
-                y, quantized = self.averaged(x)
+                y, quantized = self.ema(x)
             difference = y.clamp(-1, 1) - x
             squared += difference.square().mean().item() * len(part) / len(notes)
             absolute += difference.abs().mean().item() * len(part) / len(notes)
             ids.append(quantized.ids.cpu())
-        use, perplexity = codebook_use(
-            torch.cat(ids), self.averaged.quantizer.starts, self.config.tokenizer.codebook_size
-        )
+        use, perplexity = codebook_use(torch.cat(ids), self.ema.quantizer.starts, self.config.tokenizer.codebook_size)
         return {"val_mse": squared, "val_mae": absolute, "codes_used": use, "perplexity": perplexity}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights, averaged weights, optimisers, codebook statistics, discriminator."""
+        """Weights, EMA weights, optimisers, codebook statistics, discriminator."""
         state = {
             "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
+            "averaged": self.ema.state_dict(),
             "optimizer": self.optimizer.state(),
             "codebook": self.codebook.state(),
         }
@@ -192,11 +190,11 @@ class TokenizerStage:
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
         """Restore `state()`."""
-        wanted = self.state().keys()
-        if state.keys() != wanted:
-            raise CheckpointError(f"{source} holds {sorted(state)}, this run needs {sorted(wanted)}")
+        expected = self.state().keys()
+        if state.keys() != expected:
+            raise CheckpointError(f"{source} holds {sorted(state)}, this run needs {sorted(expected)}")
         checkpoint.load_weights(self.model, state["model"], source)
-        checkpoint.load_weights(self.averaged, state["averaged"], source)
+        checkpoint.load_weights(self.ema, state["averaged"], source)
         self.optimizer.load_state(state["optimizer"], source)
         self.codebook.load_state(state["codebook"], source)
         if self.discriminator is not None:
@@ -205,10 +203,10 @@ class TokenizerStage:
                 self.d_optimizer.load_state(state["d_optimizer"], source)
 
     def snapshot(self) -> Model | None:
-        """The averaged tokenizer, not copied; None but on the main process."""
+        """The EMA tokenizer, not copied; None but on the main process."""
         if not self.world.main:
             return None
-        return Model(config=self.config, tokenizer=self.averaged, data={"tokenizer": self.dataset.fingerprint})
+        return Model(config=self.config, tokenizer=self.ema, data={"tokenizer": self.dataset.fingerprint})
 
 
 def codebook_use(ids: Tensor, starts: list[int], size: int) -> tuple[list[int], list[float]]:

@@ -44,20 +44,20 @@ def cached_tokens(
     processes share the work, unless all of them find the tokens.
     """
     path = folder / _key(tokenizer, config, dataset)
-    found, problem = None, ""
+    cached, problem = None, ""
     if path.is_dir():
         try:
             checkpoint.verify(path)
             ids = checkpoint.read_tensors(path / "ids.safetensors")["ids"]
             if ids.shape == (len(dataset), config.tokenizer.tokens):
-                found = ids.clone()  # as read they are mapped, and a file cut short later would end the process
+                cached = ids.clone()  # as read they are mapped, and a file cut short later would end the process
             else:
                 problem = f"{path} holds tokens of shape {tuple(ids.shape)}"
         except (CheckpointError, KeyError) as error:
             problem = str(error)
-    lacking = world.any(found is None)
-    if found is not None and not lacking:
-        return found
+    missing = world.any(cached is None)
+    if cached is not None and not missing:
+        return cached
     if problem:
         say(f"warning: {problem}; making the tokens again")
         if world.main:

@@ -82,21 +82,21 @@ class VARStage:
         self.data = {"var": dataset.fingerprint} | ({"tokenizer": tokenizer_data} if tokenizer_data else {})
         columns, attributes = dataset.labels(), config.var.condition
         learning = dataset.labels(dataset.split("train"))
-        self.words = labels.learnt(attributes, learning, dataset.words)
+        self.words = labels.vocabularies(attributes, learning, dataset.words)
         self.conditions = labels.column_ids(columns, attributes, dataset.words, self.words)
         self.notes = labels.entries(learning, attributes, dataset.words)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer, self.words).to(device)
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.checkpointing = self.train.checkpointing
-        self.objective, self.validated = Objective(self.model), Objective(self.averaged)
+        self.objective, self.validated = Objective(self.model), Objective(self.ema)
         self.sharded = shard
         if shard:
             for objective in (self.objective, self.validated):
                 self.world.shard(objective, objective.model.blocks)
         self.trained = self.objective if shard else self.world.wrap(self.objective)
-        self.optimizer = Optimizer(self.model, self.train, self.averaged)
+        self.optimizer = Optimizer(self.model, self.train, self.ema)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, L), teacher-forcing inputs (B, L - n_1, D) and condition (B, attributes)."""
@@ -151,7 +151,7 @@ class VARStage:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Cross-entropy (nats per token) and accuracy of the averaged weights on held-out notes, per scale.
+        """Cross-entropy (nats per token) and accuracy of the EMA weights on held-out notes, per scale.
 
         Empty where no notes are held out.
         """
@@ -174,10 +174,10 @@ class VARStage:
         }
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights, averaged weights, optimiser."""
+        """Weights, EMA weights, optimiser."""
         return {
             "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
+            "averaged": self.ema.state_dict(),
             "optimizer": self.optimizer.state(),
         }
 
@@ -186,12 +186,12 @@ class VARStage:
         if state.keys() != {"model", "averaged", "optimizer"}:
             raise CheckpointError(f"{source} holds {sorted(state)}; it is of another stage")
         checkpoint.load_weights(self.model, state["model"], source, self.world.part)
-        checkpoint.load_weights(self.averaged, state["averaged"], source, self.world.part)
+        checkpoint.load_weights(self.ema, state["averaged"], source, self.world.part)
         self.optimizer.load_state(state["optimizer"], source)
 
     def snapshot(self) -> Model | None:
-        """Tokenizer and averaged VAR, able to generate: as they are or, if sharded, copied to the CPU."""
-        var = self._whole_average() if self.sharded else self.averaged
+        """Tokenizer and EMA VAR, able to generate: as they are or, if sharded, copied to the CPU."""
+        var = self._gathered_ema() if self.sharded else self.ema
         if not self.world.main:
             return None
         tokenizer = copy.deepcopy(self.tokenizer).cpu() if self.sharded else self.tokenizer  # where the VAR is
@@ -199,13 +199,13 @@ class VARStage:
             config=self.config, tokenizer=tokenizer, var=var, notes=self.notes, words=self.words, data=self.data
         )
 
-    def _whole_average(self) -> VAR | None:
-        """The averaged VAR on the CPU of the main process, to which every process contributes."""
-        weights = self.world.gather(self.averaged.state_dict())
+    def _gathered_ema(self) -> VAR | None:
+        """The EMA VAR on the CPU of the main process, to which every process contributes."""
+        weights = self.world.gather(self.ema.state_dict())
         if not self.world.main:
             return None
         with torch.device("meta"):
             var = VAR(self.config.var, self.config.tokenizer, self.words)
         var.load_state_dict(weights, assign=True)
-        var.scale_of = self.averaged.scale_of.cpu()
+        var.scale_of = self.ema.scale_of.cpu()
         return var.requires_grad_(False).eval()

@@ -30,13 +30,13 @@ def write(folder, rows, split="test"):
 
 def test_notes_of_a_folder_are_scored(folder):
     real, fake = write(folder / "real", range(6)), write(folder / "fake", range(5), split="valid")
-    done, said = set(), []
+    done, messages = set(), []
     result = mars.evaluate.run(
         real,
         fake,
         Options(metrics=("mse", "mae")),
         json_file=folder / "out" / "report.json",
-        say=said.append,
+        say=messages.append,
         progress=lambda what, done_, of: done.add(what),
     )
     assert result.files == (folder / "out" / "report.json",)
@@ -44,11 +44,11 @@ def test_notes_of_a_folder_are_scored(folder):
     assert tuple(result.report.metrics) == ("mse", "mae")
     assert (result.report.mode, result.report.sets["fake"].notes) == ("generation", 5)
     assert f"read {fake}" in done
-    assert said == []
+    assert messages == []
     assert sorted(path.name for path in folder.iterdir()) == ["fake", "out", "real"]  # no features are kept
-    copied = mars.evaluate.run(real, real, Options(metrics=("mse",), baselines=False), say=said.append)
+    copied = mars.evaluate.run(real, real, Options(metrics=("mse",), baselines=False), say=messages.append)
     assert copied.report.metrics["mse"].value == 0
-    (message,) = said
+    (message,) = messages
     assert message.startswith(f"note: every note of {real} has the name of a real one")
     assert "say so with `pairs`" in message
 

@@ -108,7 +108,7 @@ def test_checkpointing_is_for_training_only(monkeypatch):
     made, batch = real(config, "tokenizer")
     called = []
     monkeypatch.setattr("mars.models.tokenizer.checkpoint", lambda block, *x, **_: called.append(block) or block(*x))
-    made.averaged(batch)
+    made.ema(batch)
     assert not called
     made.step(0, [batch], streams(1))
     assert len(called) == 2 * config.tokenizer.depth

@@ -136,7 +136,7 @@ class Classifier:
 
 @torch.inference_mode()
 def logits_vinay2022(
-    made: Classifier,
+    classifier: Classifier,
     notes: NoteSet,
     *,
     seed: int = SEED,
@@ -155,13 +155,13 @@ def logits_vinay2022(
     Raises:
         DataError: a note's file has changed or gone since the set was opened.
     """
-    network = copy.deepcopy(made.network).train()  # it adapts its running statistics
+    network = copy.deepcopy(classifier.network).train()  # it adapts its running statistics
     device = network.fc.weight.device
     parts = []
     for start in range(0, len(notes), BATCH_VINAY2022):
         rows = range(start, min(start + BATCH_VINAY2022, len(notes)))
         with runtime.exact_float32():
-            features = network.features(_pictures(made, notes.waveforms(rows)))
+            features = network.features(_pictures(classifier, notes.waveforms(rows)))
             keep = torch.rand(features.shape, generator=stream(seed, key, start)) < 0.5
             parts.append(network.fc(features * keep.to(device) * 2).cpu())
         if progress is not None:
@@ -169,9 +169,9 @@ def logits_vinay2022(
     return torch.cat(parts)
 
 
-def _pictures(made: Classifier, waveforms: Tensor) -> Tensor:
+def _pictures(classifier: Classifier, waveforms: Tensor) -> Tensor:
     """What the network sees, on its device."""
-    pictures = made.pipeline(waveforms.to(made.network.fc.weight.device))
+    pictures = classifier.pipeline(waveforms.to(classifier.network.fc.weight.device))
     return pictures.contiguous(memory_format=torch.channels_last)
 
 
@@ -275,28 +275,28 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
     known = from_document(_Format, document, listing, CheckpointError)
     if (known.format, known.version) != (FORMAT, VERSION):
         raise CheckpointError(f"{path}: want {FORMAT} version {VERSION}, got {known.format} version {known.version}")
-    told = from_document(_Document, document, listing, CheckpointError)
+    description = from_document(_Document, document, listing, CheckpointError)
     try:
-        shapes = outline(told.network, told.outputs)
+        shapes = outline(description.network, description.outputs)
         checkpoint.check_shapes(shapes, weights)
-        shapes.eval()(torch.empty(1, 1, *told.front_end.picture, device="meta"))
+        shapes.eval()(torch.empty(1, 1, *description.front_end.picture, device="meta"))
     except (ConfigError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{listing} cannot be used: its network does not fit: {reason}") from None
-    network = build(told.network, told.outputs)
+    network = build(description.network, description.outputs)
     checkpoint.load_weights(network, checkpoint.read_tensors(weights), weights)
-    made = Classifier(
-        id=told.id,
-        task=told.task,
-        classes=told.classes,
-        pipeline=told.front_end,
+    result = Classifier(
+        id=description.id,
+        task=description.task,
+        classes=description.classes,
+        pipeline=description.front_end,
         network=placed(network, device).eval().requires_grad_(False),
-        sha256=told.sha256,
+        sha256=description.sha256,
         document=document,
     )
-    if made.below_gate and not force:
-        raise CheckpointError(f"{path}: {made.below_gate}; train it longer or on more notes, or take it with `force`")
-    return made
+    if result.below_gate and not force:
+        raise CheckpointError(f"{path}: {result.below_gate}; train it longer or on more notes, or take it with `force`")
+    return result
 
 
 def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -> dict[Path, Path]:

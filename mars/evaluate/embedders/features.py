@@ -85,11 +85,11 @@ def embed(
     if not len(notes):
         raise ValueError(f"{embedder.id}: want at least one note, got none from {notes.source}")
     folder = None if cache is None else cache / f"{embedder.id}-{_digest([embedder.sha256, embedder.front_end])}"
-    found = {} if folder is None else _read(folder, set(notes.keys))
+    embeddings = {} if folder is None else _read(folder, set(notes.keys))
     missing: list[int] = []
     waiting: set[str] = set()
     for i, key in enumerate(notes.keys):  # a note that a set holds twice is computed once
-        if key not in found and key not in waiting:
+        if key not in embeddings and key not in waiting:
             missing.append(i)
             waiting.add(key)
     done = len(notes) - len(missing)
@@ -113,8 +113,8 @@ def embed(
         keys = [notes.keys[i] for i in part]
         if folder is not None:
             _write(folder, keys, tensors)
-        found |= _rows(keys, tensors)
-    rows = [found[key] for key in notes.keys]
+        embeddings |= _rows(keys, tensors)
+    rows = [embeddings[key] for key in notes.keys]
     logits = [row.logits for row in rows if row.logits is not None]
     return Embedding(torch.stack([row.frames for row in rows]), torch.stack(logits) if logits else None)
 
@@ -136,15 +136,15 @@ def _rows(keys: Sequence[str], tensors: checkpoint.Tensors) -> dict[str, Embeddi
     return {key: Embedding(tensors["frames"][i], None if logits is None else logits[i]) for i, key in enumerate(keys)}
 
 
-def _read(folder: Path, wanted: set[str]) -> dict[str, Embedding]:
-    """What the parts in `folder` have of the wanted notes."""
-    found: dict[str, Embedding] = {}
+def _read(folder: Path, requested: set[str]) -> dict[str, Embedding]:
+    """Embeddings of the requested notes, by key, as far as the parts in `folder` hold them."""
+    embeddings: dict[str, Embedding] = {}
     for part in sorted(folder.glob("part-*")):
         try:
             keys = checkpoint.read_json(part / "notes.json")
             if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
                 raise CheckpointError(f"{part / 'notes.json'} does not list notes")
-            if wanted.isdisjoint(keys):
+            if requested.isdisjoint(keys):
                 continue
             checkpoint.verify(part)
             tensors = checkpoint.read_tensors(part / "features.safetensors")
@@ -153,8 +153,8 @@ def _read(folder: Path, wanted: set[str]) -> dict[str, Embedding]:
         except CheckpointError as error:
             raise CheckpointError(f"{error}; remove {part}, and its features will be computed again") from None
         rows = _rows(keys, tensors)
-        found |= {key: rows[key] for key in wanted & rows.keys()}
-    return found
+        embeddings |= {key: rows[key] for key in requested & rows.keys()}
+    return embeddings
 
 
 def _write(folder: Path, keys: list[str], tensors: checkpoint.Tensors) -> None:

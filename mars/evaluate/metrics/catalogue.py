@@ -12,15 +12,15 @@ from mars.evaluate.report import Heading
 
 def measures() -> tuple[Measure, ...]:
     """All there are, in the order of their first metrics' places."""
-    modules = [import_module(f"{metrics.__name__}.{found.name}") for found in pkgutil.iter_modules(metrics.__path__)]
+    modules = [import_module(f"{metrics.__name__}.{info.name}") for info in pkgutil.iter_modules(metrics.__path__)]
     known = [measure for module in modules for measure in getattr(module, "MEASURES", ())]
     return tuple(sorted(known, key=lambda measure: measure.metrics[0].place))
 
 
 def table() -> dict[str, Metric]:
     """All metrics by name, in the order of tables."""
-    found = [metric for measure in measures() for metric in measure.metrics]
-    return {metric.name: metric for metric in sorted(found, key=lambda metric: metric.place)}
+    result = [metric for measure in measures() for metric in measure.metrics]
+    return {metric.name: metric for metric in sorted(result, key=lambda metric: metric.place)}
 
 
 def headings() -> dict[str, Heading]:

@@ -39,9 +39,9 @@ def _find(rows: Sequence[Row]) -> None:
     train = rows[0].train
     if train is None:
         return
-    found = mel.nearest(torch.cat([row.fake.log_mel for row in rows]), train.log_mel_blocks())
+    result = mel.nearest(torch.cat([row.fake.log_mel for row in rows]), train.log_mel_blocks())
     sizes = [len(row.fake) for row in rows]
-    columns = (x.split(sizes) for x in (found.index, found.errors.mse, found.errors.mae))
+    columns = (x.split(sizes) for x in (result.index, result.errors.mse, result.errors.mae))
     for row, index, mse, mae in zip(rows, *columns, strict=True):
         row.prepared["copy_ratio"] = Nearest(index, mel.MelErrors(mse, mae))
 

@@ -168,15 +168,15 @@ def _clips(name: str, real: Tensor, fake: Tensor, minimum: int) -> tuple[Tensor,
 
 
 def _fad(row: Row) -> dict[str, Figure]:
-    found = fad(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
-    details = {"frames_real": found.frames_real, "frames_fake": found.frames_fake}
-    return {"fad": figure(found.estimate, {}, details)}
+    result = fad(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
+    details = {"frames_real": result.frames_real, "frames_fake": result.frames_fake}
+    return {"fad": figure(result.estimate, {}, details)}
 
 
 def _fad_infinity(row: Row) -> dict[str, Figure]:
-    found = fad_infinity(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
-    details = {"slope": found.slope, "notes": list(found.notes), "distances": list(found.distances)}
-    return {"fad_infinity": Figure(value=found.value, details=details)}
+    result = fad_infinity(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
+    details = {"slope": result.slope, "notes": list(result.notes), "distances": list(result.distances)}
+    return {"fad_infinity": Figure(value=result.value, details=details)}
 
 
 def _fad_classifier(row: Row) -> dict[str, Figure]:

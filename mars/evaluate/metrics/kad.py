@@ -68,8 +68,8 @@ def median_distance(clips: Tensor, *, seed: int = SEED) -> float:
 
 
 def _kad(name: str, role: Role, row: Row) -> dict[str, Figure]:
-    found = kad(row.real.frames(role), row.fake.frames(role), seed=row.conditions.seed)
-    return {name: figure(found.estimate, {"kernel": "Gaussian", "times": SCALE}, {"bandwidth": found.bandwidth})}
+    result = kad(row.real.frames(role), row.fake.frames(role), seed=row.conditions.seed)
+    return {name: figure(result.estimate, {"kernel": "Gaussian", "times": SCALE}, {"bandwidth": result.bandwidth})}
 
 
 MEASURES = (

@@ -123,24 +123,24 @@ def _kid(name: str, role: Role, row: Row) -> dict[str, Figure]:
     real, fake = (side.frames(role)[:, 0] for side in (row.real, row.fake))
     # A subset of all notes would always be the same one.
     size = _SUBSET if min(len(real), len(fake)) > _SUBSET else min(len(real), len(fake)) // 2
-    found = kid(real, fake, subset_size=size, seed=row.conditions.seed)
+    result = kid(real, fake, subset_size=size, seed=row.conditions.seed)
     details = {
-        "subsets_mean": found.mean, "subsets_std": found.std,
-        "subsets": found.subsets, "subset_size": found.subset_size,
+        "subsets_mean": result.mean, "subsets_std": result.std,
+        "subsets": result.subsets, "subset_size": result.subset_size,
     }  # fmt: skip
-    return {name: figure(found.full, {"kernel": "(<x, y> / d + 1)^3", "of": ALL_NOTES}, details)}
+    return {name: figure(result.full, {"kernel": "(<x, y> / d + 1)^3", "of": ALL_NOTES}, details)}
 
 
 def _kid_vinay2022(name: str, role: Role, row: Row) -> dict[str, Figure]:
     if len(row.real) != len(row.fake):  # before minutes of listening
         raise DataError(f"want as many notes to evaluate as real ones, got {len(row.fake)} and {len(row.real)}")
     seed = row.conditions.seed
-    found = kid_vinay2022(*(_training_logits(side, role, seed, i) for i, side in enumerate((row.real, row.fake))))
+    result = kid_vinay2022(*(_training_logits(side, role, seed, i) for i, side in enumerate((row.real, row.fake))))
     params = {
         "kernel": "16 / (16 + |x - y|^2), with diagonal", "network": "in training mode",
         "label_order": row.conditions.label_order,
     }  # fmt: skip
-    return {name: Figure(value=found.mean, params=params, details={"std": found.std, "blocks": found.blocks})}
+    return {name: Figure(value=result.mean, params=params, details={"std": result.std, "blocks": result.blocks})}
 
 
 def _training_logits(notes: NoteFeatures, role: Role, seed: int, key: int) -> Tensor:

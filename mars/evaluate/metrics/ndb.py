@@ -165,13 +165,13 @@ def _kmeans(samples: Tensor, k: int, *, starts: int, seed: int) -> tuple[Tensor,
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("error", ConvergenceWarning)
         try:
-            found = KMeans(k, n_init=starts, max_iter=100, random_state=seed).fit(samples.numpy())
+            fit = KMeans(k, n_init=starts, max_iter=100, random_state=seed).fit(samples.numpy())
         except ConvergenceWarning:
             distinct = len(np.unique(samples.numpy(), axis=0))
             raise DataError(
                 f"NDB: want at least {k} different reference notes, got {distinct}; use more, or fewer bins"
             ) from None
-    return torch.from_numpy(found.cluster_centers_), torch.from_numpy(found.labels_).long()
+    return torch.from_numpy(fit.cluster_centers_), torch.from_numpy(fit.labels_).long()
 
 
 def _principal(samples: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor] | Tensor, float]:
@@ -225,18 +225,18 @@ def _ndb(row: Row) -> dict[str, Figure]:
     if len(reference) < k:
         raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer `bins`")
     bins = _bins(row)
-    found = different_bins(bins, row.fake.log_mel.flatten(1))
+    result = different_bins(bins, row.fake.log_mel.flatten(1))
     details = {
-        "std": found.ratio_std, "clusterings": list(found.ratios),
-        "jensen_shannon": found.divergence, "jensen_shannon_std": found.divergence_std, "explained": bins.explained,
+        "std": result.ratio_std, "clusterings": list(result.ratios),
+        "jensen_shannon": result.divergence, "jensen_shannon_std": result.divergence_std, "explained": bins.explained,
     }  # fmt: skip
     if row.train is not None:
         details["floor"] = different_bins(bins, row.real.log_mel.flatten(1)).ratio  # of the real notes
     params = {
-        "k": found.bins, "alpha": ALPHA, "runs": len(found.ratios), "features": bins.centres.shape[2],
-        "reference": "real" if row.train is None else "train", "n_reference": found.reference,
+        "k": result.bins, "alpha": ALPHA, "runs": len(result.ratios), "features": bins.centres.shape[2],
+        "reference": "real" if row.train is None else "train", "n_reference": result.reference,
     }  # fmt: skip
-    return {"ndb_k": Figure(value=found.ratio, params=params, details=details)}
+    return {"ndb_k": Figure(value=result.ratio, params=params, details=details)}
 
 
 MEASURES = (

@@ -64,11 +64,11 @@ def _squared_radii(samples: Tensor, k: int) -> Tensor:
 
 def _prdc(row: Row) -> dict[str, Figure]:
     real, fake = (side.frames("instrument")[:, 0] for side in (row.real, row.fake))
-    found = prdc(real, fake, seed=row.conditions.seed)
+    result = prdc(real, fake, seed=row.conditions.seed)
     values = {
-        "precision": found.precision, "recall": found.recall, "density": found.density, "coverage": found.coverage,
+        "precision": result.precision, "recall": result.recall, "density": result.density, "coverage": result.coverage,
     }  # fmt: skip
-    return {name: figure(value, {"neighbours": found.k}) for name, value in values.items()}
+    return {name: figure(value, {"neighbours": result.k}) for name, value in values.items()}
 
 
 MEASURES = (
