@@ -1,4 +1,4 @@
-"""What a command line says of values: how times, sizes and runs are written, and which option an argument is.
+"""The grammar of option values (times, sizes, runs), and the option that each Python argument has.
 
 The library takes typed values, and its messages name an argument, or a command that helps, in backquotes; `in_options`
 puts what a user of the command would type in their place.
@@ -26,7 +26,7 @@ _NAMED = re.compile("`([a-z][a-z_ -]*)`")
 
 
 def in_options(text: str) -> str:
-    """A text of the library with the options of the running command in place of the arguments that it names."""
+    """Replace the Python arguments that a text of the library names by the options of the running command."""
     context = click.get_current_context(silent=True)
     if context is None:
         return text
@@ -35,7 +35,7 @@ def in_options(text: str) -> str:
 
 
 def seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """The seconds of a time such as 90s, 40m or 2h, or of a plain number of seconds."""
+    """Parse the seconds of a time such as 90s, 40m or 2h, or of a plain number of seconds."""
     if value is None:
         return None
     units = {"s": 1, "m": 60, "h": 3600}
@@ -50,7 +50,7 @@ def seconds(_: click.Context, __: click.Parameter, value: str | None) -> float |
 
 
 def size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """The bytes of a size such as 32GB (10^9 each) or 24GiB (2^30)."""
+    """Parse the bytes of a size such as 32GB (10^9 each) or 24GiB (2^30)."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d*)?) ?([MGT])(i?)B", value)
@@ -61,5 +61,5 @@ def size(_: click.Context, __: click.Parameter, value: str | None) -> int | None
 
 
 def resume(_: click.Context, __: click.Parameter, value: str) -> str | Path:
-    """One of the words auto and never, or else the path of a run."""
+    """Parse the words auto and never, or else the path of a run."""
     return value if value in ("auto", "never") else Path(value)

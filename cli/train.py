@@ -69,14 +69,14 @@ OPTIONS = (
 
 
 def training_options(function: F) -> F:
-    """The options that both stages share."""
+    """Return the options that both stages share."""
     for option in reversed(OPTIONS):
         function = option(function)
     return function
 
 
 def planned(stage: StageName, options: dict[str, Any]) -> bool:
-    """Print the plan if it is asked for; takes its options out of `options`."""
+    """Print the plan if `--plan` was given, and return whether it was; its options are removed from `options`."""
     show_plan, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
     if not show_plan:
         if memory is not None or as_json:
@@ -115,7 +115,7 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
 
 
 def _following(stage: StageName, run: Path, data: Path | None) -> str:
-    """The command that goes on with what was trained: whole, to be copied."""
+    """Return the complete command to run after this training, to be copied."""
     if stage == "var":
         return shlex.join(["mars-generate", "-n", "64", "--model", str(run)])
     notes = [] if data is None else ["--data", str(data)]

@@ -1,4 +1,4 @@
-"""Arguments of the Python interface: what is taken for a number or a tensor, and one error for what is not."""
+"""Checks of the arguments of the Python interface: numbers and tensors, with one kind of error for others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array: TypeAlias = "Tensor | npt.NDArray[Any]"
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number, of Python or NumPy.
+    """Return a whole number of Python or NumPy as an `int`.
 
     Raises:
         ConfigError: it is not one from `least` to `most`.
@@ -34,7 +34,7 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """A number, of Python or NumPy; NaN and infinity are some.
+    """Return a number of Python or NumPy as a `float`; NaN and infinity are allowed.
 
     Raises:
         ConfigError: it is not one.
@@ -48,7 +48,7 @@ def number(name: str, value: Any) -> float:
 
 
 def tensor(name: str, x: Array, expected: str) -> Tensor:
-    """A tensor, or a NumPy array as one: its own copy, whatever its byte order and strides.
+    """Return a tensor, or a NumPy array as a tensor: a copy, whatever its byte order and strides.
 
     Raises:
         ConfigError: it is something else, or of a dtype that PyTorch does not have; `expected` is in the message.

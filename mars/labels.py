@@ -62,19 +62,19 @@ class Label:
         return not self.words and not self.levels
 
     def values(self, words: Words) -> Sequence[Any]:
-        """What the numbers 0, 1, … of a column stand for."""
+        """Return the values that the numbers 0, 1, … of a column stand for."""
         return words.get(self.name) or self.words or (range(128) if self.levels else ())
 
     def classes(self, words: Words) -> Sequence[Any]:
-        """The values that a model tells apart; its class for the unknown follows them."""
+        """Return the values that a model tells apart; its class for the unknown follows them."""
         return self.levels or self.values(words)
 
     def nearest(self, value: Any) -> Any:
-        """The value that a model takes it for."""
+        """Return the value nearest to `value` among those that a model tells apart."""
         return min(self.levels, key=lambda v: abs(v - value)) if self.levels else value
 
     def read(self, cell: str) -> str | int:
-        """The number that a cell of a CSV means, or the word of an open label. Raises `ValueError`."""
+        """Return the number that a cell of a CSV means, or the word of an open label. Raises `ValueError`."""
         if self.open:
             if not one_line(cell):
                 raise ValueError(f"{self.name} {cell!r} has characters that cannot be printed; rename it")
@@ -88,7 +88,7 @@ class Label:
         return int(cell)
 
     def listed(self, value: Any) -> Any:
-        """The value in a listing of notes, None where it is none of the label's. Raises `ValueError` for nonsense."""
+        """Parse a value in a listing of notes; None: it is none of the label's. Raises `ValueError` if malformed."""
         if value is None:
             return None
         if self.levels and not (type(value) is int and 0 <= value < 128):
@@ -114,7 +114,7 @@ _NAME = re.compile(rf"({'|'.join(FAMILIES)})_({'|'.join(SOURCES)})_(\d{{3}})-(\d
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What is known of a note besides its sound, as a dataset keeps it; `UNKNOWN` where nobody said."""
+    """The labels of a note as a dataset stores them, numbers or words; `UNKNOWN` for one that is not known."""
 
     instrument: str
     family: int = UNKNOWN
@@ -134,7 +134,7 @@ class Labels:
 
 
 def labels_of(name: str) -> Labels | None:
-    """The labels that an NSynth name like `bass_electronic_018-060-075` states; None for any other name."""
+    """Parse the labels in an NSynth name like `bass_electronic_018-060-075`; None for any other name."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -147,7 +147,7 @@ def labels_of(name: str) -> Labels | None:
 
 
 def labels_in(entry: Mapping[str, Any]) -> Labels:
-    """The labels in an entry of NSynth's examples.json. Raises `BadFileError`."""
+    """Read the labels in an entry of NSynth's examples.json. Raises `BadFileError`."""
     values: dict[str, Any] = {}
     for name, label in LABELS.items():
         if label.entry is None:
@@ -166,26 +166,26 @@ def labels_in(entry: Mapping[str, Any]) -> Labels:
 
 
 def described(condition: Condition) -> str:
-    """A condition in words: "acoustic brass, pitch 60, velocity 100"; empty where nothing is known."""
+    """Describe a condition in words: "acoustic brass, pitch 60, velocity 100"; empty where nothing is known."""
     kind = " ".join(condition[name] for name in ("source", "family") if condition.get(name) is not None)
     others = (f"{k} {v}" for k, v in condition.items() if v is not None and k not in ("source", "family"))
     return ", ".join(filter(None, (kind, *others)))
 
 
 def vocabularies(attributes: Iterable[str], columns: Columns, words: Words) -> dict[str, list[str]]:
-    """The words that a model with these conditions learns, of those of the dataset: what the training notes have."""
+    """Return for each open condition the dataset's words that occur in the training notes: what a model learns."""
     return {
         name: [words[name][i] for i in np.unique(columns[name]) if i != UNKNOWN] for name in attributes if name in words
     }
 
 
 def sizes(attributes: Iterable[str], words: Words) -> dict[str, int]:
-    """How many classes each condition of a model with these words has, without that of the unknown."""
+    """Return how many classes each condition of a model with these words has, without that of the unknown."""
     return {name: len(LABELS[name].classes(words)) for name in attributes}
 
 
 def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str], words: Words | None = None) -> Tensor:
-    """int64 (B, attributes): the class of each attribute, for a model with these words."""
+    """Return int64 (B, attributes): the class of each attribute, for a model with these words."""
     places = {name: _places(name, words or {}) for name in attributes}
     rows = [[places[name][c[name]] for name in attributes] for c in conditions]
     import torch
@@ -194,7 +194,7 @@ def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str], wo
 
 
 def column_ids(columns: Columns, attributes: Sequence[str], of: Words, words: Words) -> Tensor:
-    """int64 (N, attributes): the class of each attribute of the notes of a dataset.
+    """Return int64 (N, attributes): the class of each attribute of the notes of a dataset.
 
     What the model has no word for is unknown to it.
 
@@ -213,12 +213,12 @@ def column_ids(columns: Columns, attributes: Sequence[str], of: Words, words: Wo
 
 
 def _places(name: str, words: Words) -> dict[Any, int]:
-    """The class of each value, and of None."""
+    """Return the class of each value of a label, and of None."""
     return {value: i for i, value in enumerate((*LABELS[name].classes(words), None))}
 
 
 def entries(columns: Columns, attributes: Iterable[str], words: Words) -> list[dict[str, Any]]:
-    """What training notes hold, for each family and source and, where they are conditions, each value of open labels.
+    """Summarise training notes for each family and source and, where they are conditions, each value of open labels.
 
     count; pitch: the 5th and 95th percentile; pitch_range: the lowest and the highest; velocity: the levels. Unknown
     pitches are -1.
@@ -273,7 +273,7 @@ class Ranges:
         return *CLOSED, *self.opened
 
     def takes(self, name: str, value: Any) -> bool:
-        """Whether the model has the condition and was trained on some: of a family or source, on this one."""
+        """Return whether the model has this condition and was trained on it; of a family or source: on this value."""
         if name not in self.attributes:
             return False
         if not self.notes:
@@ -283,7 +283,7 @@ class Ranges:
         return value is not None and any(entry.get(name) == value for entry in self.notes)
 
     def untrained(self, condition: Condition) -> str | None:
-        """The first label of a condition that no training note had together with those before it; None if all had.
+        """Return the first label of a condition that no training note had together with those before it, or None.
 
         None too if the lowest and highest pitch are not known.
         """
@@ -302,7 +302,7 @@ class Ranges:
         instrument: str | None = None,
         allow_untrained: bool = False,
     ) -> Condition:
-        """What a caller wants, checked, as `choose` takes it: the pitch as (lowest, highest), the velocity as a level.
+        """Check requested labels, and return them as `choose` takes them: pitch (lowest, highest), velocity a level.
 
         allow_untrained: take a pitch or a velocity that was out of the range of the training notes, and labels that
             occurred in them, but never together.
@@ -330,7 +330,7 @@ class Ranges:
         return condition
 
     def accepted(self, condition: Condition, *, allow_untrained: bool = False) -> Condition:
-        """A condition as a note of this model has it: all of `names`, None where it says nothing.
+        """Return a condition as a note of this model has it: all of `names`, None where it says nothing.
 
         Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
 
@@ -351,7 +351,7 @@ class Ranges:
             raise ConfigError(f"{condition}: {error}") from None
 
     def choose(self, requested: Condition, generator: torch.Generator) -> Condition:
-        """The condition of one note; draws as many numbers whatever is asked: three, and one more with open labels.
+        """Draw the condition of one note; always takes three random numbers, and a fourth with open labels.
 
         What is left open is one of the families, the source most common in it, any of their instruments where that is
         a condition, one of its usual pitches and any of its velocities, among the notes that hold what is asked for if
@@ -385,7 +385,7 @@ class Ranges:
         return {name: value if name in self.attributes else None for name, value in chosen.items()}
 
     def _one_of(self, matching: Sequence[Entry], uniform: float) -> Entry | None:
-        """Of the entries of a family one with the source most common in it; several have one where labels are open."""
+        """Return one of a family's entries with its most common source; with open labels several have that source."""
         counts: dict[str | None, int] = {}
         for entry in matching:
             counts[entry["source"]] = counts.get(entry["source"], 0) + entry["count"]
@@ -404,7 +404,7 @@ class Ranges:
             raise ConfigError(f"{name} {value}: the model was trained on none; it knows {others or 'no other'}")
 
     def _narrowed(self, requested: Condition) -> tuple[Sequence[Entry], str | None]:
-        """The training notes that hold as much as can be of what is asked for, and the first label that none has."""
+        """Return the training notes that match as many requested labels as can be, and the first that none has."""
         matching, missing = self.notes, None
         for name in ("family", "source", *self.opened, "pitch", "velocity"):
             if requested[name] is not None:
@@ -432,7 +432,7 @@ class Ranges:
 
 
 def _values(entry: Entry, name: str) -> Sequence[Any]:
-    """What the notes of an entry have as `name`, as far as it is known."""
+    """Return the known values of label `name` of the notes of an entry."""
     if name == "pitch":
         return _span(*entry.get("pitch_range", entry["pitch"]))
     if name == "velocity":
@@ -441,13 +441,13 @@ def _values(entry: Entry, name: str) -> Sequence[Any]:
 
 
 def _holds(entry: Entry, name: str, value: Any) -> bool:
-    """Whether the notes of an entry have this label; of pitches (lowest, highest) any of these."""
+    """Return whether notes of an entry have this value of label `name`; of a range of pitches, any of it."""
     values = _values(entry, name)
     return bool(_overlap(values, value)) if name == "pitch" else value in values
 
 
 def _span(low: int, high: int) -> range:
-    """All from low to high; none where they are not known (-1)."""
+    """Return all from low to high; none where they are not known (-1)."""
     return range(low, high + 1) if low >= 0 else range(0)
 
 
@@ -456,7 +456,7 @@ def _overlap(pitches: Sequence[int], limits: tuple[int, int]) -> range:
 
 
 def _limits(pitch: int | tuple[int, int]) -> tuple[int, int]:
-    """(lowest, highest) of a pitch or of a range of them."""
+    """Return (lowest, highest) of a pitch or of a range of them."""
     if isinstance(pitch, tuple | list):
         if len(pitch) == 2 and _midi("pitch", pitch[0]) <= _midi("pitch", pitch[1]):
             return _midi("pitch", pitch[0]), _midi("pitch", pitch[1])
@@ -470,16 +470,16 @@ def _midi(name: str, value: Any) -> int:
 
 
 def level(velocity: int) -> int:
-    """The velocity that a model takes it for."""
+    """Return the velocity of VELOCITIES that is nearest."""
     return int(LABELS["velocity"].nearest(velocity))
 
 
 def some(words: Sequence[Any]) -> str:
-    """Words for a message, which says how many it leaves out."""
+    """List values for a message, the first few and how many more there are."""
     more = f" and {len(words) - _LISTED:,} more" if len(words) > _LISTED else ""
     return ", ".join(map(str, words[:_LISTED])) + more
 
 
 def _pick(items: Sequence[Any], uniform: float) -> Any:
-    """The item at `uniform` in [0, 1)."""
+    """Return the item at `uniform` in [0, 1)."""
     return items[min(int(uniform * len(items)), len(items) - 1)]

@@ -102,12 +102,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.tokenizer.mask.device
 
     @property
     def record(self) -> dict[str, Any]:
-        """What decides its notes beside the settings, for a listing of them."""
+        """What decides generated notes besides the settings: hash of the weights, versions, device, threads."""
         return {
             "mars": mars.__version__,
             "model_hash": self.hash,
@@ -118,25 +118,25 @@ class Model:
 
     @property
     def transformer(self) -> VAR:
-        """The second stage; raises `CheckpointError` where there is none."""
+        """The VAR. Raises `CheckpointError` if the model has none."""
         if self.var is None:
             raise CheckpointError("the model is a tokenizer only; train the second stage on it: `mars-train var`")
         return self.var
 
     @property
     def ranges(self) -> Ranges:
-        """What it can be asked for; raises `CheckpointError` where there is no second stage."""
+        """The labels that can be requested. Raises `CheckpointError` if the model has no VAR."""
         return Ranges(self.transformer.config.condition, self.notes, self.words)
 
     @torch.inference_mode()
     def encode(self, waveform: Array) -> Tensor:
-        """Tokens int64 (B, L) of waveforms (B, samples) in [-1, 1] at `config.audio.sample_rate`.
+        """Encode to tokens int64 (B, L) the waveforms (B, samples) in [-1, 1] at `config.audio.sample_rate`.
 
-        A NumPy array will do. Notes of another length are for the caller to cut, or to pad with zeros.
+        A NumPy array is accepted. Notes of another length must first be cut, or padded with zeros, by the caller.
 
         Raises:
             ConfigError: another shape, integers, NaN or infinity.
-            CheckpointError: the tokenizer's weights were made something else than float32.
+            CheckpointError: the tokenizer's weights are not float32 any more.
         """
         expected = f"waveforms (B, {self.config.audio.samples}), floating-point with full scale 1"
         x = tensor("encode", waveform, expected)
@@ -156,13 +156,13 @@ class Model:
 
     @torch.inference_mode()
     def decode(self, ids: Array, *, iterations: int = 32, seed: int | Sequence[torch.Generator] = 0) -> Tensor:
-        """Waveforms (B, samples) of tokens (B, L), a NumPy array or a tensor of integers.
+        """Decode tokens (B, L), a NumPy array or a tensor of integers, to waveforms (B, samples).
 
-        The phase is Griffin-Lim's, started at random from `seed`: a number, or a generator for each note.
+        Griffin-Lim finds the phases, from random ones of `seed`: a number, or a generator for each note.
 
         Raises:
             ConfigError: another shape, numbers that are no tokens, a setting out of range.
-            CheckpointError: the tokenizer's weights were made something else than float32.
+            CheckpointError: the tokenizer's weights are not float32 any more.
         """
         spectrograms = self.spectrogram(ids)
         iterations = integer("iterations", iterations, 0)
@@ -175,11 +175,11 @@ class Model:
 
     @torch.inference_mode()
     def spectrogram(self, ids: Array) -> Tensor:
-        """Spectrograms (B, bins, frames) in [-1, 1] of tokens (B, L), a NumPy array or a tensor of integers.
+        """Decode tokens (B, L), a NumPy array or a tensor of integers, to spectrograms (B, bins, frames) in [-1, 1].
 
         Raises:
             ConfigError: another shape, or numbers that are no tokens.
-            CheckpointError: the tokenizer's weights were made something else than float32.
+            CheckpointError: the tokenizer's weights are not float32 any more.
         """
         size, length = self.config.tokenizer.codebook_size, self.config.tokenizer.tokens
         expected = f"tokens (B, {length}), integers 0..{size - 1}"
@@ -196,20 +196,20 @@ class Model:
         return self._decoded(self.tokenizer.quantizer.latent(x.to(self.device)))
 
     def _decoded(self, latent: Tensor) -> Tensor:
-        """Spectrograms (B, bins, frames) in [-1, 1] of the latent maps (B, D, H, W) of tokens."""
+        """Decode the latent maps (B, D, H, W) of tokens to spectrograms (B, bins, frames) in [-1, 1]."""
         with autocast(self.device, CODING):
             x = self.tokenizer.reconstruct(latent).clamp(-1, 1)
         return audio.demultiplexed(x, self.config.audio)
 
     def check_weights(self) -> None:
-        """Raise `CheckpointError` if somebody has made the weights something else than float32."""
+        """Raise `CheckpointError` if the weights have been converted from float32."""
         for name, part in (("tokenizer", self.tokenizer), ("var", self.var)):
             dtype = next((p.dtype for p in part.parameters() if p.dtype != torch.float32), None) if part else None
             if dtype is not None:
                 raise CheckpointError(f"{name}: want weights in float32, got {dtype}; go back: model.{name}.float()")
 
     def generate(self, n: int, **settings: Unpack[Generation]) -> list[Note]:
-        """New notes, all at once; the settings are those of `iterate`, with the same defaults."""
+        """Generate notes and return them all; the settings are those of `iterate`, with the same defaults."""
         return list(self.iterate(n, **settings))
 
     def iterate(
@@ -234,7 +234,7 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
         timing: Timing | None = None,
     ) -> Iterator[Note]:
-        """Notes `start` to `start + n - 1` of `seed`, in order.
+        """Generate notes `start` to `start + n - 1` of `seed`, in order, as an iterator.
 
         What is not given of the labels is drawn for each note from what the model was trained on (`model.notes`): any
         of its families, the source most common in it, any of their instruments, one of its usual pitches, any of its
@@ -247,7 +247,7 @@ class Model:
             instrument: one of `model.words["instrument"]`.
             allow_untrained: take what is out of the range that the model was trained on; see
                 `mars.labels.Ranges.requested`.
-            conditions: n of them, what each note is to be, in place of the labels; see
+            conditions: n conditions, one for each note, instead of the labels; see
                 `mars.labels.Ranges.accepted`.
             cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
                 none, at half the cost. Without effect if the model has no condition.
@@ -296,7 +296,7 @@ class Model:
         indices = range(start, start + n)
 
         def sample_tile(first: int) -> list[_Decoded]:
-            """The tile of notes from `first`, whole even where fewer are wanted."""
+            """Sample the tile of notes from `first`, always a whole one, even if fewer are requested."""
             streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
             chosen = [ranges.choose(requested, s) for s in streams]
             conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
@@ -336,7 +336,7 @@ class Model:
                 yield from finished
 
         def finish(tile: list[_Decoded]) -> list[Note]:
-            """The same with waveforms."""
+            """Add the waveforms by Griffin-Lim to the notes of a tile."""
             spectrograms = torch.stack([d.spectrogram for d in tile])
             magnitudes = audio.magnitudes(spectrograms, self.config.audio)
             streams = [d.stream for d in tile]
@@ -366,7 +366,7 @@ class Model:
         instrument: str | None = None,
         allow_untrained: bool = False,
     ) -> list[Condition]:
-        """The conditions that `iterate` chooses with these arguments, to be known before the notes.
+        """Return the conditions that `iterate` draws with these arguments, without generating the notes.
 
         Raises:
             CheckpointError, ConfigError: see `iterate`.
@@ -402,7 +402,7 @@ class Model:
 
 @torch.inference_mode()
 def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> Tensor:
-    """Tokens int64 (B, L) of waveforms (B, samples) on the tokenizer's device, cut or padded to the front end's length.
+    """Encode waveforms (B, samples), cut or padded, on the tokenizer's device, to tokens int64 (B, L).
 
     This is what `Model.encode` computes, for a tokenizer without a model and waveforms that are known to be sound.
     """
@@ -411,7 +411,7 @@ def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> T
 
 
 def _rows(marked: Tensor) -> str:
-    """In which rows of (B, n) anything is marked, for a message."""
+    """List for a message the rows of (B, n) in which anything is marked."""
     rows = marked.any(dim=1).nonzero().flatten().tolist()
     return f"row {rows[0]}" + (f" and {len(rows) - 1} more" if rows[1:] else "")
 
@@ -421,7 +421,7 @@ def _state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _loaded(build: Callable[[], M], weights: Path, device: str | torch.device) -> M:
-    """The module with its weights, built only once a copy without memory has shown that these are its own."""
+    """Build the module with its weights, after a copy on the meta device has shown that they fit."""
     with torch.device("meta"):
         checkpoint.check_shapes(build(), weights)
     module = build()
@@ -466,7 +466,7 @@ def _ranges(path: Path, words: Words) -> list[dict[str, Any]]:
 
 
 def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
-    """The words of the open conditions, which `labels.json` holds; models without such conditions have none."""
+    """Read the words of the open conditions from `labels.json`; models without such conditions have none."""
     names = {name for name in attributes if LABELS[name].open}
     if not names:
         return {}
@@ -483,7 +483,7 @@ def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
 
 
 def locate(name: str | Path | None) -> Path:
-    """The model directory meant by a packaged name, a run folder or a model directory; None: the packaged default.
+    """Return the model directory of a packaged name, a run folder or a model directory; None: the packaged default.
 
     Raises:
         CheckpointError: there is no such model.
@@ -537,7 +537,7 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
 
 
 def _data(path: Path) -> dict[str, str]:
-    """The fingerprints in `data.json`, or of a model without it what the run that it is in says."""
+    """Read the datasets' fingerprints from `data.json`, or for a model without it from the run that holds it."""
     if (path / "data.json").is_file():
         document = checkpoint.read_json(path / "data.json")
         if isinstance(document, dict) and all(isinstance(value, str) for value in document.values()):
@@ -551,6 +551,6 @@ def _data(path: Path) -> dict[str, str]:
 
 
 def _synchronise(device: torch.device) -> None:
-    """Wait until the device has finished, for the sake of `Timing`."""
+    """Wait until the device has finished, so that `Timing` is right."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

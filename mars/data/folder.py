@@ -33,7 +33,7 @@ def pack_folder(
     allow_bad: float = ALLOW_BAD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Packs every audio file below `folder`, cut or padded to `seconds` at `sample_rate` Hz, at `out`.
+    """Pack every audio file below `folder`, cut or padded to `seconds` at `sample_rate` Hz, at `out`.
 
     Hidden files are left alone, links to folders are not followed. `hold_out`: see `mars.data.splits.hold_out`.
     Labels come from names like NSynth's (bass_electronic_018-060-075.wav), and from `csv` where it lists the
@@ -81,12 +81,12 @@ class FolderListing:
     ignored: Counter[str] = field(default_factory=Counter)  # other files: how many hidden ones, how many per suffix
 
     def why_none(self) -> str:
-        """What to say where there are no sound files."""
+        """Return the part of an error message that says why there are no sound files."""
         return "".join(f" ({name}: {reason})" for name, reason in list(self.refused.items())[:1])
 
 
 def find(folder: Path) -> FolderListing:
-    """The sound files below a folder. Raises `DataError` where the folder itself cannot be read."""
+    """List the sound files below a folder. Raises `DataError` where the folder itself cannot be read."""
     listing = FolderListing()
 
     def refuse(error: OSError) -> None:
@@ -122,7 +122,7 @@ def _labels(file: Path, folder: Path, row: dict[str, str | int]) -> Labels:
 
 
 def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
-    """The labels of each file that a CSV lists; empty cells are left out.
+    """Read the labels of each file that a CSV lists; empty cells are left out.
 
     Columns: file, and any of the labels (`mars.labels`).
     Raises `DataError` naming the line for whatever is wrong.

@@ -49,7 +49,7 @@ class _Stream:
 
 
 def streams(content: bytes) -> list[bytes]:
-    """The MP3 streams that a file joins, without tags, each beginning with a header that counts its frames.
+    """Return the MP3 streams that a file joins, without tags, each beginning with a header that counts its frames.
 
     Empty for what is no MPEG layer III. A header that claims more frames than there are is left as it is, so that the
     decoder finds the stream cut short.
@@ -92,7 +92,7 @@ def _header(content: bytes, at: int) -> _Header | None:
 
 
 def _next_frame(content: bytes, at: int, known: _Header | None) -> int | None:
-    """Where the next frame begins that another of its kind, the end or a tag follows; None where there is none."""
+    """Return the offset of the next frame that another of its kind, a tag or the end follows; None: there is none."""
     at = _after_tags(content, at)
     last = len(content) if known is not None else at + _PREAMBLE
     while (at := content.find(0xFF, at, last)) >= 0:
@@ -109,7 +109,7 @@ def _next_frame(content: bytes, at: int, known: _Header | None) -> int | None:
 
 
 def _after_tags(content: bytes, at: int) -> int:
-    """Past the ID3 and APE tags that begin at this place."""
+    """Return the offset after the ID3 and APE tags that begin at this one."""
     while True:
         if content.startswith(b"ID3", at) and len(content) >= at + 10:
             sizes = content[at + 6 : at + 10]
@@ -125,7 +125,7 @@ def _after_tags(content: bytes, at: int) -> int:
 
 
 def _counted(stream: _Stream) -> bytes:
-    """The frame that counts the others: the stream's own, put right, or a new one."""
+    """Return the stream's Xing frame, which counts the others: its own one corrected, or a new one."""
     header, count = stream.header, len(stream.frames)
     if stream.xing:
         frame, tag = bytearray(stream.xing), header.tag

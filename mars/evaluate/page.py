@@ -57,7 +57,7 @@ def write(path: Path, report: Report, pairs: Sequence[Pair]) -> None:
 
 
 def render(report: Report, pairs: Sequence[Pair]) -> str:
-    """The page as HTML; raises as `write` does."""
+    """Return the page as HTML; raises as `write` does."""
     title = f"Evaluation, {report.profile} profile, {report.mode}"
     known = headings(report)
     names = measured(rows(report).values(), known)
@@ -99,7 +99,7 @@ def _caution(report: Report) -> str:
 
 
 def _figures(report: Report, names: Sequence[str], known: Headings) -> str:
-    """All values, a row for each set, and why some are missing."""
+    """Return the HTML of all values, a row for each set, and why some are missing."""
     head = ["", *(f"{escape(known[name].label)} {arrow(known[name])}".rstrip() for name in names)]
     table = html.table(
         head,
@@ -140,7 +140,7 @@ def _chart(report: Report, name: str, known: Headings) -> str:
 
 
 def _notes(pairs: Sequence[Pair]) -> str:
-    """What there is to see and hear, as many of the pairs as fit."""
+    """Return the HTML of pictures and sounds, of as many pairs as fit."""
     room, shown = EMBEDDED, []
     for pair in pairs:
         media = {what: _media(waveform) for what, waveform in pair.sounds.items()}
@@ -165,7 +165,7 @@ def _notes(pairs: Sequence[Pair]) -> str:
 
 
 def _media(waveform: Tensor) -> tuple[bytes, bytes]:
-    """Picture (PNG) and sound (FLAC) of a waveform (samples,)."""
+    """Return the picture (PNG) and sound (FLAC) of a waveform (samples,)."""
     samples = audio.pcm(waveform)
     height, width = SIZE
     spectrogram = audio.spectrogram(waveform.detach().cpu(), FRONT_END)
@@ -174,7 +174,7 @@ def _media(waveform: Tensor) -> tuple[bytes, bytes]:
 
 
 def _computed(report: Report, name: str, headings: Headings) -> str:
-    """All that is known of a metric, for every set that has it; folded away."""
+    """Return the HTML of all details of a metric, for every set that has it; folded away."""
     computed = {row: m for row, metrics in rows(report).items() if (m := metrics.get(name)) and m.value is not None}
     known = {
         row: html.flat({key: value for key, value in asdict(metric).items() if value not in (None, "", {})})
@@ -189,7 +189,7 @@ def _computed(report: Report, name: str, headings: Headings) -> str:
 
 
 def _provenance(report: Report) -> str:
-    """The sets, the networks and the making of the evaluated notes."""
+    """Return the HTML that says which sets and networks were used, and how the evaluated notes were made."""
     sets = html.table(
         ["", "source", "notes", "padded", "cut", "clipped", "refused", "fingerprint"],
         [
@@ -220,7 +220,7 @@ def _provenance(report: Report) -> str:
 
 
 def _refused(name: str, sounds: Sounds) -> str:
-    """The files of a set that were left out; folded away."""
+    """Return the HTML of the files of a set that were left out; folded away."""
     files = "".join(f"<li>{escape(file)}: {escape(reason)}</li>" for file, reason in sounds.refused[:LISTED])
     more = f"<p>And {len(sounds.refused) - LISTED:,} more.</p>" if len(sounds.refused) > LISTED else ""
     return f"<details><summary>Files left out of {escape(name)}</summary><ul>{files}</ul>{more}</details>"

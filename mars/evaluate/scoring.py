@@ -184,7 +184,7 @@ def evaluate(
 
 
 def _score(row: Row, settings: Settings, networks: Mapping[Role, Embedder | str]) -> dict[str, Figure]:
-    """The settings' metrics of a row; of the evaluated notes' row, those that the settings name must be there."""
+    """Compute a row's metrics; in the row of the evaluated notes those that the settings name must be available."""
     results: dict[str, Figure] = {}
     for measure in settings.measures:
         names = [name for name in measure.names if name in settings.wanted]
@@ -212,18 +212,18 @@ def _score(row: Row, settings: Settings, networks: Mapping[Role, Embedder | str]
 
 
 def _roles(settings: Settings, embedders: Embedders) -> dict[Role, Embedder | str]:
-    """The network of each role with these settings."""
+    """Return the network of each role with these settings."""
     return {role: embedders[_swapped(role) if settings.as_published else role] for role in ROLES}
 
 
 def _swapped(role: Role) -> Role:
-    """The role whose network stands in for this one's in the published constants."""
+    """Return the role whose network stands in for this one's in the published constants."""
     swapped: dict[Role, Role] = {"pitch": "instrument", "instrument": "pitch"}
     return swapped.get(role, role)
 
 
 def _shown(rows: Sequence[Row]) -> list[tuple[str, dict[str, Tensor]]]:
-    """Notes with low, middling and high errors beside their originals, or the real notes nearest to them."""
+    """Return notes with low, middling and high errors beside their originals, or the real notes nearest to them."""
     row = rows[0]
     order = row.errors.errors.mse.argsort()
     places = torch.linspace(0, len(order) - 1, min(SHOWN, len(order)), dtype=torch.float64).round().long()

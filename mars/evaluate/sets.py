@@ -38,7 +38,7 @@ STREAM = 5  # tells the random order from other streams with the same seed
 
 @dataclass(frozen=True)
 class Record:
-    """What opening a set found: the names of notes that it changed, and what it left out."""
+    """What opening a set gave: the names of notes that it changed, and what it left out."""
 
     padded: frozenset[str] = frozenset()  # shorter than 64,000 samples
     cut: frozenset[str] = frozenset()  # longer
@@ -74,7 +74,7 @@ class NoteSet:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def waveforms(self, rows: Sequence[int] | npt.NDArray[np.int64] | None = None) -> Tensor:
-        """Waveforms (B, 64000), float32 in [-1, 1], of the notes at these places (None: all).
+        """Return waveforms (B, 64000), float32 in [-1, 1], of the notes at these indices (None: all).
 
         Raises:
             DataError: a file has changed or gone since the set was opened.
@@ -82,7 +82,7 @@ class NoteSet:
         return self._read(range(len(self)) if rows is None else [int(row) for row in rows])
 
     def subset(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> NoteSet:
-        """The notes at these places, in this order."""
+        """Return the notes at these indices, in this order."""
         places = [int(row) for row in rows]
         names = tuple(self.names[i] for i in places)
         record, kept = self.record, frozenset(names)
@@ -97,7 +97,7 @@ class NoteSet:
         )
 
     def mapped(self, name: str, transform: Callable[[Tensor, Sequence[str]], Tensor]) -> NoteSet:
-        """The same notes with other sounds, computed whenever they are read.
+        """Return the same notes with other sounds, computed whenever they are read.
 
         Args:
             name: of the transform with its parameters; the sounds' keys begin with it.
@@ -112,13 +112,13 @@ class NoteSet:
         return replace(self, source=f"{self.source}, {name}", keys=keys, _read=read)
 
     def shuffled(self, seed: int) -> NoteSet:
-        """The notes in an order that depends on the seed and on what is in the set, not on its own order."""
+        """Return the notes in an order that depends on the seed and on what is in the set, not on its own order."""
         rows = sorted(range(len(self)), key=lambda i: (self.keys[i], self.names[i]))
         order = torch.randperm(len(rows), generator=stream(seed, STREAM)).tolist()
         return self.subset([rows[i] for i in order])
 
     def by_id(self) -> dict[str, int]:
-        """The place of each id.
+        """Return the index of each id.
 
         Raises:
             DataError: an id occurs twice.
@@ -135,13 +135,13 @@ class NoteSet:
 
 
 def stem(name: str) -> str:
-    """A note's name without folders and suffix."""
+    """Return a note's name without folders and suffix."""
     file = name.rsplit("/", 1)[-1]
     return file.rsplit(".", 1)[0] if file.lower().endswith(SUFFIXES) else file
 
 
 def note_id(name: str) -> str:
-    """What a note's name says which note it is.
+    """Return the id in a note's name, by which notes of two sets are paired.
 
     An NSynth name is the id itself. Otherwise the number that the name starts with, or the only number in it, without
     leading zeros; otherwise the name. Folders and suffixes do not count.
@@ -162,7 +162,7 @@ def open_notes(
     allow_bad: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> NoteSet:
-    """The notes of a folder of audio files, of one split of a packed dataset, or of the built-in notes (None).
+    """Open the notes of a folder of audio files, of one split of a packed dataset, or of the built-in notes (None).
 
     A folder is read with its sub-folders. Labels come from NSynth names, or from the `notes.json` that mars-generate
     writes. A file is refused that cannot be read, is not mono at 16 kHz, lasts under 0.1 s, is silent or holds NaN,
@@ -179,7 +179,7 @@ def open_notes(
 
 
 def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
-    """Both sets in the order of their ids, note for note.
+    """Pair up two sets: both in the order of their ids, note for note.
 
     The partner of a file that was refused is left out too, and listed with the reason.
 
@@ -203,7 +203,7 @@ def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
 
 
 def can_pair(real: NoteSet, fake: NoteSet) -> bool:
-    """Whether `pair` finds a partner for every note."""
+    """Return whether `pair` finds a partner for every note."""
     try:
         pair(real, fake)
     except DataError:
@@ -212,7 +212,7 @@ def can_pair(real: NoteSet, fake: NoteSet) -> bool:
 
 
 def _without_partners(notes: NoteSet, others: NoteSet) -> NoteSet:
-    """The notes but for those whose partner among the others was refused."""
+    """Return the notes but for those whose partner among the others was refused."""
     refused = {note_id(name) for name, _ in others.record.refused} - set(others.ids)
     alone = [i for i, key in enumerate(notes.ids) if key in refused]
     paired = notes.subset([i for i, key in enumerate(notes.ids) if key not in refused])
@@ -323,7 +323,7 @@ def _check(path: Path) -> _File:
 
 
 def _content(path: Path) -> bytes:
-    """A file of sound. Raises `OSError`, among others where it is none or over `LARGEST` bytes."""
+    """Read a sound file. Raises `OSError`, also where it is no regular file or over `LARGEST` bytes."""
     with opened(path) as file:
         content = file.read(min(os.fstat(file.fileno()).st_size, LARGEST) + 1)
     if len(content) > LARGEST:
@@ -332,7 +332,7 @@ def _content(path: Path) -> bytes:
 
 
 def _decode(content: bytes) -> tuple[Audio, int]:
-    """(64000,) of a file, and the frames that it has, as far as 64,001. Raises `BadFileError`."""
+    """Decode a file to (64000,), and count its frames, up to 64,001. Raises `BadFileError`."""
     recording = record(content, SAMPLES / SAMPLE_RATE)
     if (recording.rate, recording.channels) != (SAMPLE_RATE, 1):
         raise BadFileError(
@@ -343,7 +343,7 @@ def _decode(content: bytes) -> tuple[Audio, int]:
 
 
 def _again(path: Path, known: _File) -> Audio:
-    """A file that was checked before, (64000,) in [-1, 1]."""
+    """Decode a file that was checked before to (64000,) in [-1, 1]."""
     try:
         content = _content(path)
     except OSError as error:
@@ -354,7 +354,7 @@ def _again(path: Path, known: _File) -> Audio:
 
 
 def _conditions(path: Path) -> dict[str, Condition]:
-    """The labels that `notes.json` says each file was to have; empty where there is none."""
+    """Return the labels that `notes.json` says each file was to have; empty where there is none."""
     listing = path / "notes.json"
     if not listing.exists():
         return {}
@@ -374,7 +374,7 @@ def _conditions(path: Path) -> dict[str, Condition]:
 
 
 def _labels(name: str, conditions: dict[str, Condition]) -> Condition:
-    """What is known of a note: asked for, or in its name."""
+    """Return the labels that are known of a note: those it was generated for, or those in its name."""
     if name in conditions:
         return conditions[name]
     labels = labels_of(stem(name))

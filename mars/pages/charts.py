@@ -31,7 +31,7 @@ Points = Sequence[tuple[int, float | None]]
 
 @dataclass(frozen=True)
 class Curve:
-    """Values by step; None where there is none."""
+    """A curve: values by step, None where a step has none."""
 
     label: str
     points: Points
@@ -61,7 +61,7 @@ class Bucket:
 
 
 def buckets(points: Points, count: int = BUCKETS) -> list[Bucket]:
-    """The points in at most `count` groups of neighbours."""
+    """Gather the points into at most `count` buckets of neighbours."""
     size = max(-(-len(points) // count), 1)
     result = []
     for start in range(0, len(points), size):
@@ -93,7 +93,7 @@ class Axis:
         return math.log10(value) if self.log else value
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round values within, about `count`."""
+        """Return about `count` round values within low..high."""
         low, high = self._position(self.low), self._position(self.high)
         if self.log:
             every = max(math.ceil((high - low) / count), 1)
@@ -110,7 +110,7 @@ class Axis:
 
 
 def line_chart(title: str, unit: str, curves: Sequence[Curve], *, log: bool = True) -> str:
-    """A figure of curves over steps; empty if no point has a value.
+    """Return a figure of curves over steps; empty if no point has a value.
 
     log: the values may be shown on a logarithmic axis, which is done where they are positive and far apart.
     """
@@ -137,7 +137,7 @@ def heat_map(
     low: float,
     high: float,
 ) -> str:
-    """A figure of one row per label over steps; empty without columns.
+    """Return a figure of one row per label over steps; empty without columns.
 
     columns: (step, a value for each label). Colour grows from `low` to `high`, logarithmically if low is positive.
     """
@@ -173,7 +173,7 @@ def heat_map(
 
 
 def bar_chart(title: str, below: str, bars: Sequence[Bar]) -> str:
-    """A figure of bars from 0, with their intervals as whiskers and their values beside them; empty without bars."""
+    """Return a figure of bars from 0, with intervals as whiskers and values beside them; empty without bars."""
     if not bars:
         return ""
     extremes = [0.0, *(v for bar in bars for v in (bar.value, bar.low, bar.high) if v is not None)]
@@ -208,7 +208,7 @@ def _bar(bar: Bar, x: Axis, top: float) -> str:
 
 
 def _stated(bar: Bar) -> str:
-    """The bar in words."""
+    """Describe a bar in words."""
     if bar.low is None or bar.high is None:
         return number(bar.value)
     return f"{number(bar.value)}, interval {number(bar.low)} to {number(bar.high)}"
@@ -272,7 +272,7 @@ def _curve(name: str, points: Sequence[Bucket], x: Axis, y: Axis) -> str:
 
 
 def _hovers(drawn: Sequence[tuple[Curve, Sequence[Bucket]]], x: Axis) -> str:
-    """Invisible columns that cover the chart and name the values nearest to them."""
+    """Return invisible columns that cover the chart and name the values nearest to them."""
     steps = sorted({b.step for _, points in drawn for b in points})
     steps = steps[:: -(-len(steps) // HOVERS)]
     edges = [x.low, *((a + b) / 2 for a, b in pairwise(steps)), x.high]
@@ -299,7 +299,7 @@ def _nearest(points: Sequence[Bucket], step: float) -> Bucket:
 
 
 def _summary(curve: Curve) -> str:
-    """The curve in words: its last value, and its best."""
+    """Describe a curve in words: its last value, and its best."""
     known = [(value, step) for step, value in curve.points if value is not None]
     words = f"{curve.label} {number(known[-1][0])}"
     if curve.best is not None:

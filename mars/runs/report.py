@@ -57,7 +57,7 @@ class Media:
     _sources: dict[Path, str] = field(default_factory=dict)
 
     def source(self, path: Path) -> str:
-        """The value of a `src` attribute: a data URI (PNG or FLAC), or the path relative to the run."""
+        """Return the value of a `src` attribute: a data URI (PNG or FLAC), or the path relative to the run."""
         if path not in self._sources:
             kind, data = (
                 ("image/png", read_bytes(path, ConfigError)) if path.suffix == ".png" else ("audio/flac", _flac(path))
@@ -109,7 +109,7 @@ def write(run: Path) -> Path:
 
 
 def render(run: Path) -> str:
-    """The report as HTML; see `write`."""
+    """Return the report as HTML; see `write`."""
     record = read_record(run)
     settings = config.load(run / "config.json")
     log = read_log(run)
@@ -135,7 +135,7 @@ def render(run: Path) -> str:
 
 
 def alarms(log: Log, labels: list[str]) -> list[str]:
-    """What has gone wrong, a line each."""
+    """List what has gone wrong, a line each."""
     messages = [f"Training diverged: {event.get('reason', '')}" for event in log.events("diverged")][-1:]
     since: dict[int, int] = {}
     for record in log.records:
@@ -153,7 +153,7 @@ def alarms(log: Log, labels: list[str]) -> list[str]:
 
 
 def _facts(record: Record, log: Log, steps: int) -> str:
-    """What the run is and how far it has come."""
+    """Return the HTML that says what the run is and how far it has come."""
     started: dict[str, Any] = next(reversed([*log.events("started")]), {})
     best = log.best()
     rate, memory, epoch = (log.value(name) for name in ("notes_per_s", "memory_mb", "epoch"))
@@ -178,7 +178,7 @@ def _facts(record: Record, log: Log, steps: int) -> str:
 
 
 def _charts(log: Log) -> str:
-    """The curves there are, those without a place of their own at the end."""
+    """Return the HTML of all curves, those without a place of their own at the end."""
     unit = "nats per token" if log.series("val_loss") else "loss"
     others = sorted({name for r in log.records if "event" not in r for name in r} - CHARTED)
     known = [*CHARTS, *((name, "value", {name: TRAINING}, True) for name in others)]
@@ -196,7 +196,7 @@ def _named(log: Log, name: str, label: str, colour: int) -> Curve:
 
 
 def _scales(log: Log, labels: list[str], codes: int) -> str:
-    """What is known per scale, over the steps."""
+    """Return the HTML of the metrics per scale, over the steps."""
     maps = (
         ("Perplexity of the codes", "held-out notes", "perplexity", 1.0, codes),
         ("Codes used", "held-out notes", "codes_used", 1.0, codes),
@@ -209,7 +209,7 @@ def _scales(log: Log, labels: list[str], codes: int) -> str:
 
 
 def _sounds(run: Path, log: Log, stage: str) -> str:
-    """The newest samples beside the originals, earlier ones folded away."""
+    """Return the HTML of the newest samples beside the originals; earlier ones are folded away."""
     steps = sorted({event["step"] for event in log.events("samples")})
     shown_steps = [shown for step in steps if (shown := _shown(samples.folder(run, step), step))]
     if not shown_steps:
@@ -238,7 +238,7 @@ def _sounds(run: Path, log: Log, stage: str) -> str:
 
 
 def _shown(path: Path, step: int) -> Shown | None:
-    """The samples in a directory; None if they have been removed."""
+    """Read the samples in a directory; None: they have been removed."""
     try:
         listing = path / "samples.json"
         document = config.from_document(_Listing, read_json(listing, ConfigError), listing, ConfigError)
@@ -250,7 +250,7 @@ def _shown(path: Path, step: int) -> Shown | None:
 
 
 def _note(media: Media, shown: Shown, index: int, what: str, title: str = "") -> str:
-    """Picture and player of a note; its name is not repeated below if it is the title above."""
+    """Return the picture and player of a note; its name is not repeated below if it is the title above."""
     name = shown.names[index]
     caption = what if name == title else name if not title else f"{what}: {name}"
     return html.note(
@@ -263,7 +263,7 @@ def _note(media: Media, shown: Shown, index: int, what: str, title: str = "") ->
 
 
 def _flac(path: Path) -> bytes:
-    """A WAV file as FLAC."""
+    """Encode a WAV file as FLAC."""
     import soundfile
 
     try:
@@ -275,7 +275,7 @@ def _flac(path: Path) -> bytes:
 
 
 def _settings(settings: config.Config, record: Record) -> str:
-    """The settings that are not the preset's, of the stage at hand; all of them folded away."""
+    """Return the HTML of the stage's settings that differ from the preset; all of them are folded away."""
     other = "train.tokenizer." if record.stage == "var" else "train.var."
     known = settings.preset in config.preset_names()
     plain = html.flat(config.to_dict(config.preset(settings.preset))) if known else {}

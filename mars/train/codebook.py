@@ -39,7 +39,7 @@ class Statistics:
     candidates: Tensor | None  # (V, D), what may take its place
 
     def reduce(self, world: World) -> None:
-        """Add up what the processes have."""
+        """Add up the sums of all processes."""
         for tensor in (self.counts, self.sums, self.candidates):
             if tensor is not None:
                 world.all_reduce(tensor)
@@ -75,7 +75,7 @@ class Statistics:
 
 
 class CodebookTraining:
-    """Watches a quantiser's codebook and, where its settings say so, updates it once per step."""
+    """Measures the use of a quantiser's codebook and, if its settings say so, updates it once per step."""
 
     def __init__(
         self,
@@ -112,12 +112,12 @@ class CodebookTraining:
 
     @torch.no_grad()
     def start(self, latents: Mapping[int, Tensor], parts: int, seed: int) -> None:
-        """k-means: let the codebook start as the means of the residuals of these latent maps (B, D, H, W).
+        """Initialise the codebook by k-means on the residuals of these latent maps (B, D, H, W).
 
-        What is left of a latent for the finer scales depends on the codes of the coarser ones, so every round runs the
+        The residual of a latent at the finer scales depends on the codes of the coarser ones, so every round runs the
         quantiser itself, and codes that nothing chose are drawn anew from its residuals.
 
-        latents: those of the `parts` maps that this process has, by number.
+        latents: this process's share of the `parts` maps, by their number.
         """
         q = self.quantizer
         for round_ in range(KMEANS_ROUNDS + 1):
@@ -138,7 +138,7 @@ class CodebookTraining:
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """After the backward pass of a step: take its statistics in, unless its loss or gradient was not `finite`."""
+        """Apply the statistics of a step, after its backward pass, unless its loss or gradient was not `finite`."""
         statistics, self.gathered = self.gathered, self._statistics(self.means, self.restarts)
         statistics.reduce(self.world)
         self.counts += statistics.counts * finite
@@ -190,7 +190,7 @@ class CodebookTraining:
         return {"train_codes_used": used, "train_perplexity": perplexity, "collapsed": collapsed}
 
     def state(self) -> dict[str, Tensor]:
-        """What an interrupted run needs to go on."""
+        """Return the tensors that an interrupted run needs to resume."""
         return {
             "counts": self.counts,
             "peak": self.peak,
@@ -212,7 +212,7 @@ class CodebookTraining:
 
 
 def usage(counts: Tensor) -> tuple[list[int], list[float]]:
-    """Per scale: how many different codes were chosen, and the perplexity of the choice. counts: (N, V)."""
+    """Return per scale: how many different codes were chosen, and the perplexity of the choice. counts: (N, V)."""
     counts = counts.double()
     p = counts / counts.sum(1, keepdim=True).clamp_min(1)
     perplexity = (-torch.xlogy(p, p).sum(1)).exp()

@@ -1,4 +1,4 @@
-"""What a training step needs, before it is run: memory, FLOPs, and the micro-batch that fits.
+"""Plans a training step without running it: memory, FLOPs, and the micro-batch that fits.
 
 The stage's own step runs on fake tensors, which have shapes but no data: no GPU, no dataset and hardly any memory is
 used. The fake tensors are a CPU's, since a PyTorch without CUDA cannot run a backward pass on fake CUDA ones; the
@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What a stage needs and what fits, with or without activation checkpointing."""
+    """The memory of a stage and the micro-batch that fits, with or without activation checkpointing."""
 
     checkpointing: bool
     peak: int  # bytes, at the micro-batch of the settings
@@ -66,7 +66,7 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage needs. Sizes are in bytes; of FLOPs, matrix products, convolutions and attention count."""
+    """The plan of a stage. Sizes are in bytes; FLOPs count matrix products, convolutions and attention."""
 
     stage: StageName
     preset: str
@@ -87,12 +87,12 @@ class Plan:
 
     @property
     def notes(self) -> int:
-        """Notes of a step."""
+        """The notes of a step."""
         return self.batch_size * self.accumulate
 
     @property
     def planned(self) -> Fit:
-        """That of the settings as they are."""
+        """The fit for the settings as they are."""
         return self.fits[self.checkpointing]
 
 
@@ -140,7 +140,7 @@ class Allocations(TorchDispatchMode):
 
 
 class Notes:
-    """Stands in for a dataset: silent notes without labels, all of them for training."""
+    """A stand-in for a dataset: silent notes without labels, all of them for training."""
 
     words: Mapping[str, list[str]] = MappingProxyType({})
     fingerprint = ""
@@ -152,23 +152,23 @@ class Notes:
         return self.count
 
     def split(self, name: str) -> np.ndarray:
-        """int64 (notes,)."""
+        """Return the indices of a split, int64 (notes,)."""
         return np.arange(self.count)
 
     def waveforms(self, indices: np.ndarray) -> Tensor:
-        """float32 (notes, samples)."""
+        """Return silence, float32 (notes, samples)."""
         return torch.zeros(len(indices), self.samples)
 
     def labels(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """int32 (notes,) each."""
+        """Return every label as unknown, int32 (notes,) each."""
         return dict.fromkeys(LABELS, np.full(self.count, -1, np.int32))
 
 
 class DryRun:
-    """A stage on fake tensors, that has taken its first step and so has the optimiser's moments."""
+    """A stage on fake tensors that has done its first step, so that the optimiser's moments exist."""
 
     def __init__(self, config: Config, stage: StageName, device: Device, *, at: int | None = None) -> None:
-        """at: the step to run; None: the last one, in which all terms of the loss are on."""
+        """Make the stage. at: the step to run; None: the last one, in which all terms of the loss are on."""
         train = getattr(config.train, stage)
         self.device = device
         self.allocations = Allocations(alignment=512 if device == "cuda" else 1)
@@ -190,7 +190,7 @@ class DryRun:
         self.step(train.batch_size, 1)
 
     def step(self, batch: int, micro_batches: int) -> Step:
-        """A step of micro-batches of `batch` notes, while those of the next steps (`train.workers`) are at hand."""
+        """Run a step of micro-batches of `batch` notes, with those of the next steps (`train.workers`) in memory."""
         count = self.allocations
         with self._pretending():
             count.peak = count.held
@@ -206,7 +206,7 @@ class DryRun:
             return Step(held=held, peak=count.peak, loading=loading, flops=count.flops - flops)
 
     def sizes(self) -> dict[str, int]:
-        """Parameters of the model, and bytes of what stays from step to step."""
+        """Return the number of parameters, and the bytes of what stays from step to step."""
         members = vars(self.stage).values()
         held = {id(t): t for m in members if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())}
         for tensor in (*self.stage.ema.parameters(), *self.stage.ema.buffers()):
@@ -255,7 +255,7 @@ class Planner:
         self._needs = [_Needs(config.with_train(stage, checkpointing=on), stage, device) for on in (False, True)]
 
     def plan(self, memory: int) -> Plan:
-        """What the stage needs on a device with `memory` bytes, and the micro-batch that fits it."""
+        """Return what the stage needs on a device with `memory` bytes, and the micro-batch that fits it."""
         train: TrainConfig = getattr(self.config.train, self.stage)
         usable = max(0, int(memory * (1 - FRAGMENTED)) - RESERVED)
         plain, checkpointed = (needs.fit(usable) for needs in self._needs)
@@ -280,7 +280,7 @@ class Planner:
 
 
 class _Needs:
-    """Bytes that a step needs by its micro-batch: the notes of a step are given."""
+    """The bytes that a step needs, as a function of its micro-batch, for a given number of notes."""
 
     def __init__(self, config: Config, stage: StageName, device: Device) -> None:
         self.train: TrainConfig = getattr(config.train, stage)
@@ -296,7 +296,7 @@ class _Needs:
         return step.peak + step.loading + math.ceil(max(self.notes - 2 * batch, 0) * self._more)
 
     def fit(self, usable: int) -> Fit:
-        """What fits into `usable` bytes."""
+        """Return the largest fit into `usable` bytes."""
         largest = _largest(self, usable, self.train.batch_size, self.dry_run.allocations.held)
         return Fit(
             checkpointing=self.train.checkpointing,
@@ -313,7 +313,7 @@ class _Needs:
 
 
 def _largest(needs: Callable[[int], int], usable: int, guess: int, least: int) -> int:
-    """The largest micro-batch that needs at most `usable` bytes, 0 if not even one does; `least` is what none needs."""
+    """Return the largest micro-batch that needs at most `usable` bytes, or 0; `least`: the bytes without any."""
     needed = {0: least}
     low, high = 0, math.inf
     while high - low > 1:
@@ -344,7 +344,7 @@ def _recommended(plain: Fit, checkpointed: Fit, tokens: int, train: TrainConfig)
 
 
 def report(plan: Plan, before: str = "") -> str:
-    """The plan in words; `before` is put before each of the settings that are recommended."""
+    """Describe the plan as text; `before` precedes each recommended setting."""
     place = "a CUDA GPU" if plan.device == "cuda" else "a CPU"
     fixed = (("weights", plan.weights), ("gradients", plan.gradients), ("optimizer", plan.optimizer))
     lines = [

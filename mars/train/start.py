@@ -1,4 +1,4 @@
-"""Set up a run: settings, data, run folder; then hand over to the loop."""
+"""Sets up a run (settings, data, run folder) and hands it to the loop."""
 
 from __future__ import annotations
 
@@ -60,22 +60,22 @@ def train(
     next_command: Callable[[Path], str] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train a tokenizer, or a VAR on the tokens of one; returns the run folder.
+    """Train a tokenizer, or a VAR on the tokens of one, and return the run folder.
 
     Args:
         overrides: settings to change, each as "KEY=VALUE".
-        resume: "auto" goes on where `out` is a run, "never" refuses to; or the run folder to go on with.
+        resume: "auto" resumes if `out` is a run, "never" refuses to; or the run folder to resume.
         max_time: seconds after which training stops, saved.
-        profile: write a trace of a few steps there instead, and make no run folder; returned.
+        profile: path at which to write a trace of a few steps instead of a run folder; it is returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: the newest run.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
         next_command: gives the command to type after the run at a path has ended, which is then printed.
-        console: what is said goes there; None: to stderr.
+        console: where messages go; None: to stderr.
 
     Raises:
-        ConfigError, DataError, CheckpointError: something asked for cannot be used, or the audio of the dataset is not
-            what was packed.
+        ConfigError, DataError, CheckpointError: an argument or a setting cannot be used, or the audio of the dataset is
+            not what was packed.
         Diverged, OSError: see `mars.train.loop.run`.
     """
     if tensorboard:
@@ -174,10 +174,10 @@ def settings_of(
     resume: Resume = "auto",
     tokenizer: Path | None = None,
 ) -> Config:
-    """The settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
+    """Return the settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
 
     Raises:
-        ConfigError, CheckpointError: something asked for cannot be used.
+        ConfigError, CheckpointError: an argument or a setting cannot be used.
     """
     out = _resumed(out, resume)
     if tokenizer is None:
@@ -186,7 +186,7 @@ def settings_of(
 
 
 def newest_tokenizer(preset: str | None = None) -> Path:
-    """The newest tokenizer run under `runs/` that has a model, of `preset` if that is given.
+    """Return the newest tokenizer run under `runs/` that has a model, of `preset` if that is given.
 
     Raises:
         ConfigError: there is none.
@@ -219,7 +219,7 @@ def _prepare(device: str, threads: int | None) -> World:
 
 
 def _resumed(out: Path | None, resume: Resume) -> Path | None:
-    """The run folder asked for, by `out` or by `resume`."""
+    """Return the run folder that `out` or `resume` names."""
     if resume in ("auto", "never"):
         return out
     if not (Path(resume) / "run.json").is_file():
@@ -236,7 +236,7 @@ def _settings(out: Path | None, preset: str | None, overrides: tuple[str, ...], 
 
 
 def _source(tokenizer: Path | None, out: Path | None, preset: str | None, console: Console, world: World) -> Path:
-    """The tokenizer to train on: the one named, else that of the run to go on with, else the newest run."""
+    """Return the tokenizer to train on: the one named, else that of the run to go on with, else the newest run."""
     if tokenizer is None and out is not None and (out / "run.json").is_file():
         record = read_record(out)
         if record.stage != "var":
@@ -252,7 +252,7 @@ def _source(tokenizer: Path | None, out: Path | None, preset: str | None, consol
 def _var_settings(
     out: Path | None, trained: Config, preset: str | None, overrides: tuple[str, ...], source: Path
 ) -> Config:
-    """The tokenizer's settings, with those of the preset for the rest."""
+    """Return the settings of a VAR: the tokenizer's own, and the preset's for the rest."""
     if preset is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
     name = preset or trained.preset
@@ -272,7 +272,7 @@ def _var_settings(
 
 
 def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path | None) -> str | None:
-    """What to say where the tokenizer was not trained on the dataset at hand, or nobody knows; None: it was."""
+    """Return the warning if the tokenizer was not trained on this dataset, or that is unknown; None: it was."""
     ours = _called({"data": dataset.fingerprint, "data_path": data})
     theirs = trained.data.get("tokenizer")
     if theirs == dataset.fingerprint:
@@ -285,7 +285,7 @@ def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path
 
 
 def _called(record: Mapping[str, Any]) -> str:
-    """A dataset in words, from what `run.json` says of it."""
+    """Describe a dataset by what `run.json` says of it."""
     path = record.get("data_path")
     if path is None:
         path = "the built-in notes" if record.get("data") == open_dataset(None).fingerprint else "a dataset"
@@ -308,7 +308,7 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
 
 
 def _verify(dataset: Dataset, console: Console, world: World) -> None:
-    """Check the audio, once on each machine; the other processes hear at every step of it that it goes on."""
+    """Verify the audio once on each machine; meanwhile the other processes are kept from timing out."""
     if world.first_here:
         with terminal.progress(console, transient=True) as tell:
 
@@ -333,7 +333,7 @@ def _open_run(
     origin: dict[str, Any],
     world: World,
 ) -> Iterator[folder.RunFolder]:
-    """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile.
+    """Make the run folder, or check that an existing one is the same run, and keep it locked in the block.
 
     The main process does so for all.
     """
@@ -375,7 +375,7 @@ def _open_run(
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether a folder is empty, or was left by a trainer that was stopped before it wrote `run.json`."""
+    """Return whether a folder is empty, or was left by a trainer that was stopped before it wrote `run.json`."""
     if not path.is_dir():
         return False
     names = {p.name for p in path.iterdir()} - {lock.NAME, "config.json"}
@@ -383,7 +383,7 @@ def _abandoned(path: Path) -> bool:
 
 
 def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Resume) -> None:
-    """ConfigError unless the run folder `path` is of this run and may be gone on with."""
+    """Raise `ConfigError` unless the run folder `path` is of this run and may be resumed."""
     if resume == "never":
         raise ConfigError(f"`out` {path} is a run already; name a new folder or leave out `resume` never")
     read_record(path)  # which sees that it is a record

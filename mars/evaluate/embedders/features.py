@@ -1,4 +1,4 @@
-"""Features of notes: what a network says of each, computed once and kept on disk.
+"""Features of notes: what a network computes from each, once, and a cache of them on disk.
 
 The cache is a folder. In it, each embedder (its weights and its front end) has a folder, and in that are parts: each a
 directory of `mars.checkpoint` with the features of some notes, which are known by the content of their files. A part
@@ -26,7 +26,7 @@ PART = 512  # notes; what an interrupted run loses at most
 
 @dataclass(frozen=True)
 class Embedding:
-    """What an embedder says of n notes, float32 on the CPU."""
+    """The features of n notes, float32 on the CPU."""
 
     frames: Tensor  # (n, t, dim): t frames a note, 1 where the network looks at the whole note
     logits: Tensor | None = None  # (n, classes)
@@ -60,7 +60,7 @@ class Embedder(Protocol):
         """Hex sum of everything but the weights that decides the features."""
 
     def embed(self, waveforms: Tensor) -> Embedding:
-        """Features of waveforms (n, samples) in [-1, 1]; those of a note do not depend on the others."""
+        """Return features of waveforms (n, samples) in [-1, 1]; those of a note do not depend on the others."""
 
 
 def embed(
@@ -71,7 +71,7 @@ def embed(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,  # called with notes done and all of them
 ) -> Embedding:
-    """Features of all notes of a set, in its order; those that are not in `cache` are computed and put there.
+    """Embed all notes of a set, in its order; features that are not in `cache` are computed and put there.
 
     They are computed in float32 proper, and not in TF32, so that those of a CPU and a GPU may share a cache.
 
@@ -120,7 +120,7 @@ def embed(
 
 
 def _ahead(notes: NoteSet, rows: Sequence[int], size: int) -> Iterator[Tensor]:
-    """Waveforms of the rows in batches; a second thread reads the next one."""
+    """Yield waveforms of the rows in batches; a second thread reads the next one."""
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     with thread_pool(1) as reader:
         upcoming = reader.submit(notes.waveforms, batches[0])
@@ -131,13 +131,13 @@ def _ahead(notes: NoteSet, rows: Sequence[int], size: int) -> Iterator[Tensor]:
 
 
 def _rows(keys: Sequence[str], tensors: checkpoint.Tensors) -> dict[str, Embedding]:
-    """The features of each note: `Embedding` without its first dimension."""
+    """Return the features of each note: `Embedding` without its first dimension."""
     logits = tensors.get("logits")
     return {key: Embedding(tensors["frames"][i], None if logits is None else logits[i]) for i, key in enumerate(keys)}
 
 
 def _read(folder: Path, requested: set[str]) -> dict[str, Embedding]:
-    """Embeddings of the requested notes, by key, as far as the parts in `folder` hold them."""
+    """Return embeddings of the requested notes, by key, as far as the parts in `folder` hold them."""
     embeddings: dict[str, Embedding] = {}
     for part in sorted(folder.glob("part-*")):
         try:

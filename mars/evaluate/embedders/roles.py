@@ -1,4 +1,4 @@
-"""The networks that an evaluation listens with, found among the user's files and those that come with mars."""
+"""The networks that an evaluation uses, found among the user's files and those that come with mars."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load(
     device: str | torch.device = "cpu",
     force: bool = False,
 ) -> Embedders:
-    """A network for each role, or the reason why there is none.
+    """Load a network for each role, or give the reason why there is none.
 
     Args:
         preset: of the classifiers, which are sought in $MARS_WEIGHTS_DIR, else in classifiers/.

@@ -19,7 +19,7 @@ MAY_BE_COPIES = ("", REAL_VS_REAL)  # rows
 
 
 def copy_ratio(train: Nearest, test: Nearest) -> Tensor:
-    """Distance to the nearest note of the training set over that to the nearest of the test set, float64 (n,).
+    """Return the distance to the nearest training note over that to the nearest test note, float64 (n,).
 
     About 1 for notes that are no nearer to what was learned than to what was held out; near 0 for copies. 1 where
     both distances are 0.

@@ -64,7 +64,7 @@ def inception_score(
 
 
 def inception_score_vinay2022(logits: Tensor) -> InceptionScoreVinay2022:
-    """The published number of logits (notes, classes), in the order of the files, on which it depends.
+    """Return the published number of logits (notes, classes), in the order of the files, on which it depends.
 
     The score of all notes so far is read after every BATCH of them, with 1e-6 added to p(y) in the logarithm, and
     the mean of these readings reported. Every BLOCK notes it starts afresh; with more than BLOCK, a last block that

@@ -55,7 +55,7 @@ def kid(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> KID:
-    """Unbiased MMD^2 with the kernel (<x, y> / d + 1)^3 between features real (n, d) and fake (m, d).
+    """Compute the unbiased MMD^2 with the kernel (<x, y> / d + 1)^3 between features real (n, d) and fake (m, d).
 
     The order of the notes does not matter. A value below 0 is as legitimate as one above it.
 
@@ -83,7 +83,7 @@ def kid(
 
 
 def kid_vinay2022(real: Tensor, fake: Tensor) -> KIDVinay2022:
-    """The published statistic of logits real (n, C) and fake (n, C), in the order of the files.
+    """Compute the published statistic of logits real (n, C) and fake (n, C), in the order of the files.
 
     Kernel 16 / (16 + |x - y|^2); (sum K_xx + sum K_yy) / (n (n - 1)) - 2 sum K_xy / n^2 with the diagonals, all
     ones, left in the sums, which adds about 2 / (n - 1); mean over blocks of BLOCK notes, the last one shorter.
@@ -144,7 +144,7 @@ def _kid_vinay2022(name: str, role: Role, row: Row) -> dict[str, Figure]:
 
 
 def _training_logits(notes: NoteFeatures, role: Role, seed: int, key: int) -> Tensor:
-    """Logits of the role's classifier in training mode, as the published scripts leave it."""
+    """Return logits of the role's classifier in training mode, as the published scripts leave it."""
     network = notes.network(role)
     assert isinstance(network, Classifier)
     progress = notes.progress(f"{network.id} in training mode")

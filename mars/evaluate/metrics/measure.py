@@ -94,5 +94,5 @@ class Row:
 
 
 def figure(estimate: Estimate, params: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> Figure:
-    """The figure of an estimate with its interval."""
+    """Return the figure of an estimate with its interval."""
     return Figure(value=estimate.value, low=estimate.low, high=estimate.high, params=params, details=details or {})

@@ -34,7 +34,7 @@ class PitchAccuracy:
 
 
 def detected(logits: Tensor, classes: Sequence[str]) -> Numbers:
-    """The likeliest MIDI number of each note, (n,), of logits (n, C).
+    """Return the likeliest MIDI number of each note, (n,), of logits (n, C).
 
     Raises:
         ValueError: there is not one class for each logit, or a class is no MIDI number.
@@ -45,7 +45,7 @@ def detected(logits: Tensor, classes: Sequence[str]) -> Numbers:
 
 
 def judged(requested: npt.ArrayLike, classes: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Which of the requested pitches (n,) are known and among the classes.
+    """Return which of the requested pitches (n,) are known and among the classes.
 
     Raises:
         ValueError: a class is no MIDI number.

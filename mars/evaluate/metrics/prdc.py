@@ -32,7 +32,7 @@ class PRDC:
 
 
 def prdc(real: Tensor, fake: Tensor, *, k: int = 5, resamples: int = RESAMPLES, seed: int = SEED) -> PRDC:
-    """PRDC of features real (n, d) and fake (m, d), whatever their order.
+    """Compute the PRDC of features real (n, d) and fake (m, d), whatever their order.
 
     Copies of a note would shrink its ball, so the bootstrap draws the notes that are counted, and not the balls.
 
@@ -55,7 +55,7 @@ def prdc(real: Tensor, fake: Tensor, *, k: int = 5, resamples: int = RESAMPLES, 
 
 
 def _squared_radii(samples: Tensor, k: int) -> Tensor:
-    """Squared distance (n,) of each of samples (n, d) to its k-th neighbour, itself not being one.
+    """Return the squared distance (n,) of each of samples (n, d) to its k-th neighbour, itself not being one.
 
     Less a part in a billion, so that rounding does not move a copy of the k-th neighbour into the ball.
     """
