@@ -84,13 +84,16 @@ def planned(stage: StageName, options: dict[str, Any]) -> bool:
         return False
     if options["device"] == "mps":
         raise ConfigError("--plan --device mps: only for cuda (which auto means here) and cpu")
+    from mars.runtime import set_threads
     from mars.train import plan
-    from mars.train.start import settings_of
+    from mars.train.start import settings_of, words_of
 
+    set_threads(options["threads"])
     used = ("preset", "overrides", "out", "resume", "tokenizer")
     settings = settings_of(stage, **{name: options[name] for name in used if name in options})
     device: plan.Device = "cpu" if options["device"] == "cpu" else "cuda"
-    result = plan.Planner(settings, stage, device).plan(32 * 10**9 if memory is None else memory)
+    words = words_of(settings, options["data"]) if stage == "var" else {}
+    result = plan.Planner(settings, stage, device, words=words).plan(32 * 10**9 if memory is None else memory)
     click.echo(json.dumps(dataclasses.asdict(result), indent=1) if as_json else plan.report(result, before="--set "))
     return True
 

@@ -70,6 +70,12 @@ def test_the_model_knows_the_instruments_that_it_was_trained_on(made):
     assert {entry["instrument"] for entry in found.notes} == set(INSTRUMENTS)
 
 
+def test_a_plan_counts_the_instruments(made):
+    arguments = ("--tokenizer", made / "tok", "--data", made / "notes", "--out", made / "var", "--device", "cpu")
+    planned = json.loads(call(train.main, "var", *arguments, "--plan", "--json"))
+    assert planned["parameters"] == sum(p.numel() for p in model.load(made / "var").transformer.parameters())
+
+
 def test_training_tells_the_network_the_instruments(made):
     """Those of held-out notes that it does not know are unknown to it, not some row that nothing has trained."""
     from mars.data import Dataset

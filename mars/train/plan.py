@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from mars.config import Config, TrainConfig
 from mars.data import Dataset
 from mars.kernels import _backend, costs
-from mars.labels import LABELS
+from mars.labels import LABELS, Words
 from mars.models.tokenizer import Tokenizer
 from mars.runs.stage import StageName
 from mars.runtime import native_bfloat16, stream
@@ -39,6 +39,8 @@ from mars.train.var import VARStage
 RESERVED = 1 << 30  # bytes: the CUDA context, and the workspaces of cuBLAS and cuDNN
 FRAGMENTED = 0.05  # share of the memory that lies unused between the allocator's blocks
 ROWS = 2048  # of a micro-batch's matrices, below which a GPU idles: worth a third more FLOPs
+
+NO_WORDS: Words = MappingProxyType({})
 
 Device = Literal["cpu", "cuda"]
 
@@ -140,13 +142,14 @@ class Allocations(TorchDispatchMode):
 
 
 class Notes:
-    """A stand-in for a dataset: silent notes without labels, all of them for training."""
+    """A stand-in for a dataset: silent notes, all of them for training."""
 
-    words: Mapping[str, list[str]] = MappingProxyType({})
     fingerprint = ""
 
-    def __init__(self, samples: int, count: int = 1024) -> None:
-        self.samples, self.count = samples, count
+    def __init__(self, samples: int, words: Words = NO_WORDS) -> None:
+        """Make the notes. samples: of each; words: those of the open labels, each of which some note has."""
+        self.samples, self.words = samples, words
+        self.count = max([1024, *map(len, words.values())])
 
     def __len__(self) -> int:
         return self.count
@@ -160,15 +163,26 @@ class Notes:
         return torch.zeros(len(indices), self.samples)
 
     def labels(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Return every label as unknown, int32 (notes,) each."""
-        return dict.fromkeys(LABELS, np.full(self.count, -1, np.int32))
+        """Return the numbers of every label, int32 (notes,) each: -1 (unknown), but for the labels of `words`."""
+        unknown = dict.fromkeys(LABELS, np.full(self.count, -1, np.int32))
+        known = {
+            name: np.arange(self.count, dtype=np.int32) % len(words) for name, words in self.words.items() if words
+        }
+        return unknown | known
 
 
 class DryRun:
     """A stage on fake tensors that has done its first step, so that the optimiser's moments exist."""
 
-    def __init__(self, config: Config, stage: StageName, device: Device, *, at: int | None = None) -> None:
-        """Make the stage. at: the step to run; None: the last one, in which all terms of the loss are on."""
+    def __init__(
+        self, config: Config, stage: StageName, device: Device, *, at: int | None = None, words: Words = NO_WORDS
+    ) -> None:
+        """Make the stage.
+
+        Args:
+            at: the step to run; None: the last one, in which all terms of the loss are on.
+            words: those of the open labels in the training notes, whose embeddings a VAR with such conditions has.
+        """
         train = getattr(config.train, stage)
         self.device = device
         self.allocations = Allocations(alignment=512 if device == "cuda" else 1)
@@ -177,7 +191,7 @@ class DryRun:
         if precision == "auto":
             precision = "bfloat16" if device == "cuda" or native_bfloat16(torch.device("cpu")) else "float32"
         settings = config.with_train(stage, precision=precision)
-        cpu, notes = torch.device("cpu"), cast(Dataset, Notes(config.audio.samples))
+        cpu, notes = torch.device("cpu"), cast(Dataset, Notes(config.audio.samples, words))
         with self._pretending():
             self.stage: TokenizerStage | VARStage
             if stage == "tokenizer":
@@ -248,11 +262,11 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 class Planner:
-    """Plans of a stage for any amount of memory."""
+    """Plans of a stage for any amount of memory; words: as for `DryRun`."""
 
-    def __init__(self, config: Config, stage: StageName, device: Device = "cuda") -> None:
+    def __init__(self, config: Config, stage: StageName, device: Device = "cuda", *, words: Words = NO_WORDS) -> None:
         self.config, self.stage, self.device = config, stage, device
-        self._needs = [_Needs(config.with_train(stage, checkpointing=on), stage, device) for on in (False, True)]
+        self._needs = [_Needs(config.with_train(stage, checkpointing=on), stage, device, words) for on in (False, True)]
 
     def plan(self, memory: int) -> Plan:
         """Return what the stage needs on a device with `memory` bytes, and the micro-batch that fits it."""
@@ -282,10 +296,10 @@ class Planner:
 class _Needs:
     """The bytes that a step needs, as a function of its micro-batch, for a given number of notes."""
 
-    def __init__(self, config: Config, stage: StageName, device: Device) -> None:
+    def __init__(self, config: Config, stage: StageName, device: Device, words: Words) -> None:
         self.train: TrainConfig = getattr(config.train, stage)
         self.notes = self.train.notes_per_step
-        self.dry_run = DryRun(config, stage, device)
+        self.dry_run = DryRun(config, stage, device, words=words)
         self._steps: dict[tuple[int, int], Step] = {}
         two, three = (self._step(self.train.batch_size, n) for n in (2, 3))
         self.flops = two.flops + (self.train.accumulate - 2) * (three.flops - two.flops)

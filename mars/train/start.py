@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from mars import checkpoint, config, lock, model, runtime, terminal
+from mars import checkpoint, config, labels, lock, model, runtime, terminal
 from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.distributed import World, join
@@ -183,6 +183,21 @@ def settings_of(
     if tokenizer is None:
         return _settings(out, preset, overrides, stage_name)
     return _var_settings(out, config.load(model.locate(tokenizer) / "config.json"), preset, overrides, tokenizer)
+
+
+def words_of(settings: Config, data: Path | None) -> labels.Words:
+    """Return the words of the open labels that a VAR with these settings would learn from a dataset, by label.
+
+    The dataset is opened only where that matters: for an open condition, or any if `data` names one.
+
+    Raises:
+        DataError: the dataset cannot be opened.
+    """
+    attributes = settings.var.condition
+    if not any(data is not None or labels.LABELS[name].open for name in attributes):
+        return {}
+    dataset = open_dataset(data)
+    return labels.vocabularies(attributes, dataset.labels(dataset.split("train")), dataset.words)
 
 
 def newest_tokenizer(preset: str | None = None) -> Path:
