@@ -92,6 +92,20 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         yield file
 
 
+def read_limited(path: Path, largest: int = LARGEST) -> bytes:
+    """Read a regular file as bytes.
+
+    Raises:
+        OSError: it is missing, no regular file, cannot be read, or is over `largest` bytes (`errno.EFBIG`).
+    """
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size  # room is made for as much as is asked for
+        data = file.read(min(size, largest) + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"over {largest:,} bytes", str(path))
+    return data
+
+
 def read_bytes(path: Path, error: type[MarsError], largest: int = LARGEST) -> bytes:
     """Read a regular file as bytes.
 
@@ -99,16 +113,13 @@ def read_bytes(path: Path, error: type[MarsError], largest: int = LARGEST) -> by
         MarsError: of the kind `error`: it is missing, cannot be read, or is over `largest` bytes.
     """
     try:
-        with opened(path) as file:
-            size = os.fstat(file.fileno()).st_size  # room is made for as much as is asked for
-            content = file.read(min(size, largest) + 1)
+        return read_limited(path, largest)
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
     except OSError as problem:
+        if problem.errno == errno.EFBIG:
+            raise error(f"{path} is {problem.strerror}, the most that such a file may have") from None
         raise error(f"{path} cannot be read: {problem.strerror or problem}") from None
-    if len(content) > largest:
-        raise error(f"{path} is over {largest:,} bytes, the most that such a file may have")
-    return content
 
 
 def read_text(path: Path, error: type[MarsError], largest: int = LARGEST) -> str:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from mars.arguments import integer
 from mars.errors import BadFileError, ConfigError
-from mars.text import one_line
+from mars.text import is_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ class Label:
     def read(self, cell: str) -> str | int:
         """Return the number that a cell of a CSV means, or the word of an open label. Raises `ValueError`."""
         if self.open:
-            if not one_line(cell):
+            if not is_one_line(cell):
                 raise ValueError(f"{self.name} {cell!r} has characters that cannot be printed; rename it")
             return cell
         if self.words:
@@ -93,7 +93,7 @@ class Label:
             return None
         if self.levels and not (type(value) is int and 0 <= value < 128):
             raise ValueError(f"want a {self.name} 0..127 or null, got {value!r:.40}")
-        if self.open and not (isinstance(value, str) and one_line(value)):
+        if self.open and not (isinstance(value, str) and is_one_line(value)):
             raise ValueError(f"want a name or null as {self.name}, got {value!r:.40}")
         return value if not self.words or value in self.words else None
 

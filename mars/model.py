@@ -37,7 +37,7 @@ from mars.models.var import VAR
 from mars.notes import Note
 from mars.runtime import Precision, autocast, pick_device, stream
 from mars.sampling import sample, tile_size
-from mars.text import one_line
+from mars.text import is_one_line
 
 M = TypeVar("M", bound=torch.nn.Module)
 DEFAULT = "notes"  # the packaged model
@@ -475,7 +475,7 @@ def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
         raise CheckpointError(f"{path} must hold the words of {', '.join(sorted(names))}, got {document!r:.80}")
     for name, words in document.items():
         good = isinstance(words, list) and all(
-            isinstance(word, str) and 0 < len(word) <= LONGEST_WORD and one_line(word) for word in words
+            isinstance(word, str) and 0 < len(word) <= LONGEST_WORD and is_one_line(word) for word in words
         )
         if not good or len(set(words)) < len(words):
             raise CheckpointError(f"{path}: {name} must be a list of different words, each on one line")

@@ -25,7 +25,7 @@ def _shown(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def one_line(name: str) -> bool:
+def is_one_line(name: str) -> bool:
     """Return whether text is one plain line: no control characters, line ends or changes of direction."""
     return not any(
         unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _TURNS for c in name

@@ -39,7 +39,7 @@ from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import opened, parse_json, read_bytes, read_json, read_text, sha256, sync
 from mars.labels import CLOSED, LABELS, UNKNOWN, Condition, Labels
-from mars.text import one_line
+from mars.text import is_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -370,7 +370,7 @@ class Writer:
             reason += ": in the beginning, which alone is kept"
         if name in self._rows or name in self._bad:
             reason = "a note of this name came before"
-        elif reason is None and not (one_line(name) and one_line(labels.instrument)):
+        elif reason is None and not (is_one_line(name) and is_one_line(labels.instrument)):
             reason = "its name has characters that cannot be written on a line"
         if reason is not None:
             self.bad(name, reason)
@@ -497,7 +497,7 @@ def _digest(path: Path) -> dict[str, Any]:
 def _columns(names: Any, path: Path) -> tuple[str, ...]:
     """Return the names of the columns in a dataset.json, checked."""
     words: list[Any] = list(names) if isinstance(names, list | tuple) else []
-    if not all(isinstance(name, str) and one_line(name) for name in words) or not (
+    if not all(isinstance(name, str) and is_one_line(name) for name in words) or not (
         {"instrument", "split"} <= set(words) and len(set(words)) == len(words) <= _MOST_COLUMNS
     ):
         raise DataError(f"{path}: want the names of columns, instrument and split among them; pack the dataset again")

@@ -6,7 +6,6 @@ zeros, clipped to [-1, 1]. Nothing is left out in silence: a set counts what it 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -26,7 +25,7 @@ from mars.data.folder import find
 from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, fault
 from mars.errors import BadFileError, DataError, TooManyBadError
-from mars.files import opened, read_json
+from mars.files import read_json, read_limited
 from mars.labels import LABELS, UNKNOWN, Condition, labels_of
 from mars.runtime import stream
 
@@ -311,7 +310,7 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
 
 def _check(path: Path) -> _File:
     try:
-        content = _content(path)
+        content = read_limited(path, LARGEST)
         audio, frames = _decode(content)
         if reason := fault(audio):
             raise BadFileError(reason)
@@ -320,15 +319,6 @@ def _check(path: Path) -> _File:
     except OSError as error:
         return _File(reason=f"unreadable ({error.strerror})")
     return _File(hashlib.sha256(content).hexdigest(), frames, bool(np.abs(audio).max() > 1))
-
-
-def _content(path: Path) -> bytes:
-    """Read a sound file. Raises `OSError`, also where it is no regular file or over `LARGEST` bytes."""
-    with opened(path) as file:
-        content = file.read(min(os.fstat(file.fileno()).st_size, LARGEST) + 1)
-    if len(content) > LARGEST:
-        raise OSError(errno.EFBIG, f"over {LARGEST:,} bytes", str(path))
-    return content
 
 
 def _decode(content: bytes) -> tuple[Audio, int]:
@@ -345,7 +335,7 @@ def _decode(content: bytes) -> tuple[Audio, int]:
 def _again(path: Path, known: _File) -> Audio:
     """Decode a file that was checked before to (64000,) in [-1, 1]."""
     try:
-        content = _content(path)
+        content = read_limited(path, LARGEST)
     except OSError as error:
         raise DataError(f"{path} was there when the evaluation began ({error.strerror}); start again") from None
     if hashlib.sha256(content).hexdigest() != known.sha256:

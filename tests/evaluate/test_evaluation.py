@@ -7,9 +7,9 @@ import pytest
 import soundfile
 
 import mars.evaluate
-from mars.data import open_dataset
 from mars.errors import ConfigError
 from mars.evaluate import Options, evaluation, report
+from tests.builtin import write
 
 
 @pytest.fixture
@@ -18,14 +18,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MARS_WEIGHTS_DIR", raising=False)
     return tmp_path
-
-
-def write(folder, rows, split="test"):
-    dataset = open_dataset(None)
-    folder.mkdir()
-    for i in dataset.split(split)[rows]:
-        soundfile.write(folder / f"{dataset.names[i]}.wav", dataset.waveforms([i])[0].numpy(), dataset.sample_rate)
-    return folder
 
 
 def test_notes_of_a_folder_are_scored(folder):
