@@ -27,9 +27,9 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
-        wanted = f"at least {least}" if most is None else f"{least}..{most}"
+        expected = f"at least {least}" if most is None else f"{least}..{most}"
         kind = "" if number is not None else "a whole number, "
-        raise ConfigError(f"{name} must be {kind}{wanted}, got {value!r:.80}")
+        raise ConfigError(f"{name} must be {kind}{expected}, got {value!r:.80}")
     return number
 
 

@@ -281,9 +281,9 @@ def _chunks(file: BinaryIO, layout: _Layout) -> BinaryIO:
         if size < 0 or not name.startswith(layout.sound):
             at += max(size, 0) + -size % layout.aligned
             continue
-        room = end - at
-        _check_size(long or size, room)
-        if size == 0 and room and length == 8 and not _is_chunk(file.read(8), layout, room):
+        remaining = end - at
+        _check_size(long or size, remaining)
+        if size == 0 and remaining and length == 8 and not _is_chunk(file.read(8), layout, remaining):
             file.seek(0)
             content = bytearray(file.read(_MOST))
             order = layout.header[0]
@@ -300,11 +300,11 @@ def _check_size(claimed: int, actual: int) -> None:
         raise BadFileError(f"cut short: {claimed:,} bytes of sound claimed, {actual:,} found")
 
 
-def _is_chunk(head: bytes, layout: _Layout, room: int) -> bool:
+def _is_chunk(head: bytes, layout: _Layout, remaining: int) -> bool:
     """Return whether another chunk begins here, as after an empty one."""
     if len(head) < 8 or not (head[:4].isascii() and head[:4].decode().isprintable()):
         return False
-    return bool(struct.unpack(layout.header, head)[1] <= room - 8)
+    return bool(struct.unpack(layout.header, head)[1] <= remaining - 8)
 
 
 def _through_ffmpeg(path: Path, seconds: float, reason: str) -> bytes:

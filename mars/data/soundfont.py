@@ -195,12 +195,12 @@ def _tables(file: Path) -> dict[str, bytes]:
             if header[:4] == b"LIST" and stream.read(4) == b"pdta":
                 if length > min(size, 1 << 28):
                     raise DataError(f"{file}: its tables claim {length:,} bytes; fetch the soundfont again")
-                body, found, at = stream.read(length - 4), {}, 0
+                body, chunks, at = stream.read(length - 4), {}, 0
                 while at + 8 <= len(body):
                     (part,) = struct.unpack_from("<I", body, at + 4)
-                    found[body[at : at + 4].decode("latin-1")] = body[at + 8 : at + 8 + part]
+                    chunks[body[at : at + 4].decode("latin-1")] = body[at + 8 : at + 8 + part]
                     at += 8 + part + part % 2
-                return found
+                return chunks
             stream.seek(length + length % 2 - (4 if header[:4] == b"LIST" else 0), 1)
     raise DataError(f"{file} has no preset tables (LIST pdta); fetch the soundfont again")
 
@@ -211,7 +211,7 @@ def choose(presets: list[Preset], notes: int | None, seed: int, pitches: tuple[i
     Every instrument gets the same number, as far as it has them; its pitches are spread over its range and
     its velocities taken in turn. The same arguments give the same list. Raises `DataError` for an empty one.
     """
-    plays = {
+    programs = {
         program: (FAMILIES.index(family), SOURCES.index(source), range(low, high + 1))
         for first, last, family, source, low, high in _PROGRAMS
         for program in range(first, last + 1)
@@ -220,9 +220,9 @@ def choose(presets: list[Preset], notes: int | None, seed: int, pitches: tuple[i
     rng = np.random.default_rng(seed)
     playable = []
     for preset in presets:
-        if preset.bank == _DRUMS or preset.program not in plays:
+        if preset.bank == _DRUMS or preset.program not in programs:
             continue
-        family, source, known = plays[preset.program]
+        family, source, known = programs[preset.program]
         # Numbered as in NSynth, per family and source, and before anything is left out: names stay the same.
         name = f"{FAMILIES[family]}_{SOURCES[source]}_{numbers[family, source]:03d}"
         numbers[family, source] += 1
@@ -251,8 +251,8 @@ def _share(total: int | None, limits: list[int], rng: np.random.Generator) -> li
         return limits
     level = next(level for level in itertools.count() if sum(min(n, level + 1) for n in limits) > total)
     shares = [min(limit, level) for limit in limits]
-    able = [i for i, limit in enumerate(limits) if limit > level]
-    for i in rng.permutation(able)[: total - sum(shares)]:
+    below_limit = [i for i, limit in enumerate(limits) if limit > level]
+    for i in rng.permutation(below_limit)[: total - sum(shares)]:
         shares[i] += 1
     return shares
 

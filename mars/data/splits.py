@@ -57,14 +57,14 @@ def hold_out(notes: Sequence[str], instruments: Sequence[str], by: HoldOut | Non
     instruments cannot be spared, and half of a collection that is never trained on is lost.
     """
     names = sorted(set(instruments))
-    whole = dict(zip(names, split_instruments(names), strict=True))
-    split = [whole[name] for name in instruments]
+    by_instrument = dict(zip(names, split_instruments(names), strict=True))
+    split = [by_instrument[name] for name in instruments]
     training_share = split.count(0) / max(len(split), 1)
     few = len(names) < _FEW or training_share < _KEPT
     if by == "none":
         return [0] * len(notes), "nothing, as was asked for"
     if by == "instruments" or (by is None and not few):
-        held = [list(whole.values()).count(i) for i in (1, 2)]
+        held = [list(by_instrument.values()).count(i) for i in (1, 2)]
         if not sum(held):
             return split, "nothing, since there is one instrument"
         return split, f"{held[0]:,} instruments for validation and {held[1]:,} for tests, of {len(names):,}"

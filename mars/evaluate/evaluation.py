@@ -298,7 +298,9 @@ class _Evaluation:
         if json_file is not None:
             report.write(json_file, evaluation.report)
         if html_file is not None:
-            page.write(html_file, evaluation.report, [page.Pair(title, sounds) for title, sounds in evaluation.shown])
+            page.write(
+                html_file, evaluation.report, [page.Pair(title, sounds) for title, sounds in evaluation.examples]
+            )
         return Result(evaluation.report, tuple(file for file in (json_file, html_file) if file is not None))
 
 

@@ -141,11 +141,11 @@ def _chart(report: Report, name: str, known: Headings) -> str:
 
 def _notes(pairs: Sequence[Pair]) -> str:
     """Return the HTML of pictures and sounds, of as many pairs as fit."""
-    room, shown = EMBEDDED, []
+    budget, shown = EMBEDDED, []
     for pair in pairs:
         media = {what: _media(waveform) for what, waveform in pair.sounds.items()}
-        room -= sum(len(data) for both in media.values() for data in both)
-        if room < 0:
+        budget -= sum(len(data) for both in media.values() for data in both)
+        if budget < 0:
             break
         figures = "".join(
             html.note(
@@ -206,14 +206,14 @@ def _provenance(report: Report) -> str:
         ["network", *dict.fromkeys(key for embedder in report.embedders.values() for key in embedder)],
         [[escape(name), *map(_text, embedder.values())] for name, embedder in report.embedders.items()],
     )
-    made = html.table([], [[escape(name), _text(value)] for name, value in html.flat(report.produced).items()])
+    produced = html.table([], [[escape(name), _text(value)] for name, value in html.flat(report.produced).items()])
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "".join(
         [
             f"<h3>Sets</h3>{sets}",
             *(_refused(name, sounds) for name, sounds in report.sets.items() if sounds.refused),
             f"<h3>Networks</h3>{networks}" if report.embedders else "",
-            f"<h3>How the evaluated notes were made</h3>{made}" if report.produced else "",
+            f"<h3>How the evaluated notes were made</h3>{produced}" if report.produced else "",
             f"<h3>Versions</h3><p>{escape(versions)}</p>",
         ]
     )

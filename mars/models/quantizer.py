@@ -25,7 +25,7 @@ class Quantized:
     ids: Tensor  # int64 (B, L)
     latent: Tensor  # (B, D, H, W), the sum of all kept scales; its gradient goes straight to the encoder
     loss: Tensor  # (), codebook plus beta commitment, mean over the scales
-    kept: Tensor | None = None  # bool (B, N), the scales that quantiser dropout left; None: all
+    keep_mask: Tensor | None = None  # bool (B, N), the scales that quantiser dropout left; None: all
     residuals: Tensor | None = None  # (B, L, D), what each code was chosen for; only for training that asks for it
 
 
@@ -72,16 +72,16 @@ class Quantizer(nn.Module):
             codebook = (totals - f.detach()).square().mean(dims)  # (N, B)
             commitment = (totals.detach() - f).square().mean(dims)
             each = codebook + c.beta * commitment
-            kept = None
+            keep_mask = None
             if keep is None:
                 loss = each.mean()
             else:  # a scale's loss is the mean over the samples that keep it
-                kept = keep > torch.arange(len(self.scales), device=f.device)[:, None]
-                loss = ((each * kept).sum(1) / kept.sum(1).clamp_min(1)).mean()
-                kept = kept.T
+                keep_mask = keep > torch.arange(len(self.scales), device=f.device)[:, None]
+                loss = ((each * keep_mask).sum(1) / keep_mask.sum(1).clamp_min(1)).mean()
+                keep_mask = keep_mask.T
             wanted = self.training and (c.ema_codebook or c.restart_dead_codes > 0)
             residuals = self.residuals(f, totals) if wanted else None
-            return Quantized(ids, f + (totals[-1] - f).detach(), loss, kept, residuals)
+            return Quantized(ids, f + (totals[-1] - f).detach(), loss, keep_mask, residuals)
 
     def search(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Find the tokens (B, L) and running sums (N, B, D, H, W) of f; see `mars.kernels.multiscale_quantize`."""

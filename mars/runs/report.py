@@ -52,7 +52,7 @@ class Media:
     """Sources for the pictures and sounds of a run: embedded while there is room, then linked."""
 
     run: Path
-    room: int  # bytes
+    budget: int  # bytes
     linked: int = 0
     _sources: dict[Path, str] = field(default_factory=dict)
 
@@ -62,12 +62,12 @@ class Media:
             kind, data = (
                 ("image/png", read_bytes(path, ConfigError)) if path.suffix == ".png" else ("audio/flac", _flac(path))
             )
-            if len(data) <= self.room:
-                self.room -= len(data)
+            if len(data) <= self.budget:
+                self.budget -= len(data)
                 self._sources[path] = html.data_uri(kind, data)
             else:
                 self.linked += 1
-                self.room = 0  # from here on everything older is linked
+                self.budget = 0  # from here on everything older is linked
                 self._sources[path] = path.relative_to(self.run).as_posix()
         return self._sources[path]
 
@@ -215,20 +215,20 @@ def _sounds(run: Path, log: Log, stage: str) -> str:
     if not shown_steps:
         return ""
     originals = _shown(run / samples.FOLDER / samples.ORIGINALS, 0)
-    made = "generated" if stage == "var" else "reconstruction"
+    kind = "generated" if stage == "var" else "reconstruction"
     media, newest = Media(run, EMBEDDED), shown_steps[-1]
     notes = []
     for i, name in enumerate(newest.names):
-        title, figures = name, _note(media, newest, i, made, name)
+        title, figures = name, _note(media, newest, i, kind, name)
         if originals is not None and i < len(originals.names):
             title = originals.names[i]
-            figures = _note(media, originals, i, "original", title) + _note(media, newest, i, made, title)
+            figures = _note(media, originals, i, "original", title) + _note(media, newest, i, kind, title)
         notes.append(f'<div class="note"><h3>{escape(title)}</h3><div class="pair">{figures}</div></div>')
     earlier = shown_steps[-2::-1]
     earlier = earlier[:: -(-len(earlier) // OLDER)] if earlier else []
     folded = [
         f"<details><summary>Step {shown.step:,}</summary>"
-        f'<div class="row">{"".join(_note(media, shown, i, made) for i in range(len(shown.names)))}</div></details>'
+        f'<div class="row">{"".join(_note(media, shown, i, kind) for i in range(len(shown.names)))}</div></details>'
         for shown in earlier
     ]
     hint = "<p>Some sounds and pictures are linked: keep this file in its run folder.</p>" if media.linked else ""

@@ -110,13 +110,13 @@ class Watch:
             return
         rate = sampler.dataset.sample_rate
         where = self.run.path / samples.FOLDER / samples.ORIGINALS
-        shown = {samples.folder(self.run.path, self.step): ("sample", sampler.samples(model))}
+        folders = {samples.folder(self.run.path, self.step): ("sample", sampler.samples(model))}
         if not where.exists() and (originals := sampler.originals(model)):
-            shown[where] = "original", originals
-        for path, (title, made) in shown.items():
-            samples.write(path, made, rate)
+            folders[where] = "original", originals
+        for path, (title, notes) in folders.items():
+            samples.write(path, notes, rate)
             if self.board is not None:
-                self.board.show(title, made, rate, self.step)
+                self.board.show(title, notes, rate, self.step)
         self.event("samples")
         self.news = True
 

@@ -49,7 +49,7 @@ class Statistics:
         self,
         ids: Tensor,
         residuals: Tensor | None,
-        kept: Tensor | None,
+        keep_mask: Tensor | None,
         generator: torch.Generator,
         part: tuple[int, int],
     ) -> None:
@@ -60,7 +60,7 @@ class Statistics:
         for every n-th code, so that the sum holds one for each.
         """
         size = self.counts.shape[1]
-        counted = torch.ones_like(ids) if kept is None else kept[:, self.scale].to(ids.dtype)
+        counted = torch.ones_like(ids) if keep_mask is None else keep_mask[:, self.scale].to(ids.dtype)
         self.counts.view(-1).scatter_add_(0, (ids + self.scale * size).flatten(), counted.flatten())
         if residuals is None:
             return
@@ -103,12 +103,12 @@ class CodebookTraining:
 
     def _statistics(self, means: bool, restarts: bool) -> Statistics:
         codes, counts = self.quantizer.codebook.detach(), torch.zeros_like(self.counts)
-        sums, candidates = (torch.zeros_like(codes) if wanted else None for wanted in (means, restarts))
+        sums, candidates = (torch.zeros_like(codes) if enabled else None for enabled in (means, restarts))
         return Statistics(self.scale, counts, sums, candidates)
 
     def gather(self, quantized: Quantized, generator: torch.Generator, part: tuple[int, int]) -> None:
         """Add a micro-batch to the statistics of the step; see `Statistics.add`."""
-        self.gathered.add(quantized.ids, quantized.residuals, quantized.kept, generator, part)
+        self.gathered.add(quantized.ids, quantized.residuals, quantized.keep_mask, generator, part)
 
     @torch.no_grad()
     def start(self, latents: Mapping[int, Tensor], parts: int, seed: int) -> None:

@@ -111,10 +111,10 @@ def train(
     settings = settings.resolved(stage_name, len(notes))
     world.check(getattr(settings.train, stage_name))
     _check_dataset(settings, dataset, console.print)
-    if (had := dataset.samples) != (wanted := settings.audio.samples):
-        change = "cut" if had > wanted else "padded with silence"
+    if (stored := dataset.samples) != (expected := settings.audio.samples):
+        change = "cut" if stored > expected else "padded with silence"
         rate = dataset.sample_rate
-        console.print(f"the notes, of {had / rate:.3g} s, are {change} to {wanted / rate:.3g} s (audio.samples)")
+        console.print(f"the notes, of {stored / rate:.3g} s, are {change} to {expected / rate:.3g} s (audio.samples)")
 
     def make_stage() -> TokenizerStage | VARStage:
         _verify(dataset, console, world)
@@ -288,15 +288,15 @@ def _var_settings(
 
 def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path | None) -> str | None:
     """Return the warning if the tokenizer was not trained on this dataset, or that is unknown; None: it was."""
-    ours = _called({"data": dataset.fingerprint, "data_path": data})
-    theirs = trained.data.get("tokenizer")
-    if theirs == dataset.fingerprint:
+    dataset_name = _called({"data": dataset.fingerprint, "data_path": data})
+    trained_on = trained.data.get("tokenizer")
+    if trained_on == dataset.fingerprint:
         return None
-    if theirs is None:
-        return f"what the tokenizer {source} was trained on is not recorded; the VAR learns {ours}"
+    if trained_on is None:
+        return f"what the tokenizer {source} was trained on is not recorded; the VAR learns {dataset_name}"
     record = checkpoint.read_json(source / "run.json") if (source / "run.json").is_file() else None
-    known = record if isinstance(record, dict) and record.get("data") == theirs else {"data": theirs}
-    return f"the tokenizer {source} was trained on {_called(known)}, not on {ours}"
+    known = record if isinstance(record, dict) and record.get("data") == trained_on else {"data": trained_on}
+    return f"the tokenizer {source} was trained on {_called(known)}, not on {dataset_name}"
 
 
 def _called(record: Mapping[str, Any]) -> str:

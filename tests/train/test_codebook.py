@@ -78,7 +78,7 @@ def test_sums_over_tokens_are_those_of_a_plain_loop(dropout):
         generator = stream(0, i)
         z = found.quantizer.train()(latent(4, i), generator)
         found.gather(z, generator, (i, 2))
-        kept = np.ones((4, 3), bool) if z.kept is None else z.kept.numpy()
+        kept = np.ones((4, 3), bool) if z.keep_mask is None else z.keep_mask.numpy()
         for b in range(4):
             for k, (start, end) in enumerate(pairwise(found.quantizer.starts)):
                 for t in range(start, end):

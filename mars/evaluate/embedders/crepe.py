@@ -90,8 +90,8 @@ class Crepe:
 def _pooling() -> Tensor:
     """Return (360, 73) with a 1 where a pitch is nearest to a semitone."""
     semitone = (LOWEST + 0.2 * torch.arange(PITCHES, dtype=torch.float64)).round()
-    wanted = torch.tensor(SEMITONES, dtype=torch.float64)
-    return (semitone[:, None] == wanted).double()
+    semitones = torch.tensor(SEMITONES, dtype=torch.float64)
+    return (semitone[:, None] == semitones).double()
 
 
 def load(size: Size, path: Path | None = None, device: str | torch.device = "cpu") -> Crepe:

@@ -44,7 +44,7 @@ def detected(logits: Tensor, classes: Sequence[str]) -> Numbers:
     return _midi(classes)[logits.argmax(1).cpu().numpy()]
 
 
-def judged(requested: npt.ArrayLike, classes: Sequence[str]) -> npt.NDArray[np.bool_]:
+def scorable(requested: npt.ArrayLike, classes: Sequence[str]) -> npt.NDArray[np.bool_]:
     """Return which of the requested pitches (n,) are known and among the classes.
 
     Raises:
@@ -63,7 +63,7 @@ def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[s
     expected, predicted = np.asarray(requested, np.int64), detected(logits, classes)
     if expected.shape != predicted.shape:
         raise ValueError(f"pitch_accuracy: want a pitch a note, {len(predicted)}; got shape {expected.shape}")
-    known, scored = expected >= 0, judged(expected, classes)
+    known, scored = expected >= 0, scorable(expected, classes)
     if not scored.any():
         raise DataError(
             f"pitch_accuracy: want notes with a known pitch, got none among {len(expected)}; "
@@ -90,7 +90,7 @@ def _midi(classes: Sequence[str]) -> Numbers:
 def _pitch_accuracy(name: str, role: Role, row: Row) -> dict[str, Figure]:
     requested, classes, logits = row.fake.notes.pitch, row.fake.classes(role), row.fake.logits(role)
     result = pitch_accuracy(requested, logits, classes)
-    right = (detected(logits, classes) == requested)[judged(requested, classes)]
+    right = (detected(logits, classes) == requested)[scorable(requested, classes)]
     estimate = bootstrap_mean(torch.from_numpy(right).double(), seed=row.conditions.seed)
     return {name: figure(estimate, {}, asdict(result))}
 

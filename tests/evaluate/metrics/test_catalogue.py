@@ -78,7 +78,7 @@ def test_a_new_file_is_a_new_metric(loudness, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = list(catalogue.table())
     assert names[names.index("mse") + 1] == loudness
-    assert loudness in Settings().wanted
+    assert loudness in Settings().selected
     assert loudness not in Settings(profile="vinay2022").possible
     dataset = open_dataset(None)
     for name, rows in (("real", range(3)), ("fake", range(3, 6))):
