@@ -55,7 +55,7 @@ class Statistics:
     ) -> None:
         """Add the tokens of a micro-batch.
 
-        ids: (B, L); residuals: (B, L, D), not needed for the counts alone; kept: bool (B, N), the scales that count.
+        ids: (B, L); residuals: (B, L, D), not needed for counts alone; keep_mask: bool (B, N), the scales that count.
         generator: draws the candidates. part: (i, n), micro-batch i of the n of this step over all processes; it draws
         for every n-th code, so that the sum holds one for each.
         """
