@@ -412,10 +412,6 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Res
             raise ConfigError(
                 f"`out` {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
             )
-    if known.get("data") != record["data"]:
-        raise ConfigError(
-            f"{path} is a run on {_called(known)}, not on {_called(record)}; name that dataset, or a new folder"
-        )
     recorded, requested = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
     if (other := folder.difference(recorded, requested, "config")) is not None:
         raise ConfigError(

@@ -226,7 +226,7 @@ def test_a_full_disk_names_the_log(path):
         RunFolder(path).log({"step": 1})
 
 
-def test_skipped_steps_are_counted_over_all_sittings(path):
+def test_skipped_steps_are_counted_over_all_sessions(path):
     for stop in (4, 10):
         stage = Counter()
         stage.act = lambda step: float("nan") if step in (1, 2, 6) else None

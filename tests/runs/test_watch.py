@@ -151,7 +151,7 @@ def test_a_lock_says_whether_it_runs(tmp_path):
         assert read_log(tmp_path).state() == "running"
 
 
-def test_the_time_of_all_sittings_counts(tmp_path):
+def test_the_time_of_all_sessions_counts(tmp_path):
     times = [(0, "started", 100.0), (5, None, 110.0), (5, "started", 500.0), (9, None, 540.0)]
     lines = [{"step": s, "time": t, **({"event": e} if e else {"loss": 1.0})} for s, e, t in times]
     assert read_log(write_log(tmp_path, *lines)).seconds == 50
