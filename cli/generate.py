@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from mars.cli import options as grammar
 from mars.cli.errors import Command, user_errors
 from mars.text import printable
 
@@ -39,6 +40,14 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")
 @click.option("--instrument", metavar="NAME", help="One that the model was trained on; default: any, for each note.")
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    callback=grammar.labels,
+    metavar="NAME=WORD",
+    help="A label of your own that the model was trained on.",
+)
 @click.option(
     "--allow-untrained",
     is_flag=True,
@@ -104,7 +113,7 @@ def _generate(
 
     set_threads(threads)
     model = load(name, device)
-    asked = {label: settings[label] for label in LABELS}
+    asked = {label: settings[label] for label in (*LABELS, "labels")}
     drawn = {key: value for key, value in settings.items() if key not in asked}
     conditions = model.choose(n, **asked, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
     model.iterate(n, conditions=conditions, **drawn)  # for its checks, before anything is written

@@ -31,7 +31,7 @@ from mars.arguments import Array, integer, number, tensor
 from mars.config import AudioConfig, Config
 from mars.errors import CheckpointError, ConfigError
 from mars.files import read_text, sha256
-from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids
+from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids, label
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.notes import Note
@@ -75,6 +75,7 @@ class Generation(TypedDict, total=False):
     source: str | None
     velocity: int | None
     instrument: str | None
+    labels: Mapping[str, str] | None
     allow_untrained: bool
     conditions: Sequence[Condition] | None
     cfg: float
@@ -223,6 +224,7 @@ class Model:
         source: str | None = None,
         velocity: int | None = None,
         instrument: str | None = None,
+        labels: Mapping[str, str] | None = None,
         allow_untrained: bool = False,
         conditions: Sequence[Condition] | None = None,
         cfg: float = 2.0,
@@ -245,6 +247,7 @@ class Model:
             pitch: MIDI number, or (lowest, highest); the usual pitches within that range if there are any.
             velocity: counts as the nearest of `mars.labels.VELOCITIES`.
             instrument: one of `model.words["instrument"]`.
+            labels: the words of other labels that it was trained with, by their names.
             allow_untrained: take what is out of the range that the model was trained on; see
                 `mars.labels.Ranges.asked`.
             conditions: n of them, what each note is to be, in place of the labels; see
@@ -280,12 +283,13 @@ class Model:
             source=source,
             velocity=velocity,
             instrument=instrument,
+            labels=labels,
             allow_untrained=allow_untrained,
         )
         given: dict[int, Condition] = {}
         if conditions is not None:
             if any(value is not None for value in asked.values()):
-                raise ConfigError(f"conditions say what each note is to be; leave out {', '.join(LABELS)}")
+                raise ConfigError(f"conditions say what each note is to be; leave out {', '.join(LABELS)}, labels")
             if not isinstance(conditions, Sequence) or len(conditions) != n:
                 got = len(conditions) if isinstance(conditions, Sequence) else repr(conditions)[:80]
                 raise ConfigError(f"want a condition for each of {n} notes, got {got}")
@@ -364,6 +368,7 @@ class Model:
         source: str | None = None,
         velocity: int | None = None,
         instrument: str | None = None,
+        labels: Mapping[str, str] | None = None,
         allow_untrained: bool = False,
     ) -> list[Condition]:
         """The conditions that `iterate` chooses with these arguments, to be known before the notes.
@@ -379,6 +384,7 @@ class Model:
             source=source,
             velocity=velocity,
             instrument=instrument,
+            labels=labels,
             allow_untrained=allow_untrained,
         )
         return [ranges.choose(asked, stream(seed, STREAM, index)) for index in range(start, start + n)]
@@ -446,10 +452,6 @@ class _Range:
             raise ConfigError(f"want a count and pitches from -1 to 127, got {self.count:,}, {spans[0]} and {spans[1]}")
         if not all(0 <= level < 128 for level in self.velocity):
             raise ConfigError(f"want velocities from 0 to 127, got {self.velocity}")
-        for name in ("family", "source"):
-            known, value = LABELS[name].words, getattr(self, name)
-            if value not in (None, *known):
-                raise ConfigError(f"{name} must be null or one of {', '.join(known)}; got {value!r:.80}")
 
 
 def _ranges(path: Path, words: Words) -> list[dict[str, Any]]:
@@ -458,17 +460,20 @@ def _ranges(path: Path, words: Words) -> list[dict[str, Any]]:
         raise CheckpointError(f"{path} must hold a list, got {type(entries).__name__}")
     for i, entry in enumerate(entries):
         config.from_document(_Range, entry, f"{path}: entry {i}", CheckpointError)
-        for name, known in words.items():
+        for name in ("family", "source", *words):
+            known = label(name).values(words)
             if (value := entry.get(name)) is not None and value not in known:
-                wanted = f"{name} must be null or one of labels.json"
-                raise CheckpointError(f"{path}: entry {i} cannot be used: {wanted}, got {value!r:.80}")
+                wanted = "one of labels.json" if name in words else f"one of {', '.join(known)}"
+                raise CheckpointError(
+                    f"{path}: entry {i} cannot be used: {name} must be null or {wanted}, got {value!r:.80}"
+                )
     return entries
 
 
 def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
-    """The words of the open conditions, which `labels.json` holds; models without such conditions have none."""
-    wanted = {name for name in attributes if LABELS[name].open}
-    if not wanted:
+    """The words of the conditions in `labels.json`, which an open condition needs and others may have."""
+    wanted = {name for name in attributes if label(name).open}
+    if not wanted and not path.exists():
         return {}
     found = checkpoint.read_json(path)
     if not isinstance(found, dict) or not wanted <= found.keys() <= set(attributes):

@@ -27,7 +27,7 @@ from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, fault
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.files import opened, read_json
-from mars.labels import LABELS, UNKNOWN, Condition, labels_of
+from mars.labels import UNKNOWN, Condition, is_name, label, labels_of
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
@@ -365,7 +365,7 @@ def _conditions(path: Path) -> dict[str, Condition]:
         raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
     try:
         found = {
-            file: {name: label.listed(condition.get(name)) for name, label in LABELS.items()}
+            file: {name: label(name).listed(value) for name, value in condition.items() if is_name(name)}
             for file, condition in asked.items()
         }
     except ValueError as error:
