@@ -34,10 +34,12 @@ def main() -> None:
 
 
 def _pitches(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    low, dash, high = value.partition("-")
-    if not (dash and low.isdigit() and high.isdigit() and int(low) <= int(high) <= 127):
-        raise click.BadParameter(f"want LOW-HIGH with 0 <= LOW <= HIGH <= 127, got {value!r}")
-    return int(low), int(high)
+    from mars.labels import pitches_of
+
+    try:
+        return pitches_of(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _packing(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +114,7 @@ def folder(directory: Path, out: Path, **options: Any) -> None:
 @_holding_out
 @click.option("--notes", type=click.IntRange(1), help="How many, spread evenly.  [default: all there are]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of notes.")
-@click.option("--pitches", default="21-108", show_default=True, callback=_pitches, help="Lowest and highest MIDI note.")
+@click.option("--pitches", default="21-108", show_default=True, callback=_pitches, help="LOW-HIGH, or as C2-C6.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--licence", default="unknown", show_default=True, help="Of the soundfont; is kept.")
 def soundfont(file: Path, out: Path, **options: Any) -> None:

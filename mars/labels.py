@@ -83,6 +83,8 @@ class Label:
             if cell not in self.words:
                 raise ValueError(f"want a {self.name} of {', '.join(self.words)}; got {cell!r}")
             return self.words.index(cell)
+        if self.name == "pitch":
+            return pitch_of(cell)
         if not (cell.isascii() and cell.isdigit() and len(cell) <= 3 and int(cell) <= 127):
             raise ValueError(f"want {self.name} 0..127, got {cell!r}")
         return int(cell)
@@ -109,6 +111,9 @@ LABELS = {
     )
 }
 CLOSED = tuple(name for name, label in LABELS.items() if not label.open)  # every condition has these
+_STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}  # semitones above C
+_SIGNS = {"": 0, "#": 1, "♯": 1, "b": -1, "♭": -1}
+_PITCH = r"\d{1,3}|[A-Ga-g][#♯b♭]?-?\d"  # a MIDI number or the name of a note
 _NAME = re.compile(rf"({'|'.join(FAMILIES)})_({'|'.join(SOURCES)})_(\d{{3}})-(\d{{3}})-(\d{{3}})")
 
 
@@ -131,6 +136,36 @@ class Labels:
             for name, value in found.items()
             if value not in ("", UNKNOWN)
         }
+
+
+def pitch_of(text: str) -> int:
+    """The MIDI number that a number or the name of a note means: 60 or C4 (middle C), A#3 or Bb3, C-1 to G9.
+
+    Raises `ValueError` for anything else.
+    """
+    if re.fullmatch(_PITCH, text, re.ASCII):
+        if text.isdigit():
+            number = int(text)
+        else:
+            step, sign, octave = re.fullmatch(r"(.)(\D??)(-?\d)", text).groups()  # type: ignore[union-attr]
+            number = 12 * (int(octave) + 1) + _STEPS[step.upper()] + _SIGNS[sign]
+        if 0 <= number <= 127:
+            return number
+    raise ValueError(f"want pitch 0..127 or the name of a note such as C4 (60) or A#3, got {text!r:.40}")
+
+
+def pitches_of(text: str) -> tuple[int, int]:
+    """(lowest, highest) of one pitch or a rising range of them: 60, C4, 48-72 or C3-C5. Raises `ValueError`."""
+    found = re.fullmatch(rf"({_PITCH})-({_PITCH})", text, re.ASCII)
+    low, high = map(pitch_of, found.groups() if found else (text, text))
+    if low > high:
+        raise ValueError(f"want a range of pitches that rises, got {text!r:.40}")
+    return low, high
+
+
+def note_name(pitch: int) -> str:
+    """The name of a MIDI number, with sharps: C4 for 60."""
+    return f"{('C', 'C#', 'D', 'D#', 'E', 'F', 'F#', 'G', 'G#', 'A', 'A#', 'B')[pitch % 12]}{pitch // 12 - 1}"
 
 
 def labels_of(name: str) -> Labels | None:
