@@ -32,11 +32,11 @@ from mars.config import AudioConfig, Config
 from mars.errors import CheckpointError, ConfigError
 from mars.files import read_text, sha256
 from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids
+from mars.models.sampling import sample, tile_size
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.notes import Note
 from mars.runtime import Precision, autocast, pick_device, stream
-from mars.sampling import sample, tile_size
 from mars.text import one_line
 
 M = TypeVar("M", bound=torch.nn.Module)

@@ -19,8 +19,8 @@ from mars.evaluate.sets import SAMPLE_RATE, NoteSet
 from mars.evaluate.sets import stem as stem_of
 from mars.labels import CLOSED, Condition
 from mars.model import Model
+from mars.models.sampling import tile_size
 from mars.notes import Filled, Note, NoteFolder, fill, stem
-from mars.sampling import tile_size
 
 Progress = Callable[[int, int], None]  # called with the notes that are there and all of them
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from mars import checkpoint, config, lock, model, runtime, terminal
 from mars.config import Config
 from mars.data import Dataset, open_dataset
-from mars.distributed import World, join
 from mars.errors import ConfigError, DiskError
 from mars.files import new_folder, probe, write_atomically
 from mars.runs import folder
 from mars.runs.compare import RUNS
+from mars.runs.distributed import World, join
 from mars.runs.record import read_record
 from mars.runs.samples import Sampler
 from mars.runs.stage import StageName

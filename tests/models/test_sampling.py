@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mars import audio, config, sampling
+from mars import audio, config
 from mars.errors import CheckpointError, ConfigError
 from mars.labels import condition_ids
 from mars.model import Model, Timing
+from mars.models import sampling
+from mars.models.sampling import TILE, draw
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.sampling import TILE, draw
 
 NOTES = [
     {"family": "brass", "source": "acoustic", "count": 8, "pitch": [42, 70]},
