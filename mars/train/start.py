@@ -71,7 +71,7 @@ def train(
         tokenizer: run or model that a VAR is trained on; None: the newest run.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
         following: the command to type after the run at this path has come to its end, which is then printed.
-        console: what is said goes there; None: to stderr.
+        console: what is said goes there; None: to the logger `mars`.
 
     Raises:
         ConfigError, DataError, CheckpointError: something asked for cannot be used, or the audio of the dataset is not
@@ -82,7 +82,7 @@ def train(
         check_installed()
     began = time.monotonic() if began is None else began
     world = _prepare(device, threads)
-    console = console or terminal.console(soft_wrap=True)
+    console = console or terminal.LogConsole()
     console.quiet = console.quiet or not world.main
     if profile is not None and world.size > 1:
         raise ConfigError("`profile` looks at one process; start it without torchrun")

@@ -43,7 +43,7 @@ def listed(model, n, **settings):
 
 
 def identical(a, b):
-    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.spectrogram, b.spectrogram)
+    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.log_magnitude, b.log_magnitude)
     return same and torch.equal(a.ids, b.ids) and (a.index, a.condition) == (b.index, b.condition)
 
 
@@ -68,7 +68,7 @@ def test_notes_are_audible_and_at_most_full_scale(model):
     settings = model.config.audio
     for note in listed(model, 4, iterations=4):
         assert note.waveform.shape == (settings.samples,)
-        assert note.spectrogram.shape == (settings.bins, settings.frames)
+        assert note.log_magnitude.shape == (settings.bins, settings.frames)
         assert note.ids.shape == (model.config.tokenizer.tokens,)
         assert 1e-3 < note.waveform.abs().max() <= 1
 
