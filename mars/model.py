@@ -15,9 +15,11 @@ device computes in it natively.
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, get_args
@@ -26,18 +28,19 @@ import torch
 from torch import Tensor
 
 import mars
-from mars import audio, checkpoint, config
+from mars import audio, checkpoint, config, hub
 from mars.arguments import Array, integer, number, tensor
 from mars.config import AudioConfig, Config
 from mars.data.sound import Given, waveform
 from mars.errors import CheckpointError, ConfigError
 from mars.files import read_text, sha256
 from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids
+from mars.models.sampling import sample, tile_size
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.notes import Note
+from mars.pages import html
 from mars.runtime import Precision, autocast, pick_device, stream
-from mars.sampling import sample, tile_size
 from mars.text import one_line
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -91,9 +94,9 @@ class Generation(TypedDict, total=False):
     timing: Timing | None
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
-    """Tokenizer and VAR with their settings; see `load`."""
+    """Tokenizer and VAR with their settings; see `load`. In a notebook it shows its card."""
 
     config: Config
     tokenizer: Tokenizer
@@ -103,6 +106,70 @@ class Model:
     data: Mapping[str, str] = field(default_factory=dict)  # fingerprint of what "tokenizer" and "var" were trained on
     card: str = ""  # Markdown: data, licence, figures
     hash: str = ""  # sha256 of the manifest it was loaded from
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Model:
+        """A model from this machine, as `load` finds it, or else from the Hugging Face Hub.
+
+        Args:
+            name: what `load` takes, or "user/name" of the Hub, which needs the package huggingface_hub and is kept in
+                its cache. What is in a folder comes before what is on the Hub.
+            revision: branch, tag or commit there; None: its main branch.
+            token: for private models; None: what huggingface_hub finds.
+
+        Raises:
+            CheckpointError, ConfigError: see `load`; or the Hub has no such model, or cannot be reached.
+        """
+        return load(name if name is None or exists(name) else hub.download(str(name), revision, token), device)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """`save`, under the name that others have for it: `from_pretrained` takes the folder."""
+        self.save(path)
+
+    def push_to_hub(
+        self, name: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Send the model to the Hugging Face Hub as "user/name", made if need be; its address there.
+
+        Args:
+            private: of a new repository; None: what the account says.
+            token: None: what huggingface_hub finds, as after `hf auth login`.
+            revision: the branch; None: main.
+
+        Raises:
+            MissingPackage: huggingface_hub is not installed.
+            ConfigError: the Hub cannot be reached, or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "model")
+            return hub.upload(Path(folder) / "model", name, private=private, token=token, revision=revision)
+
+    def to(self, device: str | torch.device) -> Model:
+        """The model itself, its weights moved to a device: auto, cpu, cuda, cuda:1, mps, …. Raises `ConfigError`."""
+        device = pick_device(device)
+        for part in (self.tokenizer, self.var):
+            if part is not None:
+                part.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        parts = {"tokenizer": self.tokenizer, "transformer": self.var}
+        sizes = (f"{n} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for n, m in parts.items() if m is not None)
+        sound = (
+            f"{self.config.audio.samples / self.config.audio.sample_rate:.3g} s at {self.config.audio.sample_rate} Hz"
+        )
+        condition = f", by {', '.join(self.var.config.condition)}" if self.var and self.var.config.condition else ""
+        return f"<Model {self.config.preset}: {', '.join(sizes)} parameters, {sound}{condition}, on {self.device}>"
+
+    def _repr_html_(self) -> str:
+        return html.markdown(self.card) if self.card else f"<p>{escape(repr(self))}</p>"
 
     @property
     def device(self) -> torch.device:
@@ -370,7 +437,7 @@ class Model:
                         f"note {d.index} of seed {seed} is not finite; the model's weights are unusable"
                     )
             return [
-                Note(d.index, w, s, d.ids, d.condition)
+                Note(d.index, w, s, d.ids, d.condition, self.config.audio.sample_rate)
                 for d, w, s in zip(drafts, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
             ]
 
@@ -501,7 +568,7 @@ class Model:
         )
         return [ranges.choose(asked, stream(seed, STREAM, index)) for index in range(start, start + n)]
 
-    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the model directory `path`, replacing one that is there.
 
         Raises:
@@ -515,7 +582,7 @@ class Model:
             documents["labels"] = {name: list(words) for name, words in self.words.items()}
         if self.data:
             documents["data"] = dict(self.data)
-        checkpoint.replace_directory(path, tensors, documents, {"README.md": self.card} if self.card else None)
+        checkpoint.replace_directory(Path(path), tensors, documents, {"README.md": self.card} if self.card else None)
 
 
 @torch.inference_mode()
@@ -598,6 +665,12 @@ def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
         if not good or len(set(words)) < len(words):
             raise CheckpointError(f"{path}: {name} must be a list of different words, each on one line")
     return found
+
+
+def exists(name: str | Path | None) -> bool:
+    """Whether this machine has something of that name: a path, or a packaged model."""
+    packaged = Path(str(resources.files("mars").joinpath("assets", "models")))
+    return name is None or Path(name).exists() or (packaged / str(name)).is_dir()
 
 
 def locate(name: str | Path | None) -> Path:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,9 +27,11 @@ from mars import audio, lock
 from mars.config import AudioConfig
 from mars.errors import ConfigError, DataError
 from mars.files import read_json, write_atomically
-from mars.labels import CLOSED, Condition
-from mars.pages.picture import contact_sheet, write_png
+from mars.labels import CLOSED, Condition, described
+from mars.pages import html
+from mars.pages.picture import contact_sheet, png, spectrogram_picture, write_png
 from mars.runtime import free_space
+from mars.terminal import log
 
 LISTING = "notes.json"
 PICTURE = "spectrograms.png"
@@ -40,15 +41,51 @@ _HEADER = 44  # bytes of a WAV file before its samples
 _FREE = ("model", "batch_size")  # settings that no note depends on
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Note:
-    """One generated note, on the CPU."""
+    """One generated note, on the CPU. In a notebook it shows its spectrogram, with a player below."""
 
     index: int
     waveform: Tensor  # (samples,) float32, at most full scale
-    spectrogram: Tensor  # (bins, frames) in [-1, 1], before its phase was made up
+    log_magnitude: Tensor  # (bins, frames) in [-1, 1], as decoded, before its phase was made up
     ids: Tensor  # int64 (L,)
     condition: Condition
+    sample_rate: int  # Hz
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return len(self.waveform) / self.sample_rate
+
+    @property
+    def label(self) -> str:
+        """What it was asked to be, in words: "acoustic brass, pitch 60, velocity 100"; "any" if nothing was."""
+        return described(self.condition) or "any"
+
+    def spectrogram(self) -> Tensor:
+        """Log magnitude (bins, frames) in [-1, 1], low bins first, as the model made it, before its phase was found.
+
+        That of the waveform itself, which differs a little, is `mars.audio.spectrogram`.
+        """
+        return self.log_magnitude
+
+    def save(self, path: Path | str) -> None:
+        """Write it as mono 16-bit WAV; the file appears whole or not at all. Raises `OSError`."""
+        audio.write_wav(path, self.waveform, self.sample_rate)
+
+    def __repr__(self) -> str:
+        return f"<Note {self.index}: {self.label}, {self.seconds:.3g} s at {self.sample_rate} Hz>"
+
+    def _repr_html_(self) -> str:
+        picture = spectrogram_picture(self.log_magnitude, frequency="log", height=256, width=384)
+        sound = html.flac(audio.pcm(self.waveform), self.sample_rate)
+        return html.note(
+            html.data_uri("image/png", png(picture)),
+            html.data_uri("audio/flac", sound),
+            spoken=f"spectrogram of note {self.index}, {self.label}",
+            label=f"note {self.index}",
+            caption=f"{self.index}: {self.label}",
+        )
 
 
 @dataclass(frozen=True)
@@ -67,13 +104,13 @@ class NoteFolder:
         path: Path,
         made: Mapping[str, Any],
         files: Sequence[str],
-        conditions: Sequence[Condition],
+        conditions: Sequence[Mapping[str, Any]],
         config: AudioConfig,
         *,
         picture: bool = False,
     ) -> None:
         notes = [
-            {"index": i, "file": file, "condition": dict.fromkeys(CLOSED) | condition}
+            {"index": i, "file": file, "condition": {**dict.fromkeys(CLOSED), **condition}}
             for i, (file, condition) in enumerate(zip(files, conditions, strict=True))
         ]
         self.path, self.files, self.config, self.picture = path, files, config, picture
@@ -163,7 +200,7 @@ class NoteFolder:
 
 
 @contextmanager
-def fill(folder: NoteFolder, say: Callable[[str], None] = warnings.warn) -> Iterator[NoteFolder]:
+def fill(folder: NoteFolder, say: Callable[[str], None] = log) -> Iterator[NoteFolder]:
     """Have a folder of notes for oneself, new or begun by the same call, to make what is missing and finish it.
 
     Raises:
@@ -188,7 +225,7 @@ def fill(folder: NoteFolder, say: Callable[[str], None] = warnings.warn) -> Iter
                 (path / lock.NAME).unlink()
 
 
-def stem(index: int, n: int, condition: Condition) -> str:
+def stem(index: int, n: int, condition: Mapping[str, Any]) -> str:
     """Name of a note's file, `0007-brass-060`; "any" for what is not known. n: all notes."""
     pitch = "any" if condition["pitch"] is None else f"{condition['pitch']:03d}"
     return f"{index:0{max(4, len(str(n - 1)))}d}-{condition['family'] or 'any'}-{pitch}"

@@ -73,6 +73,15 @@ def note(picture: str, sound: str, spoken: str, label: str, caption: str) -> str
     )
 
 
+def markdown(text: str) -> str:
+    """A text in Markdown as HTML, without a header between lines of `---`; HTML in it is shown as text."""
+    from markdown_it import MarkdownIt
+
+    if text.startswith("---\n") and (end := text.find("\n---\n", 3)) > 0:
+        text = text[end + 5 :]
+    return str(MarkdownIt("js-default").render(text))
+
+
 def data_uri(kind: str, data: bytes) -> str:
     """A source that holds its data. kind: a MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
