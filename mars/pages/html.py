@@ -1,4 +1,6 @@
-"""Pages without network and, but for `listen`, without script: their frame and style sheet, and the words, sounds and tables in them.
+"""Pages without network and, but for `listen`, without script.
+
+Here are their frame and style sheet, and the words, sounds and tables in them.
 
 Nothing here needs PyTorch. Strings that are not said to be HTML are escaped.
 """

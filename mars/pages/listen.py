@@ -23,7 +23,7 @@ from mars.pages.picture import Frequency, height_of
 FREQUENCY: Frequency = "log"  # of the pictures
 SIZE = 192, 256  # pixels of a picture, height and width, at most
 # Where the picture is in its axes; page.css has the same as percentages.
-_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BELOW = 320, 226, 38, 8, 14, 26
+_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BELOW = 320, 226, 46, 8, 14, 26
 
 
 @dataclass(frozen=True)
@@ -117,25 +117,18 @@ def _axes(seconds: float, khz: float, bins: int) -> str:
     bottom, right = _HEIGHT - _BELOW, _WIDTH - _RIGHT
     x = Axis(0, seconds, _LEFT, right)
     parts = []
-    for tick in x.ticks(5):
+    for tick in (ticks := x.ticks(5)):
         parts.append(f'<path class="axis" d="M{x(tick):.1f} {bottom}v4"/>')
-        name = f"{tick:g} s" if tick == 0 else f"{tick:g}"
+        name = f"{tick:g}{' s' if tick == ticks[-1] else ''}"
         parts.append(f'<text class="middle" x="{x(tick):.1f}" y="{bottom + 17}">{name}</text>')
-    last = _HEIGHT
-    for tick in _octaves(khz):
+    for tick in (ticks := _octaves(khz)):
         y = bottom - height_of(tick / khz, bins, FREQUENCY) * (bottom - _TOP)
         parts.append(f'<path class="axis" d="M{_LEFT - 4} {y:.1f}h4"/>')
-        if last - y >= 14:  # room for its name
-            name = f"{tick:g} kHz" if tick == 0 else f"{tick:g}"
-            parts.append(f'<text class="end" x="{_LEFT - 6}" y="{y + 4:.1f}">{"0" if tick == 0 else name}</text>')
-            last = y
-    parts.append(f'<text class="end" x="{_LEFT - 6}" y="{bottom + 17}">kHz</text>')
-    return "".join(parts)
+        name = f"{tick:g}{' kHz' if tick == ticks[-1] else ''}"
+        parts.append(f'<text class="end" x="{_LEFT - 6}" y="{y + 4:.1f}">{name}</text>')
+    return f'<g class="ticks">{"".join(parts)}</g>'
 
 
 def _octaves(khz: float) -> list[float]:
-    """0, and the highest frequency halved again and again, kHz."""
-    found = [khz]
-    while found[-1] > 0.2:
-        found.append(found[-1] / 2)
-    return [0.0, *found[::-1]]
+    """0, and the frequencies an octave apart below the highest, kHz."""
+    return [0.0, *(khz / 2**octave for octave in range(5, -1, -1))]

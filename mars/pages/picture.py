@@ -144,19 +144,19 @@ def contact_sheet(
             _write(sheet[:, : x + tile_width], labels[index], y + tile_height + 3, x)
     if extent is not None:
         seconds, khz = extent
-        for tick in Axis(0, khz, 0, 1).ticks(4):
+        for tick in (ticks := Axis(0, khz, 0, 1).ticks(4)):
             up = height_of(tick / khz, np.asarray(spectrograms).shape[1], frequency)
-            name = f"{tick:g} khz" if tick == max(Axis(0, khz, 0, 1).ticks(4)) else f"{tick:g}"
-            for row in range(rows):
-                y = _GAP + row * step_y + round((1 - up) * (tile_height - 1))
+            name = f"{tick:g}{' khz' if tick == ticks[-1] else ''}"
+            for top in range(_GAP, rows * step_y, step_y):
+                y = top + round((1 - up) * (tile_height - 1))
                 sheet[y, left + 1 : left + _GAP - 1] = _TEXT
-                _write(sheet, name, min(max(y - 3, 0), _GAP + row * step_y + tile_height - 7), left - 6 * len(name))
-        for tick in Axis(0, seconds, 0, 1).ticks(max(tile_width // 40, 1)):
-            name = f"{tick:g} s" if tick == 0 else f"{tick:g}"
-            for column in range(columns):
-                x = left + _GAP + column * step_x + round(tick / seconds * (tile_width - 1))
+                _write(sheet, name, min(max(y - 3, 0), top + tile_height - 7), left - 6 * len(name))
+        for tick in (ticks := Axis(0, seconds, 0, 1).ticks(max(tile_width // 40, 1))):
+            name = f"{tick:g}{' s' if tick == ticks[-1] else ''}"
+            for start in range(left + _GAP, left + columns * step_x, step_x):
+                x = start + round(tick / seconds * (tile_width - 1))
                 sheet[rows * step_y + 1 : rows * step_y + 5, x] = _TEXT
-                _write(sheet, name, rows * step_y + 7, min(x, sheet.shape[1] - 6 * len(name)))
+                _write(sheet, name, rows * step_y + 7, min(x, start + tile_width - 6 * len(name)))
     return sheet
 
 
