@@ -20,7 +20,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,25 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Condition = dict[str, Any]  # values by the names of labels; None where unknown
+Values = dict[str, Any]  # by the names of labels; None where unknown
 Entry = Mapping[str, Any]  # what training notes that are alike hold; see `entries`
 Words = Mapping[str, Sequence[str]]  # by the names of labels: words of a dataset or of a model
 Columns = Mapping[str, npt.NDArray[np.int32]]  # by the names of labels: the numbers of notes, (N,)
+
+
+class Condition(TypedDict, total=False):
+    """What a note is to be or was asked to be; None, or no key at all, where that is left open or not known.
+
+    Typed for who writes one down; the code goes by the names in `LABELS`, of which it has one key each, and a note of a
+    model that was trained with further labels has these too.
+    """
+
+    family: str | None
+    source: str | None
+    pitch: int | None  # MIDI number; 60 is middle C
+    velocity: int | None
+    instrument: str | None
+
 
 UNKNOWN = -1  # in a column
 LONGEST_WORD = 1 << 14  # characters
@@ -133,7 +148,7 @@ class Labels:
     own: Mapping[str, str] = field(default_factory=dict)  # the words of labels that are not in the table
 
     @property
-    def known(self) -> Condition:
+    def known(self) -> Values:
         """The values of those that are known."""
         found = {name: getattr(self, name) for name in LABELS} | dict(self.own)
         return {
@@ -215,7 +230,7 @@ def labels_in(entry: Mapping[str, Any]) -> Labels:
     return Labels(**found)
 
 
-def described(condition: Condition) -> str:
+def described(condition: Mapping[str, Any]) -> str:
     """A condition in words: "acoustic brass, pitch 60, velocity 100"; empty where nothing is known."""
     kind = " ".join(condition[name] for name in ("source", "family") if condition.get(name) is not None)
     others = (f"{k} {v}" for k, v in condition.items() if v is not None and k not in ("source", "family"))
@@ -234,7 +249,9 @@ def sizes(attributes: Iterable[str], words: Words) -> dict[str, int]:
     return {name: len(label(name).classes(words)) for name in attributes}
 
 
-def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str], words: Words | None = None) -> Tensor:
+def condition_ids(
+    conditions: Sequence[Mapping[str, Any]], attributes: Sequence[str], words: Words | None = None
+) -> Tensor:
     """int64 (B, attributes): the class of each attribute, for a model with these words."""
     places = {name: _places(name, words or {}) for name in attributes}
     rows = [[places[name][c[name]] for name in attributes] for c in conditions]
@@ -333,7 +350,7 @@ class Ranges:
             return any(_values(entry, name) for entry in self.notes)
         return value is not None and any(entry.get(name) == value for entry in self.notes)
 
-    def untrained(self, condition: Condition) -> str | None:
+    def untrained(self, condition: Mapping[str, Any]) -> str | None:
         """The first label of a condition that no training note had together with those before it; None if all had.
 
         None too if the lowest and highest pitch are not known.
@@ -353,7 +370,7 @@ class Ranges:
         instrument: str | None = None,
         labels: Mapping[str, str] | None = None,
         allow_untrained: bool = False,
-    ) -> Condition:
+    ) -> Values:
         """What a caller wants, checked, as `choose` takes it: the pitch as (lowest, highest), the velocity as a level.
 
         labels: the words of those that are not in the table, by name.
@@ -379,7 +396,7 @@ class Ranges:
                 )
             if value is not None and not label(name).levels:
                 self._check_word(name, value)
-        wanted: Condition = {name: None if given.get(name) is None else str(given[name]) for name in self.names}
+        wanted: Values = {name: None if given.get(name) is None else str(given[name]) for name in self.names}
         wanted["pitch"] = None if pitch is None else _limits(pitch)
         wanted["velocity"] = None if velocity is None else level(_midi("velocity", velocity))
         for name, value in (("pitch", pitch), ("velocity", velocity)):
@@ -389,7 +406,7 @@ class Ranges:
             self._check(wanted)
         return wanted
 
-    def accepted(self, condition: Condition, *, allow_untrained: bool = False) -> Condition:
+    def accepted(self, condition: Mapping[str, Any], *, allow_untrained: bool = False) -> Condition:
         """A condition as a note of this model has it: all of `names`, None where it says nothing.
 
         Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
@@ -407,11 +424,12 @@ class Ranges:
         try:
             if kept["pitch"] is not None:
                 kept["pitch"] = _midi("pitch", kept["pitch"])
-            return self.asked(**arguments(kept), allow_untrained=allow_untrained) | {"pitch": kept["pitch"]}
+            asked = self.asked(**arguments(kept), allow_untrained=allow_untrained)
+            return cast(Condition, asked | {"pitch": kept["pitch"]})
         except ConfigError as error:
             raise ConfigError(f"{condition}: {error}") from None
 
-    def choose(self, asked: Condition, generator: torch.Generator) -> Condition:
+    def choose(self, asked: Values, generator: torch.Generator) -> Condition:
         """The condition of one note; draws as many numbers whatever is asked: three, and one more with open labels.
 
         What is left open is one of the families, the source most common in it, any of their instruments where that is
@@ -443,7 +461,8 @@ class Ranges:
         for name in self.opened:
             value = asked[name]
             chosen[name] = entry.get(name) if value is None and entry is not None else value
-        return {name: value if name in self.attributes else None for name, value in chosen.items()}
+        kept = {name: value if name in self.attributes else None for name, value in chosen.items()}
+        return cast(Condition, kept)
 
     def _one_of(self, alike: Sequence[Entry], uniform: float) -> Entry | None:
         """Of the entries of a family one with the source most common in it; several have one where labels are open."""
@@ -464,7 +483,7 @@ class Ranges:
             others = some([word for word in known if word in trained])
             raise ConfigError(f"{name} {value}: the model was trained on none; it knows {others or 'no other'}")
 
-    def _narrowed(self, asked: Condition) -> tuple[Sequence[Entry], str | None]:
+    def _narrowed(self, asked: Values) -> tuple[Sequence[Entry], str | None]:
         """The training notes that hold as much as can be of what is asked for, and the first label that none has."""
         alike, lacking = self.notes, None
         for name in ("family", "source", *self.opened, "pitch", "velocity"):
@@ -474,7 +493,7 @@ class Ranges:
                 alike = holding or alike
         return alike, lacking
 
-    def _check(self, asked: Condition) -> None:
+    def _check(self, asked: Values) -> None:
         """Raise an error if no training notes hold all that is asked for."""
         alike, name = self._narrowed(asked)
         if not self.notes or name is None:
@@ -490,7 +509,7 @@ class Ranges:
         )
 
 
-def arguments(condition: Condition) -> dict[str, Any]:
+def arguments(condition: Values) -> dict[str, Any]:
     """A condition as `Ranges.asked`, `Model.iterate` and their like take it: the labels of the table, and `labels`."""
     own = {name: value for name, value in condition.items() if name not in LABELS and value is not None}
     return {**{name: value for name, value in condition.items() if name in LABELS}, "labels": own or None}

@@ -39,7 +39,7 @@ from mars.data.notes import Audio, fault
 from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import opened, parse_json, read_bytes, read_json, read_text, sha256, sync
-from mars.labels import CLOSED, LABELS, LONGEST_WORD, UNKNOWN, Condition, Labels, Words, is_name, label
+from mars.labels import CLOSED, LABELS, LONGEST_WORD, UNKNOWN, Labels, Values, Words, is_name, label
 from mars.text import one_line
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class Dataset:
         """The numbers of every label, by its name, of the notes at these places (None: all)."""
         return {name: self.column(name)[slice(None) if rows is None else rows] for name in (*LABELS, *self.own)}
 
-    def known(self, note: int) -> Condition:
+    def known(self, note: int) -> Values:
         """The values of the labels of a note, as far as they are known."""
         numbers, words = {name: int(self.column(name)[note]) for name in (*LABELS, *self.own)}, self.words
         return {name: label(name).values(words)[i] for name, i in numbers.items() if i != UNKNOWN}

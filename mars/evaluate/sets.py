@@ -27,7 +27,7 @@ from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, fault
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.files import opened, read_json
-from mars.labels import UNKNOWN, Condition, is_name, label, labels_of
+from mars.labels import UNKNOWN, Values, is_name, label, labels_of
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
@@ -54,7 +54,7 @@ class NoteSet:
     names: tuple[str, ...]  # file or note
     keys: tuple[str, ...]  # what each note's sound is: a hash of its file, or its place in a dataset
     pitch: npt.NDArray[np.int32]  # (n,) MIDI, -1 = unknown; asked for, where notes were generated
-    labels: tuple[Condition, ...]  # of each note the values that are known
+    labels: tuple[Values, ...]  # of each note the values that are known
     record: Record
     _read: Callable[[Sequence[int]], Tensor] = field(repr=False)
     sample_rate: int = SAMPLE_RATE  # Hz
@@ -353,7 +353,7 @@ def _again(path: Path, known: _File) -> Audio:
     return np.clip(_decode(content)[0], -1, 1)
 
 
-def _conditions(path: Path) -> dict[str, Condition]:
+def _conditions(path: Path) -> dict[str, Values]:
     """The labels that `notes.json` says each file was to have; empty where there is none."""
     listing = path / "notes.json"
     if not listing.exists():
@@ -373,7 +373,7 @@ def _conditions(path: Path) -> dict[str, Condition]:
     return {file: {k: v for k, v in condition.items() if v is not None} for file, condition in found.items()}
 
 
-def _labels(name: str, conditions: dict[str, Condition]) -> Condition:
+def _labels(name: str, conditions: dict[str, Values]) -> Values:
     """What is known of a note: asked for, or in its name."""
     if name in conditions:
         return conditions[name]

@@ -94,7 +94,7 @@ class Sampler:
             asked = self._condition(model, int(note))
             (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **asked)
             name = described(generated.condition) or f"note {index}"
-            made.append(Sample(name, generated.waveform, generated.spectrogram))
+            made.append(Sample(name, generated.waveform, generated.log_magnitude))
         return made
 
     def _condition(self, model: Model, note: int) -> dict[str, Any]:

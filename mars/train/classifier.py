@@ -99,7 +99,7 @@ def train(
         OSError: `out` cannot be written.
     """
     began = time.monotonic()
-    device, console = device or torch.device("cpu"), console or terminal.console(soft_wrap=True)
+    device, console = device or torch.device("cpu"), console or terminal.LogConsole()
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     if out.exists():
