@@ -25,7 +25,6 @@ types: $(VENV)/.mars-dev
 
 bench: $(VENV)/.mars-dev
 	$(BIN)/pytest benchmarks --benchmark-only
-	$(BIN)/python -m scripts.bench_report
 
 reliability: $(VENV)/.mars-dev  # kills, crashes, damage: some twenty minutes
 	$(BIN)/python -m scripts.reliability

@@ -74,13 +74,19 @@ def race(
     contenders = contenders | _ceilings(place)
     first, *peers = contenders.values()
     result = first.run()
-    for peer in peers:
-        if peer.check is not None:
-            peer.check(peer.run(), result)
     if not benchmark.enabled:
+        for peer in peers:
+            if peer.check is not None:
+                peer.check(peer.run(), result)
         benchmark(first.run)
         return
+    for peer in peers:  # what is compared is warm thereby
+        theirs = peer.run()
+        if peer.check is not None:
+            peer.check(theirs, result)
+        del theirs
     del result
+    first.run()
 
     def timed(contender: Contender) -> None:
         if place.device == "cuda":
@@ -96,30 +102,29 @@ def race(
         for peer in peers:
             timed(peer)
 
-    for peer in peers:
-        peer.run()
-    benchmark.pedantic(timed, (first,), setup=others, rounds=rounds, warmup_rounds=1)
-    for contender in contenders.values():
-        contender.seconds = contender.seconds[-rounds:]  # without the warm-up
-    if memory:
-        for contender in contenders.values():
-            contender.peak_memory = peak_memory(contender.run, torch.device(place.device))
-    benchmark.extra_info |= {
-        "place": str(place),
-        "targets": targets or {},
-        "device_memory": _device_memory(place),
-        "contenders": {
-            name: {
-                "median": statistics.median(c.seconds),
-                "min": min(c.seconds),
-                "max": max(c.seconds),
-                "flop": c.flop,
-                "bytes": c.bytes,
-                "peak_memory": c.peak_memory,
+    try:
+        benchmark.pedantic(timed, (first,), setup=others, rounds=rounds)
+        if memory:
+            for contender in contenders.values():
+                contender.peak_memory = peak_memory(contender.run, torch.device(place.device))
+    finally:  # of a run that is interrupted, what was timed until then
+        if first.seconds:
+            benchmark.extra_info |= {
+                "place": str(place),
+                "targets": targets or {},
+                "device_memory": _device_memory(place),
+                "contenders": {
+                    name: {
+                        "median": statistics.median(c.seconds),
+                        "min": min(c.seconds),
+                        "max": max(c.seconds),
+                        "flop": c.flop,
+                        "bytes": c.bytes,
+                        "peak_memory": c.peak_memory,
+                    }
+                    for name, c in contenders.items()
+                },
             }
-            for name, c in contenders.items()
-        },
-    }
 
 
 def _ceilings(place: Place) -> dict[str, Contender]:
