@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def race(
     targets: dict[str, float] | None = None,
     wall: bool = False,
     memory: bool = False,
+    patience: float = math.inf,
 ) -> None:
     """Check all contenders against the first, then time them in turn, `rounds` times each; on a GPU its ceilings too.
 
@@ -70,6 +72,7 @@ def race(
     wall: by the clock on one thread too, for what works in threads of its own.
     memory: also the most memory that tensors take during one call; "memory" in targets: which fraction of the last
     contender's the first is meant to take at most.
+    patience: seconds in all that a peer may take; one that has taken as many is left out of the rounds that follow.
     """
     contenders = contenders | _ceilings(place)
     first, *peers = contenders.values()
@@ -100,7 +103,8 @@ def race(
     def others() -> None:
         gc.collect()
         for peer in peers:
-            timed(peer)
+            if sum(peer.seconds) < patience:
+                timed(peer)
 
     try:
         benchmark.pedantic(timed, (first,), setup=others, rounds=rounds)
