@@ -30,7 +30,7 @@ class Quantized:
     latent: Tensor  # (B, D, H, W), the sum of all kept scales; its gradient goes straight to the encoder
     ids: Tensor  # int64 (B, L)
     loss: Tensor  # (), codebook plus beta commitment, mean over the scales
-    kept: Tensor | None = None  # bool (B, N), the scales that quantiser dropout left; None: all
+    keep_mask: Tensor | None = None  # bool (B, N), the scales that quantiser dropout left; None: all
     residuals: Tensor | None = None  # (B, L, D), what each code was chosen for; only for training that asks for it
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -128,18 +128,18 @@ class MultiScaleVQ(nn.Module):
             codebook = (totals - f.detach()).square().mean(dims)  # (N, B)
             commitment = (totals.detach() - f).square().mean(dims)
             each = codebook + self.beta * commitment
-            kept = None
+            keep_mask = None
             if keep is None:
                 loss = each.mean()
             else:  # a scale's loss is the mean over the samples that keep it
-                kept = keep > torch.arange(len(self.scales), device=f.device)[:, None]
-                loss = ((each * kept).sum(1) / kept.sum(1).clamp_min(1)).mean()
-                kept = kept.T
+                keep_mask = keep > torch.arange(len(self.scales), device=f.device)[:, None]
+                loss = ((each * keep_mask).sum(1) / keep_mask.sum(1).clamp_min(1)).mean()
+                keep_mask = keep_mask.T
             residuals = self.residuals(f, totals) if self.training and self.wants_residuals else None
-            return Quantized(f + (totals[-1] - f).detach(), ids, loss, kept, residuals)
+            return Quantized(f + (totals[-1] - f).detach(), ids, loss, keep_mask, residuals)
 
     def search(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, L) and running sums (N, B, D, H, W) of f; see `mars.kernels.multiscale_quantize`."""
+        """Find the tokens (B, L) and running sums (N, B, D, H, W) of f; see `mars.kernels.multiscale_quantize`."""
         return multiscale_quantize(
             f,
             self.codebook.float(),
@@ -154,16 +154,16 @@ class MultiScaleVQ(nn.Module):
 
     @torch.no_grad()
     def residuals(self, f: Tensor, totals: Tensor) -> Tensor:
-        """Return what the sums (N, B, D, H, W) left of f for each token to stand for: (B, L, D).
+        """Return the residual (B, L, D) that each token stands for, from f and the running sums (N, B, D, H, W).
 
-        Of a scale that a sample did not keep, it is what was left behind the last one that it kept.
+        For a scale that quantiser dropout left out, it is the residual after the sample's last kept scale.
         """
         before = [torch.zeros_like(f), *totals[:-1]]
         rows = [area_downsample(f - t, s).flatten(2) for t, s in zip(before, self.scales, strict=True)]
         return torch.cat(rows, dim=2).transpose(1, 2)
 
     def _draw_keep(self, batch: int, generator: torch.Generator | None) -> Tensor:
-        """Draw the scales kept, int64 (B,): for each sample, so that it also works at batch 1."""
+        """Draw how many scales each sample keeps, int64 (B,); per sample, so that it also works at batch 1."""
         n = len(self.scales)
         drop = torch.rand(batch, generator=generator) < self.dropout
         return torch.where(drop, torch.randint(self.dropout_start, n + 1, (batch,), generator=generator), n)

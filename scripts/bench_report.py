@@ -64,18 +64,18 @@ def case_lines(benchmark: Mapping[str, Any]) -> list[str]:
             notes.append(f"{max(ceilings):.2f} of the roofline")
         if c["peak_memory"]:
             notes.append(f"peak {c['peak_memory'] / 2**20:.0f} MiB")
-        wanted = "" if target is None else f"≥ {target:.3g}"
+        target_ = "" if target is None else f"≥ {target:.3g}"
         if c is first and "rate" in info["targets"]:
             last = list(contenders.values())[-1]
             rate = "flop" if c["flop"] else "bytes"
             fraction = c[rate] / c["median"] / (last[rate] / last["median"])
             notes.append(f"{fraction:.2f} of the last")
-            wanted = f"≥ {info['targets']['rate']:.3g} of the last's rate"
+            target_ = f"≥ {info['targets']['rate']:.3g} of the last's rate"
         if c is first and "memory" in info["targets"]:
             share = c["peak_memory"] / list(contenders.values())[-1]["peak_memory"]
             notes.append(f"{share:.2f} of the last's")
-            wanted = f"≤ {info['targets']['memory']:.3g} of the last's memory"
-        lines += [f"| {case} | {name} | {ms} | {ratio:.3g} | {wanted} | {', '.join(notes)} |"]
+            target_ = f"≤ {info['targets']['memory']:.3g} of the last's memory"
+        lines += [f"| {case} | {name} | {ms} | {ratio:.3g} | {target_} | {', '.join(notes)} |"]
         case = ""
     return lines
 

@@ -49,7 +49,7 @@ def test_dropout_keeps_the_first_scales_in_training_alone():
     vq = MultiScaleVQ(4, 16, (1, 2, 4), dropout=1.0, dropout_start=2, residuals=True)
     f = torch.randn(64, 4, 4, 4)
     quantized = vq(f, torch.Generator().manual_seed(1))
-    kept = quantized.kept.sum(1)
+    kept = quantized.keep_mask.sum(1)
     assert set(kept.tolist()) == {2, 3}
     two, three = kept.argmin(), kept.argmax()
     starts = vq.starts
@@ -59,7 +59,7 @@ def test_dropout_keeps_the_first_scales_in_training_alone():
     assert_close(quantized.latent[three], vq.latent(quantized.ids[three, None])[0])
     assert quantized.residuals.shape == (64, starts[-1], 4)
     assert_close(quantized.residuals[:, 0], area_downsample(f, (1, 1)).flatten(1))
-    assert vq.eval()(f).kept is None
+    assert vq.eval()(f).keep_mask is None
     assert vq(f).residuals is None
 
 
