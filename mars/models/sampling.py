@@ -59,7 +59,7 @@ def sample(
         return first, quantizer.latent(first)
     cast = autocast(device, precision)
     last = len(var.lengths) - 1
-    guided = cfg > 0 and bool(var.config.condition) and last > 0
+    guided = cfg > 0 and len(var.condition) > 0 and last > 0
     if guided:  # the second half of the rows has the condition hidden
         condition = torch.cat((condition, var.null_condition(len(condition))))
     with cast:

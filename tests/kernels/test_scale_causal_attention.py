@@ -366,18 +366,29 @@ def test_large_values_are_no_reason_to_compute_twice(monkeypatch):
         assert scale_causal_attention(q, k, v * 1e30, (2, 5, 40), 0.25, backend=name).isfinite().all()
 
 
-def test_scores_are_not_scaled_unless_asked():
+def test_the_default_scale_is_that_of_pytorchs_attention():
     lengths = (1, 4)
     q, k, v = inputs(lengths)
     for name in PYTORCH:
         out = scale_causal_attention(q, k, v, lengths, backend=name)
-        torch.testing.assert_close(out, dense(q, k, v, lengths, 1.0), rtol=1e-5, atol=1e-5)
+        mask = torch.tensor([[True] + [False] * 4] + [[True] * 5] * 4)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
     for n in (2, 5):
-        exact = dense(q[:, :, :n], k, v, (5,), 1.0) if n == 5 else ((q[:, :, :n] @ k.mT).softmax(-1) @ v)
+        exact = F.scaled_dot_product_attention(q[:, :, :n], k, v)
         torch.testing.assert_close(attention(q[:, :, :n], k, v), exact, rtol=1e-5, atol=1e-5)
-    keys, values = k.clone(), v.clone()
-    out = cached_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], keys, values, 1)
-    torch.testing.assert_close(out, dense(q, k, v, lengths, 1.0)[:, :, 1:], rtol=1e-5, atol=1e-5)
+    step = cached_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], k.clone(), v.clone(), 1)
+    torch.testing.assert_close(step, out[:, :, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_for_each_head_takes_the_place_of_the_default():
+    lengths, gain = (1, 4), torch.rand(inputs((1,))[0].shape[1]) + 1
+    q, k, v = inputs(lengths)
+    exact = dense(q.double(), k.double(), v.double(), lengths, 1.0, head_scale=gain.double())
+    for name in PYTORCH:
+        out = scale_causal_attention(q, k, v, lengths, head_scale=gain, backend=name)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+    step = cached_attention(*(x[:, :, 1:] for x in (q, k, v)), F.normalize(k, dim=-1), v.clone(), 1, head_scale=gain)
+    torch.testing.assert_close(step.double(), exact[:, :, 1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EVERY)
