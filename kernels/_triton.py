@@ -72,8 +72,8 @@ def launch(
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device(first.device):
             return launch(kernel, grid, pointers, numbers, constants, warps=warps, stages=stages)
-    key = kernel, grid, numbers, constants, warps, stages, first.get_device(), *[x.dtype for x in pointers]
-    aligned = not any([x.data_ptr() % _ALIGNED for x in pointers])
+    key = id(kernel), grid, numbers, constants, warps, stages, first.get_device(), *[x.dtype for x in pointers]
+    aligned = all(x.data_ptr() % _ALIGNED == 0 for x in pointers)
     if aligned and (run := _prepared.get(key)) is not None:
         run(*pointers, *numbers, *constants)
         return None

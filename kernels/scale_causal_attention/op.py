@@ -275,12 +275,11 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
-    return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
+    return registered.fused(q, k, v, head_scale, lengths, scale)
 
 
 def _hybrid(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
-    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return registered.hybrid_attention(q, k, v, head_scale, lengths, scale, keep)[0]
+    return registered.hybrid_of(q, k, v, head_scale, lengths, scale)
 
 
 def _plain(

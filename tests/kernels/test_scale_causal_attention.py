@@ -272,14 +272,14 @@ def test_weights_are_kept_for_a_backward_only():
     for keep, values in ((False, 0), (True, 2 * 3 * 5 * 5)):
         assert len(registered.hybrid_attention(q, k, v, None, (1, 4), 1.0, keep)[1]) == values
     called = []
-    original = registered.hybrid_attention
+    original = registered._hybrid_attention
 
     def spy(*args):
         called.append(args[-1])
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registered, "hybrid_attention", spy)
+        patch.setattr(registered, "_hybrid_attention", spy)
         gain = torch.ones(q.shape[1])
         scale_causal_attention(q, k, v, (1, 4), head_scale=gain)
         scale_causal_attention(q, k.requires_grad_(), v, (1, 4), head_scale=gain)
