@@ -3,8 +3,9 @@
 A generated note depends on its seed, index and condition alone: it has its own random stream, and the network always
 runs on whole tiles of notes, index i in slot i % tile of tile i // tile, because matrix products may round differently
 with the number of their rows. So on one machine a note has the same bytes whatever n, start, batch_size and the
-conditions of other notes are. Another device, number of threads or version of PyTorch may round differently, which can
-change a token.
+conditions of other notes are. On a CPU tiles are computed side by side, each on one thread, so that the number of
+threads does not count either, but for a large transformer, whose tiles have all of them (`mars.sampling.workers`).
+Another device or version of PyTorch may round differently, which can change a token.
 
 Precision: the tokens of a sound, and the sound of tokens, are computed in float32 (`CODING`), on every device and
 whatever the model was trained in: in bfloat16 a third of a note's tokens come out as others. What a transformer draws
@@ -17,8 +18,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack, get_args
 
@@ -35,8 +38,8 @@ from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, conditio
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.notes import Note
-from mars.runtime import Precision, autocast, pick_device, stream
-from mars.sampling import sample, tile_size
+from mars.runtime import Precision, ahead, autocast, pick_device, stream, thread_pool
+from mars.sampling import sample, tile_size, workers
 from mars.text import one_line
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -47,11 +50,18 @@ STREAM = 4  # tells the random streams of notes from those of training with the 
 
 @dataclass
 class Timing:
-    """Seconds spent so far, over all notes."""
+    """Seconds spent so far, over all notes; what went on side by side shares them."""
 
     transformer: float = 0.0
     decoding: float = 0.0  # tokens to spectrogram
     griffin_lim: float = 0.0
+
+    def add(self, transformer: float, decoding: float, griffin_lim: float, waited: float) -> None:
+        """Share the seconds that were waited for some notes among their parts, as these took."""
+        share = waited / max(transformer + decoding + griffin_lim, 1e-9)
+        self.transformer += share * transformer
+        self.decoding += share * decoding
+        self.griffin_lim += share * griffin_lim
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,8 +305,9 @@ class Model:
         size = tile_size(device)
         wanted = range(start, start + n)
 
-        def drafts(first: int) -> list[_Draft]:
-            """The tile of notes from `first`, whole even where fewer are wanted."""
+        @torch.no_grad()
+        def drafts(first: int) -> tuple[list[_Draft], float, float]:
+            """The tile of notes from `first`, whole even where fewer are wanted, and the seconds of both networks."""
             streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
             chosen = [ranges.choose(asked, s) for s in streams]
             conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
@@ -317,23 +328,35 @@ class Model:
             sampled = time.perf_counter()
             spectrograms = self._decoded(latent)
             _synchronise(device)
-            timing.transformer += sampled - began
-            timing.decoding += time.perf_counter() - sampled
-            return [_Draft(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+            tile = [_Draft(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+            return tile, sampled - began, time.perf_counter() - sampled
 
         def notes() -> Iterator[Note]:
-            step = -(-batch_size // size) * size
-            for first in range(start - start % size, start + n, step):
-                with torch.no_grad():
-                    tiles = [drafts(t) for t in range(first, min(first + step, start + n), size)]
-                    if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
-                        tiles = [[d for tile in tiles for d in tile if d.index in wanted]]
+            firsts = range(start - start % size, start + n, size)
+            step = -(-batch_size // size)  # tiles
+            side_by_side = min(workers(var, device), len(firsts))
+            with ExitStack() as stack:
+                pool = stack.enter_context(thread_pool(side_by_side)) if workers(var, device) > 1 else None
+                drafted = ahead(pool, drafts, firsts, max(step, 2 * side_by_side))
+                stack.enter_context(closing(drafted))  # before the pool, which waits for all that is left
+                resumed = time.perf_counter()
+                while batch := list(islice(drafted, step)):
                     began = time.perf_counter()
-                    finished = [note for tile in tiles for note in finish(tile) if note.index in wanted]
-                    timing.griffin_lim += time.perf_counter() - began
-                if progress is not None:
-                    progress(finished[-1].index + 1 - start, n)
-                yield from finished
+                    done = finished([tile for tile, *_ in batch])
+                    ended = time.perf_counter()
+                    parts = [sum(tile[i] for tile in batch) / side_by_side for i in (1, 2)]
+                    timing.add(*parts, ended - began, waited=ended - resumed)
+                    if progress is not None:
+                        progress(done[-1].index + 1 - start, n)
+                    yield from done
+                    resumed = time.perf_counter()
+
+        @torch.no_grad()
+        def finished(tiles: list[list[_Draft]]) -> list[Note]:
+            """The notes wanted of the tiles."""
+            if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
+                tiles = [[d for tile in tiles for d in tile if d.index in wanted]]
+            return [note for tile in tiles for note in finish(tile) if note.index in wanted]
 
         def finish(drafts: list[_Draft]) -> list[Note]:
             """The same with waveforms."""
