@@ -21,9 +21,9 @@ from benchmarks import published
 from benchmarks.contenders import Contender, Place, race
 from mars.config import Config, override, preset
 from mars.data import Dataset, open_dataset
-from mars.distributed import World
 from mars.models.discriminator import Discriminator
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import World
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage
@@ -84,8 +84,8 @@ def tokenizer_steps(config: Config, data: Dataset, device: torch.device) -> tupl
     stage = TokenizerStage(config, data, device, seed=0)
     notes = np.arange(config.train.tokenizer.batch_size)
     width = max(64 * config.tokenizer.width // 768, 4)
-    model, averaged, twin = (copy.deepcopy(m) for m in (stage.model, stage.averaged, stage.averaged))
-    other = published.TokenizerStep(config, model, Discriminator(config.audio.channels, width).to(device), averaged)
+    model, ema, twin = (copy.deepcopy(m) for m in (stage.model, stage.ema, stage.ema))
+    other = published.TokenizerStep(config, model, Discriminator(config.audio.channels, width).to(device), ema)
 
     def ours() -> float:
         return float(stage.step(0, [stage.batch(notes)], [torch.Generator().manual_seed(0)])["loss"])

@@ -1,4 +1,4 @@
-"""A folder of anyone's notes: sound files of any kind and rate, labelled by name or by a CSV."""
+"""A folder of anyone's notes: sound files of any kind and rate, labelled by folder and name, or by a CSV."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+
+from mars.data import pitch as pitches
 from mars.data.decode import SUFFIXES, decode
 from mars.data.kinds import not_a_folder
 from mars.data.notes import SHORTEST
-from mars.data.packed import ALLOW_BAD, Dataset, Writer
+from mars.data.packed import ALLOW_BAD, CONFIDENCE, Dataset, Writer
 from mars.data.splits import HoldOut
 from mars.errors import BadFileError, DataError
-from mars.labels import LABELS, Labels, labels_of
+from mars.labels import LABELS, UNKNOWN, Labels, is_name, label, labels_of, pitch_of
+
+RESERVED = ("split", CONFIDENCE)  # columns of a dataset that are no labels
+Pitch = Literal["named", "estimate"]
+
+_BETWEEN = re.compile(r"[-_ .]")  # the parts of a file's name
+_NOTE = re.compile(r"[A-G][#♯b♭]?-?\d")  # a part that names a pitch; written small it is as often a number of takes
 
 
 def pack_folder(
@@ -28,16 +37,20 @@ def pack_folder(
     sample_rate: int = 16_000,
     seconds: float = 4.0,
     shortest: float = SHORTEST,
+    pitch: Pitch = "named",
     licence: str = "unknown",
     hold_out: HoldOut | None = None,
     allow_bad: float = ALLOW_BAD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Packs every audio file below `folder`, cut or padded to `seconds` at `sample_rate` Hz, at `out`.
+    """Pack every audio file below `folder`, cut or padded to `seconds` at `sample_rate` Hz, at `out`.
 
     Hidden files are left alone, links to folders are not followed. `hold_out`: see `mars.data.splits.hold_out`.
     Labels come from names like NSynth's (bass_electronic_018-060-075.wav), and from `csv` where it lists the
-    file. Without either, the instrument is the file's folder, or its name up to the first separator.
+    file. Without either, the instrument is the file's folder, or its name up to the first separator, and the pitch is
+    what one part of its name says: 60 in violin_C4_soft.wav.
+
+    pitch: "estimate" takes it from the sound where it is not said (`mars.data.pitch`); sounds without one get none.
 
     Raises `DataError` (also for a bad row of the CSV), `TooManyBadError` and `DiskError`.
     """
@@ -45,17 +58,18 @@ def pack_folder(
     if not folder.is_dir():
         raise DataError(not_a_folder(folder, "give the folder that holds the audio files"))
     rows = read_csv(Path(csv)) if csv else {}
-    found = find(folder)
-    files = found.files
+    listing = find(folder)
+    files = listing.files
     if not files:
-        raise DataError(f"{folder} holds no audio files{found.why_none()}; want {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder} holds no audio files{listing.why_none()}; want {', '.join(SUFFIXES)}")
     origin = {"kind": "folder", "folder": folder.absolute().name, "licence": licence}
     samples = round(seconds * sample_rate)
     with Writer(
         out, sample_rate=sample_rate, samples=samples, origin=origin, expected=len(files), progress=progress
     ) as writer:
-        writer.ignored = dict(found.ignored)
-        for name, reason in found.refused.items():
+        writer.ignored = dict(listing.ignored)
+        writer.confidence = {} if pitch == "estimate" else None
+        for name, reason in listing.refused.items():
             writer.bad(name, reason)
         for file in files:
             name = file.relative_to(folder).as_posix()
@@ -66,14 +80,20 @@ def pack_folder(
             except (BadFileError, OSError) as error:
                 writer.bad(name, str(error))
                 continue
-            writer.add(name, sound.audio, _labels(file, folder, rows.get(name, {})), changes=sound.changes)
+            labels = _labels(file, folder, rows.get(name, {}))
+            if writer.confidence is not None and labels.pitch == UNKNOWN and np.isfinite(sound.audio).all():
+                number, sure = pitches.estimate(sound.audio, sample_rate)
+                labels = replace(labels, pitch=number)
+                if number != UNKNOWN:
+                    writer.confidence[name] = sure
+            writer.add(name, sound.audio, labels, changes=sound.changes)
         for name in rows.keys() - {file.relative_to(folder).as_posix() for file in files}:
             writer.bad(name, "listed in the CSV, but there is no such file")
         return writer.commit(allow_bad, hold_out)
 
 
 @dataclass(slots=True)
-class Found:
+class FolderListing:
     """What a folder holds, its sub-folders included."""
 
     files: list[Path] = field(default_factory=list)  # with a suffix of sound files, sorted
@@ -81,50 +101,59 @@ class Found:
     ignored: Counter[str] = field(default_factory=Counter)  # other files: how many hidden ones, how many per suffix
 
     def why_none(self) -> str:
-        """What to say where there are no sound files."""
+        """Return the part of an error message that says why there are no sound files."""
         return "".join(f" ({name}: {reason})" for name, reason in list(self.refused.items())[:1])
 
 
-def find(folder: Path) -> Found:
-    """The sound files below a folder. Raises `DataError` where the folder itself cannot be read."""
-    found = Found()
+def find(folder: Path) -> FolderListing:
+    """List the sound files below a folder. Raises `DataError` where the folder itself cannot be read."""
+    listing = FolderListing()
 
     def refuse(error: OSError) -> None:
         path = Path(error.filename)
         if path == folder:
             raise DataError(f"{folder} cannot be read ({error.strerror}); change its permissions")
-        found.refused[path.relative_to(folder).as_posix()] = f"a folder that cannot be read ({error.strerror})"
+        listing.refused[path.relative_to(folder).as_posix()] = f"a folder that cannot be read ({error.strerror})"
 
     for parent, folders, files in os.walk(folder, onerror=refuse):  # follows no links
         for names in (folders, files):  # what macOS adds to a file is hidden too: ._name
             hidden = [name for name in names if name.startswith(".")]
-            found.ignored["hidden"] += len(hidden)
+            listing.ignored["hidden"] += len(hidden)
             names[:] = sorted(name for name in names if not name.startswith("."))
         for name in folders + files:
             path = Path(parent, name)
             if name.lower().endswith(SUFFIXES):
-                found.files.append(path)
+                listing.files.append(path)
             elif name in files:
-                found.ignored[path.suffix.lower() or "no suffix"] += 1
+                listing.ignored[path.suffix.lower() or "no suffix"] += 1
             elif path.is_symlink():
-                found.refused[path.relative_to(folder).as_posix()] = "a link to a folder, which is not followed"
-    found.ignored = +found.ignored
-    found.files.sort()
-    return found
+                listing.refused[path.relative_to(folder).as_posix()] = "a link to a folder, which is not followed"
+    listing.ignored = +listing.ignored
+    listing.files.sort()
+    return listing
 
 
 def _labels(file: Path, folder: Path, row: dict[str, str | int]) -> Labels:
-    inside = file.parent.relative_to(folder).as_posix()
-    prefix = re.split(r"[-_ .]", file.stem)[0] or file.stem
-    known = labels_of(file.stem) or Labels(prefix if inside == "." else inside)
+    inside, parts = file.parent.relative_to(folder).as_posix(), _BETWEEN.split(file.stem)
+    known = labels_of(file.stem) or Labels(parts[0] or file.stem if inside == "." else inside, pitch=_named(parts))
     said: dict[str, Any] = {name: row.get(name, getattr(known, name)) for name in LABELS}
-    return Labels(**said)
+    own = {name: str(word) for name, word in row.items() if name not in LABELS}
+    return Labels(**said, own=own)
+
+
+def _named(parts: list[str]) -> int:
+    """The pitch that just one of the parts of a file's name is the name of."""
+    found = [part for part in parts if _NOTE.fullmatch(part)]
+    try:
+        return pitch_of(found[0]) if len(found) == 1 else UNKNOWN
+    except ValueError:  # G#9 and higher
+        return UNKNOWN
 
 
 def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
-    """The labels of each file that a CSV lists; empty cells are left out.
+    """Read the labels of each file that a CSV lists; empty cells are left out.
 
-    Columns: file, and any of the labels (`mars.labels`).
+    Columns: file, any of the labels (`mars.labels`), and others, which are labels of their own.
     Raises `DataError` naming the line for whatever is wrong.
     """
     rows: dict[str, dict[str, str | int]] = {}
@@ -132,9 +161,15 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns = reader.fieldnames or []
-            if "file" not in columns or len(set(columns)) < len(columns) or set(columns) - {"file", *LABELS}:
+            if "file" not in columns or len(set(columns)) < len(columns):
                 raise DataError(
-                    f"{file}: want the column file and any of {', '.join(LABELS)}; got {', '.join(columns)}"
+                    f"{file}: want the column file and any of {', '.join(LABELS)}, or labels of your own; "
+                    f"got {', '.join(columns)}"
+                )
+            if wrong := [name for name in columns if not is_name(name) or name in RESERVED]:
+                raise DataError(
+                    f"{file}: the column {wrong[0]!r:.80} cannot be a label; name it with letters, digits, spaces, "
+                    f"- and _, and not {', '.join(RESERVED)}"
                 )
             for row in reader:
                 where = f"{file}, line {reader.line_num}"
@@ -152,6 +187,6 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
 
 def _cell(key: str, cell: str, where: str) -> str | int:
     try:
-        return LABELS[key].read(cell)
+        return label(key).read(cell)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None

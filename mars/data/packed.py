@@ -5,7 +5,8 @@ A dataset appears under its name complete or not at all. Its files:
   metadata.npy      (N, columns) int32, -1 = unknown
   names.txt, instruments.txt   one name a line
   dataset.json      format, version, sample_rate (Hz), samples, count, origin, splits, bad, columns (the names of those
-                    of metadata.npy; COLUMNS where it says nothing), and how they were packed:
+                    of metadata.npy; COLUMNS where it says nothing), words (of the labels that have some of the
+                    dataset's own, by name: what the numbers of their columns stand for), and how they were packed:
                     changes (notes by what was done to them), ignored (files by suffix), held_out (what, and why)
   bad_files.jsonl   {"file", "reason"} a line: what was left out
   manifest.json     size in bytes and sha256 of every other file
@@ -38,13 +39,14 @@ from mars.data.notes import Audio, fault
 from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import opened, parse_json, read_bytes, read_json, read_text, sha256, sync
-from mars.labels import CLOSED, LABELS, UNKNOWN, Condition, Labels
-from mars.text import one_line
+from mars.labels import CLOSED, LABELS, LONGEST_WORD, UNKNOWN, Labels, Values, Words, is_name, label
+from mars.text import is_one_line
 
 if TYPE_CHECKING:
     import torch
 
 COLUMNS = ("instrument", *CLOSED, "split")
+CONFIDENCE = "pitch_confidence"  # column: of an estimated pitch, in percent; -1 where somebody has said it
 FORMAT, VERSION = "mars-dataset", 1
 ALLOW_BAD = 0.01  # of the files; more points at a wrong folder or a broken download
 
@@ -67,7 +69,7 @@ class Packing:
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Packing:
-        """What a dataset.json says. Raises `TypeError` or `ValueError` for nonsense."""
+        """Read it from a dataset.json. Raises `TypeError` or `ValueError` if a value is malformed."""
         changes, ignored = (
             {str(key): int(count) for key, count in info.get(name, {}).items()} for name in ("changes", "ignored")
         )
@@ -93,7 +95,7 @@ class AudioFile:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> npt.NDArray[np.int16]:
-        """What an array would give: notes by whatever numpy takes, and of them samples by numbers or slices.
+        """Return int16 as an array would: notes by any NumPy index, and of them samples by numbers or slices.
 
         Raises:
             DataError: the file is not the one that was opened any more, or cannot be read.
@@ -111,7 +113,7 @@ class AudioFile:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compare the whole file with its sha256; `progress` is told the bytes done and all of them.
+        """Compare the whole file with its sha256; `progress` is called with the bytes done and the total.
 
         Raises:
             DataError: it differs, has changed since it was opened, or cannot be read.
@@ -146,7 +148,7 @@ class AudioFile:
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
-    """What tells that a file has been written to: its size in bytes and when it was last changed."""
+    """Return the size in bytes and the time of the last change, which tell whether a file has been written to."""
     return status.st_size, status.st_mtime_ns
 
 
@@ -163,10 +165,11 @@ class Dataset:
     origin: dict[str, Any]  # where the notes came from
     packing: Packing = field(default_factory=Packing)
     columns: tuple[str, ...] = COLUMNS  # of the metadata; also such as this version of mars does not know
+    own_words: Words = field(default_factory=dict)  # of labels, by name; see `words`
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
-        """The dataset at `path`, every file but the audio checked by its sha256; `verify` checks that too.
+        """Return the dataset at `path`, every file but the audio checked by its sha256; `verify` checks that too.
 
         Raises `DataError` for anything but a complete dataset of a version this code knows.
         """
@@ -200,6 +203,7 @@ class Dataset:
             if min(count, samples, rate) < 1 or (path / "audio.i16").stat().st_size != bytes_wanted:
                 raise DataError(f"{path}/audio.i16: want {count} x {samples} int16, got another size; {again}")
             columns = _columns(info.get("columns", COLUMNS), path / "dataset.json")
+            own = _own_words(info.get("words", {}), columns, path / "dataset.json")
             metadata = _read_metadata(path / "metadata.npy", count, len(columns))
             names, instruments = (
                 read_text(path / f"{file}.txt", DataError, _LARGEST_NAME * count).splitlines()
@@ -211,7 +215,8 @@ class Dataset:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
         if len(names) != count:
             raise DataError(f"{path}/names.txt: want {count} names, got {len(names)}; {again}")
-        limits = {name: len(label.values({"instrument": instruments})) for name, label in LABELS.items()}
+        words = {"instrument": instruments, **own}
+        limits = {name: len(label(name).values(words)) for name in (*LABELS, *own)}
         limits["split"] = len(SPLITS)
         for column, values in zip(columns, metadata.T, strict=True):
             least = 0 if column in ("instrument", "split") else UNKNOWN
@@ -219,7 +224,7 @@ class Dataset:
                 raise DataError(f"{path}/metadata.npy: a {column} is out of range; {again}")
         audio = AudioFile(path / "audio.i16", count, samples, sums["audio.i16"])
         fingerprint = sha256(path / "manifest.json")
-        dataset = cls(audio, metadata, names, instruments, rate, fingerprint, origin, packing, columns)
+        dataset = cls(audio, metadata, names, instruments, rate, fingerprint, origin, packing, columns, own)
         if verify:
             dataset.verify()
         return dataset
@@ -233,7 +238,7 @@ class Dataset:
         return len(self.audio)
 
     def column(self, name: str) -> npt.NDArray[np.int32]:
-        """A label or the split of every note, (N,); -1 = unknown, as are labels that the dataset was packed without.
+        """Return a label, or the split, of every note, (N,); -1: unknown, or the dataset was packed without it.
 
         Raises `DataError` for another name.
         """
@@ -245,34 +250,39 @@ class Dataset:
 
     @property
     def words(self) -> dict[str, list[str]]:
-        """The words of the labels that have none of their own; see `mars.labels`."""
-        return {"instrument": self.instruments}
+        """The words of the labels that have none of their own, or more than these; see `mars.labels`."""
+        return {"instrument": self.instruments, **{name: list(words) for name, words in self.own_words.items()}}
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names of its labels that are not in `mars.labels.LABELS`."""
+        return tuple(name for name in self.own_words if name not in LABELS)
 
     def labels(self, rows: npt.NDArray[np.int64] | None = None) -> dict[str, npt.NDArray[np.int32]]:
         """The numbers of every label, by its name, of the notes at these places (None: all)."""
-        return {name: self.column(name)[slice(None) if rows is None else rows] for name in LABELS}
+        return {name: self.column(name)[slice(None) if rows is None else rows] for name in (*LABELS, *self.own)}
 
-    def known(self, note: int) -> Condition:
+    def known(self, note: int) -> Values:
         """The values of the labels of a note, as far as they are known."""
-        numbers = {name: int(self.column(name)[note]) for name in LABELS}
-        return {name: LABELS[name].values(self.words)[i] for name, i in numbers.items() if i != UNKNOWN}
+        numbers, words = {name: int(self.column(name)[note]) for name in (*LABELS, *self.own)}, self.words
+        return {name: label(name).values(words)[i] for name, i in numbers.items() if i != UNKNOWN}
 
     def split(self, name: Literal["train", "valid", "test"]) -> npt.NDArray[np.int64]:
-        """Indices of the notes of one split; none where nothing was held out for it."""
+        """Return indices of the notes of one split; none where nothing was held out for it."""
         if name not in SPLITS:
             raise DataError(f"want one of the splits {', '.join(SPLITS)}; got {name!r}")
         return np.flatnonzero(self.column("split") == SPLITS.index(name))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """See that the audio on the disk is what was packed, which takes a second for each gigabyte.
+        """Check that the audio on the disk is what was packed, which takes about a second for each gigabyte.
 
-        `progress` is told the bytes done and all of them. Raises `DataError`.
+        `progress` is called with the bytes done and the total. Raises `DataError`.
         """
         if isinstance(self.audio, AudioFile):
             self.audio.verify(progress)
 
     def waveforms(self, indices: npt.ArrayLike) -> torch.Tensor:
-        """Waveforms (B, samples), float32 in [-1, 1), of the notes at `indices` (B,).
+        """Return waveforms (B, samples), float32 in [-1, 1), of the notes at `indices` (B,).
 
         Raises `DataError` where the audio on the disk has changed since the dataset was opened.
         """
@@ -282,7 +292,7 @@ class Dataset:
 
 
 def left_out(path: Path) -> Counter[str]:
-    """How many files the packing of the dataset at `path` left out, by the kind of reason. Raises `DataError`."""
+    """Count the files that the packing of the dataset at `path` left out, by kind of reason. Raises `DataError`."""
     listing, reasons = path / "bad_files.jsonl", []
     for line in read_bytes(listing, DataError).splitlines():
         entry = parse_json(line, str(listing), DataError)
@@ -293,7 +303,7 @@ def left_out(path: Path) -> Counter[str]:
 
 
 def _kinds(reasons: Iterable[str]) -> Counter[str]:
-    """How many reasons there are of each kind, which is what they say before the details."""
+    """Count the reasons of each kind, which is the part of their text before the details."""
     return Counter(re.split(r" \(|:", reason)[0] for reason in reasons)
 
 
@@ -319,6 +329,7 @@ class Writer:
         self._written = 0
         self.ignored: dict[str, int] = {}  # files that nobody tried to read, by suffix
         self._changes: dict[str, frozenset[str]] = {}  # name -> what was done to its sound
+        self.confidence: dict[str, float] | None = None  # name -> of its pitch, where pitches are estimated
         self._bad: dict[str, str] = {}
 
     def __enter__(self) -> Writer:
@@ -359,7 +370,7 @@ class Writer:
             ) from error
 
     def add(self, name: str, audio: Audio, labels: Labels, split: int = -1, *, changes: Collection[str] = ()) -> bool:
-        """One note, (samples,) float, with what was done to it; split -1 lets `commit` decide. False if it was bad.
+        """Add a note (samples,) float with what was done to it; split -1: `commit` decides. False if it was bad.
 
         A sound beyond full scale is made quieter as a whole, so that it fits.
         """
@@ -370,7 +381,7 @@ class Writer:
             reason += ": in the beginning, which alone is kept"
         if name in self._rows or name in self._bad:
             reason = "a note of this name came before"
-        elif reason is None and not (one_line(name) and one_line(labels.instrument)):
+        elif reason is None and not all(map(is_one_line, (name, labels.instrument, *labels.own, *labels.own.values()))):
             reason = "its name has characters that cannot be written on a line"
         if reason is not None:
             self.bad(name, reason)
@@ -387,18 +398,18 @@ class Writer:
         return True
 
     def bad(self, file: str, reason: str) -> None:
-        """Leaves a file out and says why; one that was added before is taken back."""
+        """Leave a file out and record the reason; if it was added before, its note is taken back."""
         self._rows.pop(file, None)
         self._bad.setdefault(file, reason)
         self._tell()
 
     def relabel(self, name: str, labels: Labels) -> None:
-        """Other labels for a note that was added."""
+        """Replace the labels of a note that was added."""
         place, _, split = self._rows[name]
         self._rows[name] = (place, labels, split)
 
     def names(self) -> list[str]:
-        """The notes added so far."""
+        """Return the notes added so far."""
         return list(self._rows)
 
     def _tell(self) -> None:
@@ -406,7 +417,7 @@ class Writer:
             self._progress(self._written + len(self._bad), self.expected)
 
     def commit(self, allow_bad: float = ALLOW_BAD, by: HoldOut | None = None) -> Dataset:
-        """Puts the dataset at its place and opens it; `hold_out` decides by `by` which notes are not trained on.
+        """Move the dataset to its place and open it; `hold_out` decides by `by` which notes are not trained on.
 
         Raises `TooManyBadError` where more than `allow_bad` of the files are bad (their list is then kept
         beside `out`), `DataError` where no note is left.
@@ -433,21 +444,30 @@ class Writer:
         if len(free) < len(rows):
             held_out = "as the source says" + (f"; of the others {held_out}" if free else "")
         decided = iter(splits)
+        words, own = _words_of([labels for _, labels, _ in rows])
+        places = {name: {word: i for i, word in enumerate(known)} for name, known in words.items()}
         table = [
             (
                 index[labels.instrument],
-                *(getattr(labels, name) for name in CLOSED),
+                *(places[name][n] if isinstance(n := getattr(labels, name), str) else n for name in CLOSED),
                 next(decided) if split < 0 else split,
+                *(places[name].get(labels.own.get(name, ""), UNKNOWN) for name in own),
             )
             for _, labels, split in rows
         ]
         metadata = np.array(table, np.int32)
+        columns = (*COLUMNS, *own)
+        if self.confidence is not None:
+            sure = [round(100 * self.confidence[name]) if name in self.confidence else UNKNOWN for name in self._rows]
+            metadata, columns = np.column_stack([metadata, np.array(sure, np.int32)]), (*columns, CONFIDENCE)
+        split_of = metadata[:, COLUMNS.index("split")]
         info = {
             "format": FORMAT, "version": VERSION, "sample_rate": self.sample_rate, "samples": self.samples,
-            "count": len(rows), "columns": COLUMNS, "origin": self.origin,
-            "splits": {name: int((metadata[:, -1] == i).sum()) for i, name in enumerate(SPLITS)},
+            "count": len(rows), "columns": columns, "origin": self.origin,
+            "splits": {name: int((split_of == i).sum()) for i, name in enumerate(SPLITS)},
             "bad": len(self._bad), "ignored": self.ignored, "held_out": held_out,
             "changes": Counter(change for name in self._rows for change in self._changes.get(name, ())),
+            **({"words": words} if words else {}),
         }  # fmt: skip
         buffer = io.BytesIO()
         np.save(buffer, metadata, allow_pickle=False)
@@ -466,7 +486,7 @@ class Writer:
         return Dataset.open(self.out)
 
     def _compact(self, places: list[int]) -> None:
-        """Closes the gaps that notes taken back have left, and makes the audio safe on the disk."""
+        """Close the gaps that notes taken back have left, and flush the audio to the disk."""
         self._audio.flush()
         if len(places) < self._written:
             audio = np.memmap(self._audio, np.dtype("<i2"), "r+", shape=(self._written, self.samples))
@@ -486,6 +506,18 @@ class Writer:
             os.fsync(file.fileno())
 
 
+def _words_of(notes: Iterable[Labels]) -> tuple[dict[str, list[str]], list[str]]:
+    """The words of the labels that have some of the notes' own, and the names of those that are not in the table."""
+    found: dict[str, set[str]] = {}
+    for labels in notes:
+        said = {name: getattr(labels, name) for name in CLOSED} | dict(labels.own)
+        for name, word in said.items():
+            if isinstance(word, str):
+                found.setdefault(name, set()).add(word)
+    own = sorted(found.keys() - LABELS.keys())
+    return {name: [*label(name).words, *sorted(found[name])] for name in (*CLOSED, *own) if name in found}, own
+
+
 def _lines(names: Iterable[str]) -> bytes:
     return "".join(name + "\n" for name in names).encode()
 
@@ -495,17 +527,31 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _columns(names: Any, path: Path) -> tuple[str, ...]:
-    """The columns that a dataset.json names, checked."""
+    """Return the names of the columns in a dataset.json, checked."""
     words: list[Any] = list(names) if isinstance(names, list | tuple) else []
-    if not all(isinstance(name, str) and one_line(name) for name in words) or not (
+    if not all(isinstance(name, str) and is_one_line(name) for name in words) or not (
         {"instrument", "split"} <= set(words) and len(set(words)) == len(words) <= _MOST_COLUMNS
     ):
         raise DataError(f"{path}: want the names of columns, instrument and split among them; pack the dataset again")
     return tuple(words)
 
 
+def _own_words(found: Any, columns: Collection[str], path: Path) -> dict[str, list[str]]:
+    """The words of labels that a dataset.json holds, checked."""
+    good = isinstance(found, dict) and all(
+        is_name(name) and name in columns and not label(name).levels and name not in ("instrument", "split")
+        and isinstance(words, list) and words[: len(label(name).words)] == list(label(name).words)
+        and all(isinstance(word, str) and 0 < len(word) <= LONGEST_WORD and is_one_line(word) for word in words)
+        and len(set(words)) == len(words)
+        for name, words in found.items()
+    )  # fmt: skip
+    if not good:
+        raise DataError(f"{path}: want different words for columns of labels as words; pack the dataset again")
+    return dict(found)
+
+
 def _read_metadata(path: Path, count: int, columns: int) -> npt.NDArray[np.int32]:
-    """(count, columns) int32. NumPy's own reader makes room for whatever the file claims, and compiles its header."""
+    """Read (count, columns) int32. NumPy's own reader allocates whatever the file claims, and compiles its header."""
     with opened(path) as file:
         start = file.read(len(_NPY) + 2)
         header = file.read(int.from_bytes(start[-2:], "little"))
@@ -525,7 +571,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_manifest(path: Path) -> dict[str, str]:
-    """The listed sha256 of each file, which is that of the file but for the audio: of that the size is checked."""
+    """Return the listed sha256 of each file, checked against the files; of the audio only the size is checked."""
     files = _read_json(path / "manifest.json").get("files")
     if not isinstance(files, dict) or set(files) != set(_FILES):
         raise DataError(f"{path}/manifest.json does not list the dataset's files; pack the dataset again")

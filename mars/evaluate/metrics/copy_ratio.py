@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mars.errors import ConfigError
 from mars.evaluate import mel
 from mars.evaluate.baselines import REAL_VS_REAL
 from mars.evaluate.bootstrap import bootstrap_median
@@ -19,7 +20,7 @@ MAY_BE_COPIES = ("", REAL_VS_REAL)  # rows
 
 
 def copy_ratio(train: Nearest, test: Nearest) -> Tensor:
-    """Distance to the nearest note of the training set over that to the nearest of the test set, float64 (n,).
+    """Return the distance to the nearest training note over that to the nearest test note, float64 (n,).
 
     About 1 for notes that are no nearer to what was learned than to what was held out; near 0 for copies. 1 where
     both distances are 0.
@@ -28,7 +29,7 @@ def copy_ratio(train: Nearest, test: Nearest) -> Tensor:
         ValueError: the two are not of the same queries.
     """
     if len(train.index) != len(test.index):
-        raise ValueError(f"copy_ratio: want the same queries twice, got {len(train.index)} and {len(test.index)}")
+        raise ConfigError(f"copy_ratio: want the same queries twice, got {len(train.index)} and {len(test.index)}")
     ratio = (train.errors.mse / test.errors.mse).sqrt()
     return torch.where(train.errors.mse == test.errors.mse, torch.ones_like(ratio), ratio)
 
@@ -39,9 +40,9 @@ def _find(rows: Sequence[Row]) -> None:
     train = rows[0].train
     if train is None:
         return
-    found = mel.nearest(torch.cat([row.fake.log_mel for row in rows]), train.log_mel_blocks())
+    result = mel.nearest(torch.cat([row.fake.log_mel for row in rows]), train.log_mel_blocks())
     sizes = [len(row.fake) for row in rows]
-    columns = (x.split(sizes) for x in (found.index, found.errors.mse, found.errors.mae))
+    columns = (x.split(sizes) for x in (result.index, result.errors.mse, result.errors.mae))
     for row, index, mse, mae in zip(rows, *columns, strict=True):
         row.prepared["copy_ratio"] = Nearest(index, mel.MelErrors(mse, mae))
 

@@ -24,7 +24,7 @@ MOST_ON_ONE_THREAD = 50_000_000
 
 
 def tile_size(device: torch.device) -> int:
-    """Notes that the network runs on at once."""
+    """Return how many notes the network runs on at once."""
     return TILE if device.type == "cpu" else TILE_ACCELERATOR
 
 
@@ -44,6 +44,8 @@ def sample(
     top_k: int,
     top_p: float,
     precision: Precision,
+    temperature: float = 1.0,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw all tokens, scale after scale.
 
@@ -54,15 +56,20 @@ def sample(
             the cost. Without effect if the transformer has no condition.
         top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
         precision: of the transformer, see `mars.runtime.autocast`.
+        temperature: that the logits are divided by, before top_k and top_p.
+        first: int64 (B, n), the tokens of the first scales, which are taken as they are; None: all are drawn.
 
     Returns:
         ids: int64 (B, L).
         latent: (B, D, H, W), the tokens' latent map.
     """
     device = condition.device
+    given = 0 if first is None else first.shape[1]
+    if first is not None and given == var.starts[-1]:
+        return first, quantizer.latent(first)
     cast = autocast(device, precision)
     last = len(var.lengths) - 1
-    guided = cfg > 0 and bool(var.config.condition) and last > 0
+    guided = cfg > 0 and len(var.condition) > 0 and last > 0
     if guided:  # the second half of the rows has the condition hidden
         condition = torch.cat((condition, var.null_condition(len(condition))))
     with cast:
@@ -81,7 +88,10 @@ def sample(
             if k > 0:  # no guidance on the first scale, but the rest needs both halves of its cache
                 t = cfg * k / last
                 logits = (1 + t) * logits - t * free
-        ids.append(draw(logits, uniform, top_k, top_p))
+        if first is not None and var.starts[k] < given:
+            ids.append(first[:, var.starts[k] : var.starts[k + 1]])
+        else:
+            ids.append(draw(logits / temperature, uniform, top_k, top_p))
         total = quantizer.add_scale(k, ids[-1], total)  # not autocast, as in training
         if k < last:
             inputs = quantizer.next_input(k + 1, total)
@@ -91,7 +101,7 @@ def sample(
 
 
 def draw(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Tokens int64 (B, n) from logits (B, n, V), inverting the distribution at uniforms (B, n) in [0, 1).
+    """Draw tokens int64 (B, n) from logits (B, n, V), inverting the distribution at uniforms (B, n) in [0, 1).
 
     Kept are the top_k likeliest tokens and, with these adding up to 1, the fewest of them that reach top_p.
 

@@ -7,13 +7,14 @@ import threading
 import pytest
 import torch
 
-from mars import audio, config, sampling
+from mars import audio, config
 from mars.errors import CheckpointError, ConfigError
 from mars.labels import condition_ids
 from mars.model import Model, Timing
+from mars.models import sampling
+from mars.models.sampling import TILE, draw
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.sampling import TILE, draw
 
 NOTES = [
     {"family": "brass", "source": "acoustic", "count": 8, "pitch": [42, 70]},
@@ -44,7 +45,7 @@ def listed(model, n, **settings):
 
 
 def identical(a, b):
-    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.spectrogram, b.spectrogram)
+    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.log_magnitude, b.log_magnitude)
     return same and torch.equal(a.ids, b.ids) and (a.index, a.condition) == (b.index, b.condition)
 
 
@@ -69,7 +70,7 @@ def test_notes_are_audible_and_at_most_full_scale(model):
     settings = model.config.audio
     for note in listed(model, 4, iterations=4):
         assert note.waveform.shape == (settings.samples,)
-        assert note.spectrogram.shape == (settings.bins, settings.frames)
+        assert note.log_magnitude.shape == (settings.bins, settings.frames)
         assert note.ids.shape == (model.config.tokenizer.tokens,)
         assert 1e-3 < note.waveform.abs().max() <= 1
 
@@ -227,9 +228,9 @@ def test_filtering_against_a_naive_reference(top_k, top_p):
     uniforms = (torch.arange(20_000) + 0.5) / 20_000
     tokens = draw(logits.expand(1, len(uniforms), -1), uniforms[None], top_k, top_p)
     share = tokens.flatten().bincount(minlength=12) / len(uniforms)
-    wanted = torch.zeros(12)
-    wanted[kept] = torch.tensor(chances)
-    torch.testing.assert_close(share, wanted, rtol=0, atol=2e-4)
+    expected = torch.zeros(12)
+    expected[kept] = torch.tensor(chances)
+    torch.testing.assert_close(share, expected, rtol=0, atol=2e-4)
 
 
 def test_the_largest_uniform_draws_a_kept_token():
