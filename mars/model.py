@@ -4,8 +4,8 @@ A generated note depends on its seed, index and condition alone: it has its own 
 runs on whole tiles of notes, index i in slot i % tile of tile i // tile, because matrix products may round differently
 with the number of their rows. So on one machine a note has the same bytes whatever n, start, batch_size and the
 conditions of other notes are. On a CPU tiles are computed side by side, each on one thread, so that the number of
-threads does not count either, but for a large transformer, whose tiles have all of them (`mars.models.sampling.workers`).
-Another device or version of PyTorch may round differently, which can change a token.
+threads does not count either, but for a large transformer, whose tiles have all of them
+(`mars.models.sampling.workers`). Another device or version of PyTorch may round differently, which can change a token.
 
 Precision: the tokens of a sound, and the sound of tokens, are computed in float32 (`CODING`), on every device and
 whatever the model was trained in: in bfloat16 a third of a note's tokens come out as others. What a transformer draws
