@@ -58,7 +58,8 @@ def pays(dtype: torch.dtype, groups: int, normalised: bool) -> bool:
         return False
     if groups > 1 or (dtype == torch.bfloat16 and not PROCESSOR.amx):
         return True
-    return normalised and PROCESSOR.amx
+    # Compiled, only this one keeps what is not finite where it belongs.
+    return normalised and (PROCESSOR.amx or torch.compiler.is_compiling())
 
 
 def _widened(q: Tensor) -> bool:
