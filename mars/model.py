@@ -318,7 +318,8 @@ class Model:
                 `mars.labels.Ranges.accepted`.
             cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
                 none, at half the cost. Without effect if the model has no condition.
-            top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
+            top_k: draw among so many of the likeliest tokens.
+            top_p: of these, draw among the likeliest whose probabilities add up to this.
             batch_size: notes finished together, rounded up to whole tiles; of no effect on the notes.
             iterations: of Griffin-Lim.
             precision: of the transformer: "auto" (bfloat16 where the device computes in it natively), "float32" or

@@ -48,7 +48,8 @@ class Options:
         split: of packed datasets.
         allow_bad: share of the files of a folder that may be left out, and are listed in the report.
         preset: of the classifiers; None: "full", and "sony" in the profile vinay2022.
-        pitch_classifier, instrument_classifier: directories of classifiers, instead.
+        pitch_classifier: directory of the classifier of pitches, instead.
+        instrument_classifier: directory of that of instruments, instead.
         vggish: file of VGGish's weights; None: those in $MARS_WEIGHTS_DIR.
         crepe: its size.
         force: take classifiers that are less accurate than their gate asks.
@@ -100,7 +101,8 @@ def run(
     Args:
         pairs: the notes are reconstructions of the real ones, and pair up with them by name; otherwise they are taken
             for newly generated ones, whose mel errors are those against the nearest real note.
-        json_file, html_file: where to write the report, and a page of it with pictures and sounds.
+        json_file: where to write the report.
+        html_file: where to write a page of it with pictures and sounds.
         say: called with warnings; None: they go to the logger `mars`.
         progress: called with what is being done, notes done and all of them.
 
@@ -140,7 +142,8 @@ def reconstruct(
         n: so many of the notes, drawn with the seed; None: all.
         iterations: of Griffin-Lim.
         begun: called with the folder before the first note is made.
-        say, progress: as for `run`.
+        say: called with warnings.
+        progress: called with what is being done, notes done and all of them.
 
     Raises:
         MarsError: an option, a network, a model, a set of notes or the folder cannot be used.
@@ -176,8 +179,17 @@ def generate(
     """Generate n notes with the labels of real ones, and score them against these.
 
     Args:
-        cfg, top_k, top_p, iterations: as for `mars.model.Model.iterate`.
-        out, model, data, begun, say, progress: as for `reconstruct`.
+        out: folder for `notes/` and the reports, as for `reconstruct`.
+        model: see `mars.model.load`.
+        data: real notes, a folder or a packed dataset; None: the built-in ones.
+        n: number of notes.
+        cfg: guidance, as for `mars.model.Model.generate`.
+        top_k: as for `mars.model.Model.generate`.
+        top_p: as for `mars.model.Model.generate`.
+        iterations: of Griffin-Lim.
+        begun: called with the folder before the first note is made.
+        say: called with warnings.
+        progress: called with what is being done, notes done and all of them.
 
     Raises:
         MarsError: an option, a network, a model, a set of notes or the folder cannot be used.
