@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from mars.cli.options import in_options
+from mars.cli.options import common, in_options
 from mars.errors import ConfigError, DiskError, MarsError
 from mars.text import printable
 
@@ -111,7 +111,11 @@ def _called_from_c(frame: FrameType) -> bool:
 
 
 class _Told:
-    """A command all of whose errors are told by `user_errors`, those of its arguments too."""
+    """A command all of whose errors are told by `user_errors`, those of its arguments too, with the common options."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.params: list[click.Parameter] = [*self.params, *common()]
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         with user_errors():
@@ -136,4 +140,6 @@ class Command(_Told, click.Command):
 
 
 class Group(_Told, click.Group):
-    """`click.Group`, told; its commands need not be."""
+    """`click.Group`, told, and its commands are."""
+
+    command_class = Command

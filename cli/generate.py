@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mars.cli.errors import Command, user_errors
+from mars.cli.options import Listed, families
 from mars.text import printable
 
 
@@ -35,7 +35,10 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
     help="The same seed gives the same notes.",
 )
 @click.option("--pitch", callback=_pitch, metavar="60|48-72", help="MIDI number or range; default: as trained on.")
-@click.option("--family", help="Instrument family, e.g. brass; default: a random one for each note.")
+@click.option(
+    "--family", cls=Listed, known=families,
+    help="Instrument family, as trained on, e.g. one of {}; default: a random one for each note.",
+)  # fmt: skip
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")
 @click.option("--instrument", metavar="NAME", help="One that the model was trained on; default: any, for each note.")
@@ -81,7 +84,10 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-def main(n: int, model: str | None, out: Path | None, threads: int | None, device: str, **settings: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was made, and where, as JSON.")
+def main(
+    n: int, model: str | None, out: Path | None, threads: int | None, device: str, as_json: bool, **settings: Any
+) -> None:
     """Generate notes: WAV files, a picture of their spectrograms, and notes.json.
 
     Seed, settings, device and number of threads decide every byte of the WAV files. --pitch, --family,
@@ -89,13 +95,14 @@ def main(n: int, model: str | None, out: Path | None, threads: int | None, devic
     command with the same --out goes on where an interrupted one was; a folder of anything else is refused.
     """
     with user_errors():
-        _generate(n, model, out, threads, device, settings)
+        _generate(n, model, out, threads, device, as_json, settings)
 
 
 def _generate(
-    n: int, name: str | None, out: Path | None, threads: int | None, device: str, settings: dict[str, Any]
-) -> None:
-    from mars import terminal
+    n: int, name: str | None, out: Path | None, threads: int | None, device: str, as_json: bool,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    from mars.cli.console import bars, print_json, result, say
     from mars.files import new_folder
     from mars.labels import LABELS
     from mars.model import DEFAULT, Timing, load
@@ -112,12 +119,11 @@ def _generate(
     made = {**model.record, "model": str(name or DEFAULT), "n": n, **settings}
     out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))
     timing, began = Timing(), time.monotonic()
-    say = partial(click.echo, err=True)
     with (
         fill(NoteFolder(out, made, files, conditions, model.config.audio, picture=True), say) as folder,
-        terminal.progress(terminal.console(), unit="notes") as tell,
+        bars(unit="notes") as tell,
     ):
-        say(f"notes: {printable(str(out))}; if interrupted, go on with --out {printable(str(out))}")
+        say(f"notes: {out}; if interrupted, go on with --out {out}")
         there = n - len(folder.missing)
         done = there
         tell("notes", done, n)
@@ -130,9 +136,14 @@ def _generate(
         filled = folder.finish()
     if filled.silent:
         say(f"warning: {filled.silent} of {n} notes are silent")
+    seconds = time.monotonic() - began
+    if as_json:
+        counts = {"notes": n, "were_there": there, **asdict(filled)}
+        print_json({"folder": str(out), **counts, "seconds": seconds, **asdict(timing)})
+        return
     before = f" ({there} were there)" if there else ""
-    parts = ", ".join(f"{part.replace('_', '-')} {seconds:.1f}" for part, seconds in asdict(timing).items())
-    click.echo(f"{n} notes in {printable(str(out))}{before}: {time.monotonic() - began:.1f} s ({parts})")
+    parts = ", ".join(f"{part.replace('_', '-')} {spent:.1f}" for part, spent in asdict(timing).items())
+    result(f"{n} notes in {printable(str(out))}{before}: {seconds:.1f} s ({parts})")
 
 
 if __name__ == "__main__":

@@ -156,8 +156,7 @@ class Model:
         return self
 
     def __repr__(self) -> str:
-        parts = {"tokenizer": self.tokenizer, "transformer": self.var}
-        sizes = (f"{n} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for n, m in parts.items() if m is not None)
+        sizes = (f"{name} {count / 1e6:.1f} M" for name, count in self.parameters.items())
         sound = (
             f"{self.config.audio.samples / self.config.audio.sample_rate:.3g} s at {self.config.audio.sample_rate} Hz"
         )
@@ -166,6 +165,12 @@ class Model:
 
     def _repr_html_(self) -> str:
         return html.markdown(self.card) if self.card else f"<p>{escape(repr(self))}</p>"
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many "tokenizer" and, if there is one, "transformer" have."""
+        parts = {"tokenizer": self.tokenizer, "transformer": self.var}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
 
     @property
     def device(self) -> torch.device:

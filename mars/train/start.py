@@ -44,6 +44,7 @@ def train(
     *,
     data: Path | None = None,
     preset: str | None = None,
+    settings_file: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
     resume: Resume = "auto",
@@ -63,7 +64,8 @@ def train(
     """Train a tokenizer, or a VAR on the tokens of one; returns the run folder.
 
     Args:
-        overrides: settings to change, each as "KEY=VALUE".
+        settings_file: TOML that changes settings of the preset, and may name that; see `mars.config.read_settings`.
+        overrides: settings to change after it, each as "KEY=VALUE".
         resume: "auto" goes on where `out` is a run, "never" refuses to; or the run folder to go on with.
         max_time: seconds after which training stops, saved.
         profile: write a trace of a few steps there instead, and make no run folder; returned.
@@ -94,11 +96,12 @@ def train(
     origin: dict[str, Any] = {}
     trained: model.Model | None = None
     if stage_name == "tokenizer":
-        settings = _settings(out, preset, overrides, stage_name)
+        settings = _settings(out, preset, settings_file, overrides, stage_name)
     else:
-        source = _source(tokenizer, out, preset, console, world)
+        named = None if settings_file is None else config.read_settings(settings_file)[0]
+        source = _source(tokenizer, out, preset or named, console, world)
         trained = model.load(source, world.device)
-        settings = _var_settings(out, trained.config, preset, overrides, source)
+        settings = _var_settings(out, trained.config, preset, settings_file, overrides, source)
         if (problem := _other_data(trained, source, dataset, data)) is not None:
             resumed = out is not None and (out / "run.json").is_file()
             if trained.data.get("tokenizer") is not None and not resumed and None in (data, tokenizer):
@@ -135,6 +138,7 @@ def train(
     origin["data_path"] = None if data is None else str(data.resolve())
     with _open_run(out, stage_name, settings, dataset, seed, resume, console, origin, world) as run:
         stage = made()
+        run.tokenizer_card = trained.card if trained is not None else ""
         if world.main:
             runtime.free_space(run.path, run.space_needed(stage))
         count = sum(p.numel() for p in stage.model.parameters()) / 1e6
@@ -169,6 +173,7 @@ def settings_of(
     stage_name: StageName,
     *,
     preset: str | None = None,
+    settings_file: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
     resume: Resume = "auto",
@@ -181,8 +186,9 @@ def settings_of(
     """
     out = _resumed(out, resume)
     if tokenizer is None:
-        return _settings(out, preset, overrides, stage_name)
-    return _var_settings(out, config.load(model.locate(tokenizer) / "config.json"), preset, overrides, tokenizer)
+        return _settings(out, preset, settings_file, overrides, stage_name)
+    trained = config.load(model.locate(tokenizer) / "config.json")
+    return _var_settings(out, trained, preset, settings_file, overrides, tokenizer)
 
 
 def newest_tokenizer(preset: str | None = None) -> Path:
@@ -229,10 +235,13 @@ def _resumed(out: Path | None, resume: Resume) -> Path | None:
     return Path(resume)
 
 
-def _settings(out: Path | None, preset: str | None, overrides: tuple[str, ...], stage: str) -> Config:
-    if preset is None and not overrides and out is not None and (out / "config.json").is_file():
+def _settings(
+    out: Path | None, preset: str | None, file: Path | None, overrides: tuple[str, ...], stage: str
+) -> Config:
+    if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
-    return config.preset(preset or "notes", overrides, stage)
+    named, changes = (None, {}) if file is None else config.read_settings(file)
+    return config.preset(preset or named or "notes", overrides, stage, changes)
 
 
 def _source(tokenizer: Path | None, out: Path | None, preset: str | None, console: Console, world: World) -> Path:
@@ -250,20 +259,33 @@ def _source(tokenizer: Path | None, out: Path | None, preset: str | None, consol
 
 
 def _var_settings(
-    out: Path | None, trained: Config, preset: str | None, overrides: tuple[str, ...], source: Path
+    out: Path | None,
+    trained: Config,
+    preset: str | None,
+    file: Path | None,
+    overrides: tuple[str, ...],
+    source: Path,
 ) -> Config:
     """The tokenizer's settings, with those of the preset for the rest."""
-    if preset is None and not overrides and out is not None and (out / "config.json").is_file():
+    if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
+    named, changes = (None, {}) if file is None else config.read_settings(file)
+    preset = preset or named
     name = preset or trained.preset
     plain = config.preset(name) if preset or name in config.preset_names() else trained
-    asked = config.override(plain, overrides, "var")
+    asked = config.override(plain, overrides, "var", changes)
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(
             f"`overrides` {fixed[0]}.…: the trained tokenizer {source} fixes these; set them when training it"
         )
-    if preset is not None and plain.tokenizer.scales != trained.tokenizer.scales:
+    for part in ("audio", "tokenizer"):
+        if part in changes and getattr(asked, part) != getattr(trained, part):
+            raise ConfigError(
+                f"`settings_file` {file}: its [{part}] is not that of the trained tokenizer {source}, which fixes it; "
+                "leave that table out"
+            )
+    if preset is not None and asked.tokenizer.scales != trained.tokenizer.scales:
         raise ConfigError(
             f"`preset` {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave `preset` out"
@@ -346,6 +368,7 @@ def _open_run(
         "data": dataset.fingerprint,
         "notes": len(dataset),
         "train_notes": len(dataset.split("train")),
+        "origin": {key: value for key, value in dataset.origin.items() if isinstance(value, str | int)},
         "created": time.time(),
         **origin,
     }
