@@ -1,4 +1,4 @@
-"""The console of a command: what the library says there names options, not the arguments of Python."""
+"""The console of a command, on which the library's messages name options instead of Python arguments."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ def _in_options(line: Any) -> Any:
 
 
 def console(*, stderr: bool = True) -> CommandConsole:
-    """Made by the command, and handed to what speaks: lines are not wrapped."""
+    """Return a console for the library's messages; lines are not wrapped."""
     made = CommandConsole(stderr=stderr, soft_wrap=True)
     made.hushed = stderr and quiet()
     return made
 
 
 def say(line: str) -> None:
-    """A line on stderr, with the options of the arguments that it names; under --quiet only a warning."""
+    """Print a line on stderr, with the options of the arguments that it names; under --quiet only a warning."""
     if line.startswith(WARNING) or not quiet():
         click.echo(printable(in_options(line)), err=True)
 
 
 def result(line: str) -> None:
-    """A line on stdout about what was done, which --quiet leaves out."""
+    """Print a line on stdout about what was done, which --quiet leaves out."""
     if not quiet():
         click.echo(line)
 
 
 def print_json(document: Any) -> None:
-    """A document on stdout, for programs; --quiet leaves it."""
+    """Print a document on stdout, for programs; --quiet leaves it."""
     click.echo(json.dumps(document, indent=1))
 
 

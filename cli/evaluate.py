@@ -85,7 +85,7 @@ PRODUCING = (
 
 
 def _with(*groups: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of the groups."""
+    """Return the options of the groups."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for option in reversed([option for group in groups for option in group]):
@@ -289,7 +289,7 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
 
 
 def _options(given: dict[str, Any]) -> Options:
-    """The options of SCORING and SPLIT as the library takes them; the threads are set here."""
+    """Return the options of SCORING and SPLIT as the library takes them; the threads are set here."""
     from mars.evaluate import Options
     from mars.runtime import set_threads
 
@@ -317,7 +317,7 @@ def _print(result: Result, as_json: bool) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar for each thing that is done, on a terminal."""
+    """Yield a callback that shows a progress bar for each task, on a terminal."""
     from mars.cli.console import bars
 
     with bars() as tell:

@@ -85,48 +85,51 @@ OPTIONS = (
 
 
 def training_options(function: F) -> F:
-    """The options that both stages share."""
+    """Return the options that both stages share."""
     for option in reversed(OPTIONS):
         function = option(function)
     return function
 
 
-def looked_at(stage: StageName, options: dict[str, Any]) -> bool:
-    """Print the settings or the plan if they are asked for; takes their options out of `options`."""
-    wanted, memory, printed = (options.pop(name) for name in ("plan", "memory", "print_config"))
-    if memory is not None and not wanted:
+def shown(stage: StageName, options: dict[str, Any]) -> bool:
+    """Print the plan or the settings if one was asked for, and return whether; removes their options."""
+    show_plan, memory, show_settings = (options.pop(name) for name in ("plan", "memory", "print_config"))
+    if memory is not None and not show_plan:
         raise ConfigError("--memory goes with --plan")
-    if wanted and printed:
+    if show_plan and show_settings:
         raise ConfigError("--plan and --print-config: give one of them")
-    if not wanted and not printed:
+    if not show_plan and not show_settings:
         return False
-    if wanted and options["device"] == "mps":
+    if show_plan and options["device"] == "mps":
         raise ConfigError("--plan --device mps: only for cuda (which auto means here) and cpu")
     from mars import config
     from mars.cli.console import print_json
-    from mars.train.start import settings_of
+    from mars.runtime import set_threads
+    from mars.train.start import settings_of, words_of
 
+    set_threads(options["threads"])
     used = ("preset", "settings_file", "overrides", "out", "resume", "tokenizer")
     settings = settings_of(stage, **{name: options[name] for name in used if name in options})
-    if printed:
+    if show_settings:
         document = config.to_dict(settings)
         print_json(document) if options["as_json"] else click.echo(config.as_toml(settings), nl=False)
         return True
     from mars.train import plan
 
     device: plan.Device = "cpu" if options["device"] == "cpu" else "cuda"
-    found = plan.Planner(settings, stage, device).plan(32 * 10**9 if memory is None else memory)
+    words = words_of(settings, options["data"]) if stage == "var" else {}
+    result = plan.Planner(settings, stage, device, words=words).plan(32 * 10**9 if memory is None else memory)
     if options["as_json"]:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(result))
     else:
-        click.echo(plan.report(found, before="--set "))
+        click.echo(plan.report(result, before="--set "))
     return True
 
 
 def _train(stage: StageName, options: dict[str, Any]) -> None:
     began = time.monotonic()  # importing PyTorch counts too
     with user_errors():
-        if looked_at(stage, options):
+        if shown(stage, options):
             return
         from mars.cli.console import console, print_json
         from mars.runs import compare
@@ -139,7 +142,7 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
                 stage,
                 **options,
                 began=began,
-                following=lambda run: _following(stage, run, options["data"]),
+                next_command=lambda run: _following(stage, run, options["data"]),
                 console=console(),
             )
             if as_json and options["profile"] is None:
@@ -147,7 +150,7 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
 
 
 def _following(stage: StageName, run: Path, data: Path | None) -> str:
-    """The command that goes on with what was trained: whole, to be copied."""
+    """Return the complete command to run after this training, to be copied."""
     if stage == "var":
         return shlex.join(["mars-generate", "-n", "64", "--model", str(run)])
     notes = [] if data is None else ["--data", str(data)]
@@ -187,13 +190,13 @@ def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
     from mars.runs import compare
 
     with user_errors():
-        found = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
+        summaries = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
         from mars.cli.console import print_json, say
 
         if as_json:
-            print_json(found)
-        elif found:
-            click.echo(compare.table(found))
+            print_json(summaries)
+        elif summaries:
+            click.echo(compare.table(summaries))
         else:
             say("no runs; train one: mars-train tokenizer")
 

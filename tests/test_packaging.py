@@ -50,9 +50,9 @@ def test_each_package_is_imported_from_its_folder(package, tmp_path):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_its_files(op):
-    wanted = [f"kernels/{op}/{name}.py" for name in ("__init__", "op", "reference")]
-    wanted += [f"tests/kernels/test_{op}.py", f"benchmarks/bench_{op}.py"]
-    missing = [name for name in wanted if not (ROOT / name).is_file()]
+    expected = [f"kernels/{op}/{name}.py" for name in ("__init__", "op", "reference")]
+    expected += [f"tests/kernels/test_{op}.py", f"benchmarks/bench_{op}.py"]
+    missing = [name for name in expected if not (ROOT / name).is_file()]
     assert missing == []
 
 
