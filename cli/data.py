@@ -155,6 +155,39 @@ def info(directory: Path | None, verify: bool, as_json: bool) -> None:
         click.echo(f"fingerprint: {dataset.fingerprint}" + (" (every checksum is right)" if verify else ""))
 
 
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path), required=False)
+@click.option("--model", metavar="PATH|NAME", help="Run folder, model or packaged model; default: the packaged one.")
+@click.option("--out", type=FOLDER, required=True, help="The new folder of tokens; must not exist.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+def tokens(
+    directory: Path | None, model: str | None, out: Path, device: str, threads: int | None, as_json: bool
+) -> None:
+    """Make the tokens of the notes of a dataset with a model's tokenizer; without DIRECTORY, of the built-in notes.
+
+    The folder holds tokens.safetensors and tokens.json, with names and labels. mars-train var and mars-generate take it
+    as --tokens.
+    """
+    with user_errors():
+        from mars.cli.console import print_json, result
+        from mars.data import open_dataset
+        from mars.model import load
+        from mars.runtime import set_threads
+        from mars.train.tokens import write_tokens
+
+        set_threads(threads)
+        loaded, dataset = load(model, device), open_dataset(directory)
+        with _progress("Tokens") as progress:
+            write_tokens(loaded, dataset, out, progress)
+        count = loaded.config.tokenizer.tokens
+        if as_json:
+            print_json({"folder": str(out), "notes": len(dataset), "tokens": count})
+        else:
+            result(f"{printable(str(out))}: {len(dataset):,} notes of {count:,} tokens")
+
+
 def _report(dataset: Dataset, path: Path, as_json: bool) -> None:
     """What was packed."""
     from mars.cli.console import print_json

@@ -85,9 +85,12 @@ def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tu
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print what was made, and where, as JSON.")
+@click.option("--tokens", type=click.Path(path_type=Path), metavar="DIR",
+              help="Generate nothing: make the sound of tokens, as mars-data tokens writes them.")  # fmt: skip
 def main(
-    n: int, model: str | None, out: Path | None, threads: int | None, device: str, as_json: bool, **settings: Any
-) -> None:
+    n: int, model: str | None, out: Path | None, threads: int | None, device: str, as_json: bool, tokens: Path | None,
+    **settings: Any,
+) -> None:  # fmt: skip
     """Generate notes: WAV files, a picture of their spectrograms, and notes.json.
 
     Seed, settings, device and number of threads decide every byte of the WAV files. --pitch, --family,
@@ -95,6 +98,11 @@ def main(
     command with the same --out goes on where an interrupted one was; a folder of anything else is refused.
     """
     with user_errors():
+        if tokens is not None:
+            from mars.cli.tokens import sound
+
+            sound(tokens, model, out, threads, device, as_json, settings)
+            return
         _generate(n, model, out, threads, device, as_json, settings)
 
 

@@ -175,6 +175,12 @@ def tokenizer(**options: Any) -> None:
     type=click.Path(path_type=Path),
     help="Tokenizer run or model; default: the newest run under runs/, which must be of the same dataset.",
 )
+@click.option(
+    "--tokens",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The dataset's tokens, as mars-data tokens makes them; default: made now, and kept beside the runs.",
+)
 @click.option("--shard", is_flag=True, help="Under torchrun: spread the model over the processes (FSDP2).")
 @training_options
 def var(**options: Any) -> None:

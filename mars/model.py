@@ -45,6 +45,7 @@ from mars.text import is_one_line
 M = TypeVar("M", bound=torch.nn.Module)
 DEFAULT = "notes"  # the packaged model
 CODING: Precision = "float32"  # of encoding and decoding
+SOUND = 7  # the same of the phases of tokens that are only made to sound
 STREAM = 4  # tells the random streams of notes from those of training with the same seed
 
 
@@ -481,6 +482,24 @@ def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> T
     """
     with autocast(waveforms.device, CODING):
         return tokenizer.encode(audio.multiplexed(waveforms, config))
+
+
+@torch.inference_mode()
+def decode_notes(
+    model: Model, ids: Tensor, wanted: range, *, seed: int = 0, iterations: int = 32
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the index and the waveform (samples,), at most full scale, of the wanted notes of tokens (notes, L).
+
+    A note depends on its tokens, its index and the seed alone: as in generation the network runs on whole tiles.
+    """
+    size = tile_size(model.device)
+    for first in range(wanted.start - wanted.start % size, wanted.stop, size):
+        tile = ids[first : first + size].to(torch.int64)
+        padded = torch.cat([tile, tile.new_zeros(size - len(tile), tile.shape[1])])
+        streams = [stream(seed, SOUND, index) for index in range(first, first + size)]
+        waveforms = audio.within_full_scale(model.decode(padded, iterations=iterations, seed=streams).cpu())
+        for index in range(max(first, wanted.start), min(first + size, wanted.stop)):
+            yield index, waveforms[index - first]
 
 
 def _rows(marked: Tensor) -> str:

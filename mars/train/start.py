@@ -30,7 +30,7 @@ from mars.train import loop
 from mars.train.compiling import compile_blocks
 from mars.train.profiling import profile_steps
 from mars.train.tokenizer import TokenizerStage
-from mars.train.tokens import cached_tokens
+from mars.train.tokens import cached_tokens, given_tokens
 from mars.train.var import VARStage
 
 ENDS = 3.0  # seconds of `max_time` for the start and the end of the process
@@ -57,6 +57,7 @@ def train(
     profile: Path | None = None,
     began: float | None = None,
     tokenizer: Path | None = None,
+    tokens: Path | None = None,
     shard: bool = False,
     next_command: Callable[[Path], str] | None = None,
     console: Console | None = None,
@@ -71,6 +72,7 @@ def train(
         profile: path at which to write a trace of a few steps instead of a run folder; it is returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: the newest run.
+        tokens: folder of the tokens of the dataset (`mars.data.tokens`), for a VAR; None: they are made, and kept.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
         next_command: gives the command to type after the run at a path has ended, which is then printed.
         console: where messages go; None: to the logger `mars`.
@@ -126,9 +128,12 @@ def train(
             stage = TokenizerStage(settings, dataset, world.device, seed, world)
         else:
             cache = (out.parent if out is not None else RUNS) / TOKENS
-            tokens = _tokens(cache, trained, settings, dataset, console, world)
+            if tokens is None:
+                ids = _tokens(cache, trained, settings, dataset, console, world)
+            else:
+                ids = given_tokens(tokens, trained.tokenizer, settings, dataset)
             trained_on = trained.data.get("tokenizer")
-            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, trained_on)
+            stage = VARStage(settings, dataset, trained.tokenizer, ids, world.device, seed, world, shard, trained_on)
         compile_blocks(stage, console.print)
         return stage
 
