@@ -23,7 +23,7 @@ def sound(
     from mars.data.tokens import read
     from mars.files import new_folder
     from mars.model import DEFAULT, decode_notes, load
-    from mars.notes import NoteFolder, fill, stem
+    from mars.notes import PAGE, NoteFolder, fill, stem
     from mars.runtime import set_threads
 
     context = click.get_current_context()
@@ -44,7 +44,9 @@ def sound(
     origin = {**model.record, "model": str(name or DEFAULT), "n": n, "tokens": tokens.sum, **drawn}
     out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))
     began = time.monotonic()
-    with fill(NoteFolder(out, origin, files, conditions, model.config.audio, picture=True), say) as folder:
+    with fill(
+        NoteFolder(out, origin, files, conditions, model.config.audio, page=f"Tokens of {source.name}"), say
+    ) as folder:
         say(f"notes: {out}; if interrupted, go on with --out {out}")
         there = done = n - len(folder.missing)
         with bars(unit="notes") as tell:
@@ -63,3 +65,4 @@ def sound(
     else:
         before = f" ({there} were there)" if there else ""
         result(f"{n} notes in {printable(str(out))}{before}: {seconds:.1f} s")
+        result(f"listen: {printable(str(out / PAGE))}")

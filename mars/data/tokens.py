@@ -26,7 +26,7 @@ from mars.config import Config, from_document, to_dict
 from mars.data.packed import Dataset
 from mars.errors import CheckpointError, ConfigError, DataError
 from mars.files import read_json
-from mars.labels import LABELS, Values
+from mars.labels import LABELS, Values, is_name, label
 
 FORMAT, VERSION = "mars-tokens", 1
 SEARCH = 1  # version of what makes tokens of a spectrogram; a change of the front end or of the search must raise it
@@ -49,12 +49,10 @@ class Header:
 
     def __post_init__(self) -> None:
         for name, values in self.labels.items():
-            if name not in LABELS or not isinstance(values, list) or len(values) != len(self.names):
-                raise ConfigError(
-                    f"want labels of {', '.join(LABELS)}, each a list of {len(self.names):,} values; see {name}"
-                )
+            if not is_name(name) or not isinstance(values, list) or len(values) != len(self.names):
+                raise ConfigError(f"want labels, each a name and a list of {len(self.names):,} values; see {name}")
             for value in values:
-                LABELS[name].listed(value)
+                label(name).listed(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +69,7 @@ class Tokens:
 
     def condition(self, note: int) -> Values:
         """Return the values of the labels of a note, None where they are not known."""
-        return {name: self.header.labels[name][note] if name in self.header.labels else None for name in LABELS}
+        return dict.fromkeys(LABELS) | {name: values[note] for name, values in self.header.labels.items()}
 
     def check(self, where: object, tokenizer: nn.Module, config: Config) -> None:
         """Raise `ConfigError` unless this tokenizer, with these settings, can have made them."""
@@ -107,7 +105,7 @@ def write(path: Path, ids: Tensor, dataset: Dataset, tokenizer: nn.Module, confi
     columns = dataset.labels()
     labels: dict[str, list[Any]] = {}
     for name, column in columns.items():
-        values = LABELS[name].values(dataset.words)
+        values = label(name).values(dataset.words)
         labels[name] = [None if number < 0 else values[number] for number in column.tolist()]
     header = Header(
         format="mars-tokens", version=1, scales=config.tokenizer.scales, codebook_size=config.tokenizer.codebook_size,

@@ -26,7 +26,7 @@ from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, fault
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.files import read_json, read_limited
-from mars.labels import LABELS, UNKNOWN, Values, labels_of
+from mars.labels import UNKNOWN, Values, is_name, label, labels_of
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
@@ -355,7 +355,7 @@ def _conditions(path: Path) -> dict[str, Values]:
         raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
     try:
         conditions = {
-            file: {name: label.listed(condition.get(name)) for name, label in LABELS.items()}
+            file: {name: label(name).listed(value) for name, value in condition.items() if is_name(name)}
             for file, condition in requested.items()
         }
     except ValueError as error:
