@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import click
 
 from mars.cli import options as grammar
 from mars.cli.errors import Command, user_errors
+from mars.cli.options import Listed, families
 from mars.text import printable
 
 if TYPE_CHECKING:
@@ -59,7 +59,12 @@ def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
     help="First note; after -n 64, --start 64 gives the seed's next.",
 )
 @click.option("--pitch", callback=_pitch, metavar="C4|C3-C5", help="Or 60, 48-72; default: as trained on.")
-@click.option("--family", help="Instrument family, e.g. brass; default: a random one for each note.")
+@click.option(
+    "--family",
+    cls=Listed,
+    known=families,
+    help="Instrument family, as trained on, e.g. one of {}; default: a random one for each note.",
+)
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")
 @click.option("--instrument", metavar="NAME", help="One that the model was trained on; default: any, for each note.")
@@ -124,7 +129,17 @@ def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-def main(n: int | None, model: str | None, out: Path | None, threads: int | None, device: str, **settings: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was made, and where, as JSON.")
+@click.option(
+    "--tokens",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Generate nothing: make the sound of tokens, as mars-data tokens writes them.",
+)
+def main(
+    n: int | None, model: str | None, out: Path | None, threads: int | None, device: str, as_json: bool,
+    tokens: Path | None, **settings: Any,
+) -> None:  # fmt: skip
     """Generate notes: WAV files, a page to hear and see them (index.html), and notes.json.
 
     Seed, settings, device and number of threads decide every byte of the WAV files. --pitch, --family,
@@ -136,13 +151,19 @@ def main(n: int | None, model: str | None, out: Path | None, threads: int | None
     given are then unknown.
     """
     with user_errors():
-        _generate(n, model, out, threads, device, settings)
+        if tokens is not None:
+            from mars.cli.tokens import sound
+
+            sound(tokens, model, out, threads, device, as_json, settings)
+            return
+        _generate(n, model, out, threads, device, as_json, settings)
 
 
 def _generate(
-    n: int | None, name: str | None, out: Path | None, threads: int | None, device: str, settings: dict[str, Any]
-) -> None:
-    from mars import terminal
+    n: int | None, name: str | None, out: Path | None, threads: int | None, device: str, as_json: bool,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    from mars.cli.console import bars, print_json, result, say
     from mars.files import new_folder
     from mars.labels import LABELS
     from mars.model import DEFAULT, Timing, load
@@ -151,7 +172,6 @@ def _generate(
 
     set_threads(threads)
     model = load(name, device)
-    say = partial(click.echo, err=True)
     made_of = {key: settings.pop(key) for key in ("source_sound", "target_sound", "keep", "amount")}
     asked = {label: settings[label] for label in (*LABELS, "labels")}
     drawn = {key: value for key, value in settings.items() if key not in (*asked, "start")}
@@ -176,8 +196,8 @@ def _generate(
     out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))
     timing, began = Timing(), time.monotonic()
     new = NoteFolder(out, made, files, conditions, model.config.audio, first=start, page=title, originals=originals)
-    with fill(new, say) as folder, terminal.progress(terminal.console(), unit="notes") as tell:
-        say(f"notes: {printable(str(out))}; if interrupted, go on with --out {printable(str(out))}")
+    with fill(new, say) as folder, bars(unit="notes") as tell:
+        say(f"notes: {out}; if interrupted, go on with --out {out}")
         there = n - len(folder.missing)
         done = there
         tell("notes", done, n)
@@ -193,10 +213,15 @@ def _generate(
         filled = folder.finish()
     if filled.silent:
         say(f"warning: {filled.silent} of {n} notes are silent")
+    seconds = time.monotonic() - began
+    if as_json:
+        counts = {"notes": n, "were_there": there, **asdict(filled)}
+        print_json({"folder": str(out), **counts, "seconds": seconds, **asdict(timing)})
+        return
     before = f" ({there} were there)" if there else ""
-    parts = ", ".join(f"{part.replace('_', '-')} {seconds:.1f}" for part, seconds in asdict(timing).items())
-    click.echo(f"{n} notes in {printable(str(out))}{before}: {time.monotonic() - began:.1f} s ({parts})")
-    click.echo(f"listen: {printable(str(out / PAGE))}")
+    parts = ", ".join(f"{part.replace('_', '-')} {spent:.1f}" for part, spent in asdict(timing).items())
+    result(f"{n} notes in {printable(str(out))}{before}: {seconds:.1f} s ({parts})")
+    result(f"listen: {printable(str(out / PAGE))}")
 
 
 def _check_alone(made_of: Mapping[str, Any]) -> None:

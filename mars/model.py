@@ -50,6 +50,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 Sound: TypeAlias = "Given | Note"  # what `Model.tokenize` takes
 DEFAULT = "notes"  # the packaged model
 CODING: Precision = "float32"  # of encoding and decoding
+SOUND = 7  # the same of the phases of tokens that are only made to sound
 STREAM = 4  # tells the random streams of notes from those of training with the same seed
 
 
@@ -127,7 +128,7 @@ class Model:
         revision: str | None = None,
         token: str | None = None,
     ) -> Model:
-        """A model from this machine, as `load` finds it, or else from the Hugging Face Hub.
+        """Load a model from this machine, as `load` finds it, or else from the Hugging Face Hub.
 
         Args:
             name: what `load` takes, or "user/name" of the Hub, which needs the package huggingface_hub and is kept in
@@ -141,13 +142,13 @@ class Model:
         return load(name if name is None or exists(name) else hub.download(str(name), revision, token), device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """`save`, under the name that others have for it: `from_pretrained` takes the folder."""
+        """Save the model as `save` does: the name that other libraries have for it."""
         self.save(path)
 
     def push_to_hub(
         self, name: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
     ) -> str:
-        """Send the model to the Hugging Face Hub as "user/name", made if need be; its address there.
+        """Upload the model to the Hugging Face Hub as "user/name", made if need be, and return its address there.
 
         Args:
             private: of a new repository; None: what the account says.
@@ -163,7 +164,7 @@ class Model:
             return hub.upload(Path(folder) / "model", name, private=private, token=token, revision=revision)
 
     def to(self, device: str | torch.device) -> Model:
-        """The model itself, its weights moved to a device: auto, cpu, cuda, cuda:1, mps, …. Raises `ConfigError`."""
+        """Move the weights to a device (auto, cpu, cuda, cuda:1, mps, …) and return the model. Raises `ConfigError`."""
         device = pick_device(device)
         for part in (self.tokenizer, self.var):
             if part is not None:
@@ -171,8 +172,7 @@ class Model:
         return self
 
     def __repr__(self) -> str:
-        parts = {"tokenizer": self.tokenizer, "transformer": self.var}
-        sizes = (f"{n} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for n, m in parts.items() if m is not None)
+        sizes = (f"{name} {count / 1e6:.1f} M" for name, count in self.parameters.items())
         sound = (
             f"{self.config.audio.samples / self.config.audio.sample_rate:.3g} s at {self.config.audio.sample_rate} Hz"
         )
@@ -181,6 +181,12 @@ class Model:
 
     def _repr_html_(self) -> str:
         return html.markdown(self.card) if self.card else f"<p>{escape(repr(self))}</p>"
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The numbers of parameters of "tokenizer" and, if there is one, "transformer"."""
+        parts = {"tokenizer": self.tokenizer, "transformer": self.var}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
 
     @property
     def device(self) -> torch.device:
@@ -627,6 +633,24 @@ def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> T
         return tokenizer.encode(audio.multiplexed(waveforms, config))
 
 
+@torch.inference_mode()
+def decode_notes(
+    model: Model, ids: Tensor, wanted: range, *, seed: int = 0, iterations: int = 32
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the index and the waveform (samples,), at most full scale, of the wanted notes of tokens (notes, L).
+
+    A note depends on its tokens, its index and the seed alone: as in generation the network runs on whole tiles.
+    """
+    size = tile_size(model.device)
+    for first in range(wanted.start - wanted.start % size, wanted.stop, size):
+        tile = ids[first : first + size].to(torch.int64)
+        padded = torch.cat([tile, tile.new_zeros(size - len(tile), tile.shape[1])])
+        streams = [stream(seed, SOUND, index) for index in range(first, first + size)]
+        waveforms = audio.within_full_scale(model.decode(padded, iterations=iterations, seed=streams).cpu())
+        for index in range(max(first, wanted.start), min(first + size, wanted.stop)):
+            yield index, waveforms[index - first]
+
+
 def _rows(marked: Tensor) -> str:
     """List for a message the rows of (B, n) in which anything is marked."""
     rows = marked.any(dim=1).nonzero().flatten().tolist()
@@ -699,7 +723,7 @@ def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
 
 
 def exists(name: str | Path | None) -> bool:
-    """Whether this machine has something of that name: a path, or a packaged model."""
+    """Return whether this machine has something of that name: a path, or a packaged model."""
     packaged = Path(str(resources.files("mars").joinpath("assets", "models")))
     return name is None or Path(name).exists() or (packaged / str(name)).is_dir()
 

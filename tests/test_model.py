@@ -229,3 +229,39 @@ def test_what_a_model_was_trained_in_changes_no_note(model):
             torch.testing.assert_close(note.log_magnitude[None], model.spectrogram(note.ids[None]), rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match="precision must be one of auto, float32, bfloat16; got 'half'"):
         model.generate(1, precision="half")
+
+
+def test_it_says_in_a_line_what_it_is(model):
+    assert repr(model) == (
+        "<Model smoke: tokenizer 0.0 M, transformer 0.0 M parameters, 0.119 s at 16000 Hz, "
+        "by family, source, pitch, velocity, on cpu>"
+    )
+    assert "transformer" not in repr(dataclasses.replace(model, var=None))
+
+
+def test_a_notebook_shows_its_card_and_runs_nothing_of_it(model):
+    card = (
+        "---\nlicense: mit\n---\n# Bells\n\n<script>alert(1)</script> [x](javascript:alert(1))\n\n| a |\n|---|\n| 1 |\n"
+    )
+    page = dataclasses.replace(model, card=card)._repr_html_()
+    assert page.startswith("<h1>Bells</h1>")
+    assert "<td>1</td>" in page
+    assert "license" not in page
+    assert "<script" not in page
+    assert "href" not in page
+    assert model._repr_html_().startswith("<p>&lt;Model smoke")
+
+
+def test_it_goes_to_a_device(model):
+    other = copy.deepcopy(model)
+    assert other.to("cpu") is other
+    assert other.to("auto").device == pick_device("auto")
+    with pytest.raises(ConfigError, match="device 'tpu'"):
+        other.to("tpu")
+
+
+def test_a_saved_model_is_opened_as_a_pretrained_one(model, tmp_path):
+    model.save_pretrained(str(tmp_path / "kept"))
+    found = Model.from_pretrained(tmp_path / "kept")
+    assert torch.equal(found.generate(1, seed=4)[0].ids, model.generate(1, seed=4)[0].ids)
+    assert Model.from_pretrained("notes").hash == load().hash
