@@ -13,22 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mars.cli.errors import Command, user_errors
+from mars.cli.options import pitches
 from mars.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mars.model import Model
-
-
-def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
-    from mars.labels import pitches_of
-
-    try:
-        low, high = pitches_of(value) if value is not None else (None, None)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}; or a range such as 48-72 or C3-C5") from None
-    return low if low == high or high is None else (low, high)  # type: ignore[return-value]
 
 
 def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, float] | None:
@@ -57,7 +48,7 @@ def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
     show_default=True,
     help="First note; after -n 64, --start 64 gives the seed's next.",
 )
-@click.option("--pitch", callback=_pitch, metavar="C4|C3-C5", help="Or 60, 48-72; default: as trained on.")
+@click.option("--pitch", callback=pitches, metavar="C4|C3-C5", help="Or 60, 48-72; default: as trained on.")
 @click.option("--family", help="Instrument family, e.g. brass; default: a random one for each note.")
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")

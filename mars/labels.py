@@ -333,6 +333,10 @@ class Ranges:
             return any(_values(entry, name) for entry in self.notes)
         return value is not None and any(entry.get(name) == value for entry in self.notes)
 
+    def holding(self, asked: Mapping[str, Any]) -> Sequence[Entry]:
+        """The training notes that hold as much as can be of what is asked for; a pitch is (lowest, highest)."""
+        return self._narrowed({**dict.fromkeys(self.names), **asked})[0]
+
     def untrained(self, condition: Mapping[str, Any]) -> str | None:
         """The first label of a condition that no training note had together with those before it; None if all had.
 

@@ -156,11 +156,11 @@ class NoteFolder:
             if self.page and stale:
                 spectrogram = audio.spectrogram(torch.from_numpy(samples / np.float32(32768)), self.config)
                 (self.path / PICTURES).mkdir(exist_ok=True)
-                write_png(self.path / _picture(note["file"]), _pictured(spectrogram))
+                write_png(self.path / _picture(note["file"]), picture_of(spectrogram))
                 shown += [spectrogram] * (len(shown) < PICTURED)
         if self.page and stale:
             labels = [Path(file).stem for file in self.files[: len(shown)]]
-            sheet = contact_sheet(torch.stack(shown), labels, height=256, width=128, extent=_extent(self.config))
+            sheet = contact_sheet(torch.stack(shown), labels, height=256, width=128, extent=extent(self.config))
             write_png(self.path / PICTURE, sheet)
             html.write(self.path / PAGE, self._rendered())
         self._write_listing()
@@ -168,7 +168,7 @@ class NoteFolder:
 
     def _rendered(self) -> str:
         """The page to listen to them."""
-        seconds, khz = _extent(self.config)
+        seconds, khz = extent(self.config)
         made = self.document
         known = {"Model": made.get("model"), "Seed": made.get("seed"), "Guidance": made.get("cfg")}
         sounds = [
@@ -186,7 +186,7 @@ class NoteFolder:
         originals = [
             listen.Sound(
                 html.data_uri("audio/flac", html.flac(audio.pcm(waveform), self.config.sample_rate)),
-                html.data_uri("image/png", png(_pictured(audio.spectrogram(waveform, self.config)))),
+                html.data_uri("image/png", png(picture_of(audio.spectrogram(waveform, self.config)))),
                 title,
             )
             for title, waveform in self.originals.items()
@@ -261,12 +261,13 @@ def _picture(file: str) -> str:
     return f"{PICTURES}/{Path(file).stem}.png"
 
 
-def _pictured(spectrogram: Tensor) -> Picture:
+def picture_of(spectrogram: Tensor) -> Picture:
+    """The picture of a spectrogram (bins, frames) on a page to listen."""
     height, width = listen.SIZE
     return spectrogram_picture(spectrogram, frequency=listen.FREQUENCY, height=height, width=width)
 
 
-def _extent(config: AudioConfig) -> tuple[float, float]:
+def extent(config: AudioConfig) -> tuple[float, float]:
     """Seconds across and kHz up a spectrogram."""
     return config.frames * config.hop / config.sample_rate, config.bins * config.sample_rate / config.n_fft / 1000
 
