@@ -32,7 +32,7 @@ from mars.instrument import sfz
 from mars.instrument.pitch import measured
 from mars.instrument.sample import cut
 from mars.instrument.timbre import distance, timbre
-from mars.labels import Condition, note_name
+from mars.labels import VELOCITIES, Condition, note_name
 from mars.model import Model, Sound
 from mars.notes import SILENT, Note, extent, picture_of
 from mars.pages import html, listen
@@ -97,9 +97,7 @@ def velocities_of(model: Model, condition: Condition) -> list[int | None]:
     if not model.ranges.takes("velocity", 100):
         return [None]
     alike = model.ranges.holding({**condition, "pitch": None, "velocity": None})
-    levels = sorted({level for entry in alike for level in entry.get("velocity", ())})
-    if not levels:
-        return [100]
+    levels = sorted({level for entry in alike for level in entry.get("velocity", VELOCITIES)}) or [*VELOCITIES]
     places = np.linspace(0, len(levels) - 1, min(LAYERS, len(levels))).round().astype(int)
     return [levels[place] for place in places.tolist()]
 

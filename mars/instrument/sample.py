@@ -39,7 +39,6 @@ def cut(samples: Samples, rate: int) -> Sample:
     envelope = _envelope(x, round(0.02 * rate))
     end = int(np.flatnonzero(envelope >= END * PEAK)[-1]) + 1
     x = x[onset : max(end, onset + round(FADE_OUT * rate))]
-    loud = float(np.sqrt(np.square(x[: round(LOUD * rate)]).mean()))
     fade_in = min(round(FADE_IN * rate), len(x) // 4)
     x[:fade_in] *= _rise(fade_in)
     loop = _loop(x, rate)
@@ -50,11 +49,12 @@ def cut(samples: Samples, rate: int) -> Sample:
         first, last = loop
         blend = min(round(BLEND * rate), first, last + 1 - first)
         share, old, new = _rise(blend), x[last + 1 - blend : last + 1], x[first - blend : first]
-        alike = float(old @ new / max(np.linalg.norm(old) * np.linalg.norm(new), 1e-12))
+        alike = float(old @ new) / max(float(np.linalg.norm(old) * np.linalg.norm(new)), 1e-12)
         power = np.square(1 - share) + np.square(share) + 2 * share * (1 - share) * alike  # of the mix
         x[last + 1 - blend : last + 1] = ((1 - share) * old + share * new) / np.sqrt(np.maximum(power, 0.25))
-        x *= min(PEAK / max(float(np.abs(x).max()), PEAK), 1.0)
+        x *= PEAK / max(float(np.abs(x).max()), PEAK)
         x = np.concatenate([x[: last + 1], x[first : first + 16]])  # for players that interpolate past the end
+    loud = float(np.sqrt(np.square(x[: round(LOUD * rate)]).mean()))
     return Sample(x.astype(np.float32), 20 * float(np.log10(loud)), loop)
 
 
