@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mars.cli.errors import Command, user_errors
-from mars.cli.options import pitches
+from mars.cli.options import Listed, families, pitches
 from mars.text import printable
 
 
@@ -26,7 +26,10 @@ def _velocities(_: click.Context, __: click.Parameter, value: str | None) -> lis
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", metavar="PATH|NAME", help="Run folder, model or packaged model; default: the packaged one.")
-@click.option("--family", help="Instrument family, e.g. brass; default: a random one.")
+@click.option(
+    "--family", cls=Listed, known=families,
+    help="Instrument family, as trained on, e.g. one of {}; default: a random one.",
+)  # fmt: skip
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--instrument", metavar="NAME", help="One that the model was trained on; default: any.")
 @click.option("--like", type=click.Path(path_type=Path), metavar="FILE", help="A sound whose timbre it is to have.")
@@ -50,7 +53,8 @@ def _velocities(_: click.Context, __: click.Parameter, value: str | None) -> lis
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-def main(out: Path, model: str | None, threads: int | None, device: str, **settings: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was made, and where, as JSON.")
+def main(out: Path, model: str | None, threads: int | None, device: str, as_json: bool, **settings: Any) -> None:
     """Make the folder OUT with an instrument to play: OUT/NAME.sfz for a sampler such as sfizz, and its samples.
 
     Each note is the one, of several, that has the pitch asked for and is nearest in timbre to a root note. It is
@@ -58,11 +62,13 @@ def main(out: Path, model: str | None, threads: int | None, device: str, **setti
     condition.
     """
     with user_errors():
-        _make(out, model, threads, device, settings)
+        _make(out, model, threads, device, as_json, settings)
 
 
-def _make(out: Path, name: str | None, threads: int | None, device: str, settings: dict[str, Any]) -> None:
-    from mars import terminal
+def _make(
+    out: Path, name: str | None, threads: int | None, device: str, as_json: bool, settings: dict[str, Any]
+) -> None:
+    from mars.cli.console import bars, print_json, result, say
     from mars.instrument.make import keys_of, make, velocities_of
     from mars.labels import Condition, note_name
     from mars.model import load
@@ -71,7 +77,6 @@ def _make(out: Path, name: str | None, threads: int | None, device: str, setting
     set_threads(threads)
     model = load(name, device)
     began = time.monotonic()
-    say = partial(click.echo, err=True)
     labels = {name: settings.pop(name) for name in ("family", "source", "instrument")}
     pitch, every, velocities = (settings.pop(key) for key in ("pitch", "every", "velocities"))
     (chosen,) = model.choose(1, **labels, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
@@ -81,7 +86,7 @@ def _make(out: Path, name: str | None, threads: int | None, device: str, setting
     about = ", ".join(str(value) for value in condition.values() if value is not None) or "any"
     low, high = note_name(keys[0]), note_name(keys[-1])
     say(f"{about}: {len(keys)} notes from {low} to {high}, {len(layers)} velocities, {settings['tries']} tries each")
-    with terminal.progress(terminal.console(), unit="notes") as tell:
+    with bars(unit="notes") as tell:
         made = make(
             model, out, out.name, condition, keys, layers, progress=lambda done, n: tell("notes", done, n), **settings
         )
@@ -90,11 +95,15 @@ def _make(out: Path, name: str | None, threads: int | None, device: str, setting
     if made.octaves:
         say(f"warning: it sounds {abs(made.octaves)} octave{'s' * (abs(made.octaves) > 1)} "
             f"{'above' if made.octaves > 0 else 'below'} its keys, as the model renders these notes")  # fmt: skip
-    click.echo(
-        f"{made.notes} notes in {time.monotonic() - began:.1f} s: {made.looped} loop, retuned by up to "
-        f"{made.detuned:.0f} cents, neighbours {made.neighbours:.1f} dB apart in timbre"
+    seconds = time.monotonic() - began
+    if as_json:
+        print_json({**asdict(made), "sfz": str(made.sfz), "page": str(made.page), "seconds": seconds})
+        return
+    result(
+        f"{made.notes} notes in {seconds:.1f} s: {made.looped} loop, retuned by up to {made.detuned:.0f} cents, "
+        f"neighbours {made.neighbours:.1f} dB apart in timbre"
     )
-    click.echo(f"play: {printable(str(made.sfz))}; listen: {printable(str(made.page))}")
+    result(f"play: {printable(str(made.sfz))}; listen: {printable(str(made.page))}")
 
 
 if __name__ == "__main__":

@@ -331,3 +331,14 @@ def test_files_that_cannot_be_used_are_refused(text, message, tmp_path):
         path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=message):
         config.load(path)
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_settings_as_toml_are_read_as_they_were(name, tmp_path):
+    for overrides in ((), ("train.tokenizer.steps=7", "train.var.epochs=0.5", "tokenizer.width=96")):
+        settings = config.preset(name, overrides)
+        file = tmp_path / "settings.toml"
+        file.write_text(config.as_toml(settings), encoding="utf-8")
+        named, changes = config.read_settings(file)
+        assert named == name
+        assert config.preset(named, file=changes) == settings

@@ -54,11 +54,11 @@ def test_arrays_of_numpy_are_taken(model, waveforms, ids):
     frozen.flags.writeable = False
     for other in (array, array.astype(np.float64), array.astype(">f4"), array[:, ::-1].copy()[:, ::-1], frozen):
         assert torch.equal(model.encode(other), ids)
-    wanted = model.decode(ids, iterations=1)
+    expected = model.decode(ids, iterations=1)
     for dtype in (np.int64, np.uint16, ">i4"):
-        found = model.decode(ids.numpy().astype(dtype), iterations=np.int64(1), seed=np.uint8(0))
-        assert torch.equal(found, wanted)
-    assert torch.equal(model.decode(ids.int(), iterations=1), wanted)
+        actual = model.decode(ids.numpy().astype(dtype), iterations=np.int64(1), seed=np.uint8(0))
+        assert torch.equal(actual, expected)
+    assert torch.equal(model.decode(ids.int(), iterations=1), expected)
 
 
 def test_batches_may_be_empty(model):
@@ -66,7 +66,7 @@ def test_batches_may_be_empty(model):
     assert model.decode(torch.zeros(0, L, dtype=torch.int64)).shape == (0, N)
 
 
-def spoilt(value):
+def corrupted(value):
     x = torch.zeros(3, N)
     x[1, 5] = value
     return x
@@ -86,8 +86,8 @@ def spoilt(value):
         (np.zeros((2, N), np.int16), "got torch.int16; divide"),
         (torch.zeros(2, N, dtype=torch.complex64), "got torch.complex64"),
         (torch.zeros(2, N, dtype=torch.bool), "got torch.bool"),
-        (spoilt(float("nan")), "got NaN or infinity in row 1"),
-        (spoilt(float("-inf")), "got NaN or infinity in row 1"),
+        (corrupted(float("nan")), "got NaN or infinity in row 1"),
+        (corrupted(float("-inf")), "got NaN or infinity in row 1"),
         (np.array([["a"]]), "got a NumPy array of <U1"),
         ([[0.0] * N], "got list"),
         (None, "got NoneType"),
@@ -163,11 +163,11 @@ def test_numbers_of_numpy_generate_the_same_notes(model):
 
 
 def test_another_default_dtype_changes_nothing(model, waveforms, ids):
-    wanted = model.generate(1, seed=1, iterations=1)[0].waveform
+    expected = model.generate(1, seed=1, iterations=1)[0].waveform
     torch.set_default_dtype(torch.float64)
     try:
         assert torch.equal(model.encode(waveforms), ids)
-        assert torch.equal(model.generate(1, seed=1, iterations=1)[0].waveform, wanted)
+        assert torch.equal(model.generate(1, seed=1, iterations=1)[0].waveform, expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -211,19 +211,19 @@ def test_the_choice_can_be_known_before_the_notes(model):
 
 def test_tokens_and_sounds_are_of_float32_under_any_autocast(model, waveforms, ids):
     """Lowered, some of these would come out as others."""
-    wanted, spectrogram = model.decode(ids, iterations=1), model.spectrogram(ids)
+    expected, spectrogram = model.decode(ids, iterations=1), model.spectrogram(ids)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.encode(waveforms), ids)
-        assert torch.equal(model.decode(ids, iterations=1), wanted)
+        assert torch.equal(model.decode(ids, iterations=1), expected)
         assert torch.equal(model.spectrogram(ids), spectrogram)
 
 
 def test_what_a_model_was_trained_in_changes_no_note(model):
     """The precision of a generation is an argument, and that of its sound none."""
-    wanted = model.generate(2, seed=1, iterations=1)
+    expected = model.generate(2, seed=1, iterations=1)
     lowered = [f"train.{stage}.precision=bfloat16" for stage in ("tokenizer", "var")]
     other = dataclasses.replace(model, config=config.override(model.config, lowered))
-    for one, same in zip(wanted, other.generate(2, seed=1, iterations=1), strict=True):
+    for one, same in zip(expected, other.generate(2, seed=1, iterations=1), strict=True):
         assert torch.equal(one.ids, same.ids)
         assert torch.equal(one.waveform, same.waveform)
     for precision in ("float32", "bfloat16"):
@@ -231,6 +231,42 @@ def test_what_a_model_was_trained_in_changes_no_note(model):
             torch.testing.assert_close(note.log_magnitude[None], model.spectrogram(note.ids[None]), rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match="precision must be one of auto, float32, bfloat16; got 'half'"):
         model.generate(1, precision="half")
+
+
+def test_it_says_in_a_line_what_it_is(model):
+    assert repr(model) == (
+        "<Model smoke: tokenizer 0.0 M, transformer 0.0 M parameters, 0.119 s at 16000 Hz, "
+        "by family, source, pitch, velocity, on cpu>"
+    )
+    assert "transformer" not in repr(dataclasses.replace(model, var=None))
+
+
+def test_a_notebook_shows_its_card_and_runs_nothing_of_it(model):
+    card = (
+        "---\nlicense: mit\n---\n# Bells\n\n<script>alert(1)</script> [x](javascript:alert(1))\n\n| a |\n|---|\n| 1 |\n"
+    )
+    page = dataclasses.replace(model, card=card)._repr_html_()
+    assert page.startswith("<h1>Bells</h1>")
+    assert "<td>1</td>" in page
+    assert "license" not in page
+    assert "<script" not in page
+    assert "href" not in page
+    assert model._repr_html_().startswith("<p>&lt;Model smoke")
+
+
+def test_it_goes_to_a_device(model):
+    other = copy.deepcopy(model)
+    assert other.to("cpu") is other
+    assert other.to("auto").device == pick_device("auto")
+    with pytest.raises(ConfigError, match="device 'tpu'"):
+        other.to("tpu")
+
+
+def test_a_saved_model_is_opened_as_a_pretrained_one(model, tmp_path):
+    model.save_pretrained(str(tmp_path / "kept"))
+    found = Model.from_pretrained(tmp_path / "kept")
+    assert torch.equal(found.generate(1, seed=4)[0].ids, model.generate(1, seed=4)[0].ids)
+    assert Model.from_pretrained("notes").hash == load().hash
 
 
 def ids_of(notes):

@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON: `metrics.<name>.value`, how each was computed, and a fingerprint of all that.
+"""The report of an evaluation, as JSON: `metrics.<name>.value`, how each was computed, and a fingerprint of all that.
 
 Two reports may stand in one table if their fingerprints are equal: the same definitions, settings, networks, reference
 notes, numbers of notes and versions. What was evaluated is not part of it.
@@ -104,19 +104,24 @@ class Report:
         return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()
 
 
-def write(path: Path, report: Report) -> None:
-    """The report as JSON. Raises `OSError`."""
+def document(report: Report) -> dict[str, Any]:
+    """The report as JSON values, as `write` writes them."""
     document = {"format": FORMAT, "version": VERSION, **asdict(report)}
     document |= {"protocol": report.protocol, "fingerprint": report.fingerprint}
     for row in (document["metrics"], *document["baselines"].values()):
         for name, metric in row.items():
             row[name] = {key: value for key, value in metric.items() if key == "value" or value not in (None, "", {})}
+    return document
+
+
+def write(path: Path, report: Report) -> None:
+    """The report as JSON. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(document(report), indent=1, allow_nan=False) + "\n").encode())
 
 
 def read(path: Path) -> Report:
-    """The report in a file that `write` made.
+    """Read the report in a file that `write` made.
 
     Raises:
         DataError: it is missing or something else.

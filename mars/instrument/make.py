@@ -72,7 +72,7 @@ class Made:
 
 
 def keys_of(model: Model, condition: Condition, pitches: tuple[int, int] | None, every: int) -> list[int]:
-    """The pitches to sample: from the lowest to the highest that notes of this condition usually had, or as asked.
+    """Return the pitches to sample: over the range that training notes of this condition usually had, or as asked.
 
     Raises:
         ConfigError: the model has no pitch as a condition, or it is not known what it was trained on.
@@ -93,7 +93,7 @@ def keys_of(model: Model, condition: Condition, pitches: tuple[int, int] | None,
 
 
 def velocities_of(model: Model, condition: Condition) -> list[int | None]:
-    """The velocities to sample unless others are asked for: at most `LAYERS` of those trained on, spread evenly."""
+    """Return the velocities to sample unless others are asked for: at most `LAYERS` of those trained on."""
     if not model.ranges.takes("velocity", 100):
         return [None]
     alike = model.ranges.holding({**condition, "pitch": None, "velocity": None})
@@ -184,7 +184,7 @@ def make(
 
 
 def judged(note: Note) -> Candidate | None:
-    """A note as a candidate; None if it is silent, has no pitch, or another than that of its condition."""
+    """Return a note as a candidate; None if it is silent, has no pitch, or another than that of its condition."""
     samples, asked = note.waveform.numpy(), note.condition["pitch"]
     if asked is None or float(np.abs(samples).max()) < SILENT:
         return None
@@ -198,7 +198,7 @@ def judged(note: Note) -> Candidate | None:
 
 
 def neighbours(chosen: dict[tuple[int, int | None], Candidate]) -> float:
-    """Mean timbre distance in dB of notes beside each other, of one velocity; 0 if there are none."""
+    """Return the mean timbre distance in dB of notes beside each other, of one velocity; 0 if there are none."""
     found = []
     for velocity in {velocity for _, velocity in chosen}:
         row = [chosen[key].timbre for key in sorted(k for k in chosen if k[1] == velocity)]
@@ -218,7 +218,7 @@ def _timbre_of(model: Model, like: Sound) -> npt.NDArray[np.float64]:
 
 
 def _beside(key: tuple[int, int | None], chosen: dict[tuple[int, int | None], Candidate]) -> Candidate | None:
-    """The chosen note nearest to a key: of its velocity if there is one, else of the next and the same pitch."""
+    """Return the chosen note nearest to a key: of its velocity if there is one, else of the next and the same pitch."""
     if not chosen:
         return None
     return chosen[min(chosen, key=lambda other: (abs((other[1] or 0) - (key[1] or 0)), abs(other[0] - key[0])))]

@@ -18,7 +18,7 @@ _QUIET = 0.03  # of the loudest frame: quieter ones are left out
 
 
 def measured(samples: Samples, rate: int) -> float | None:
-    """Pitch as a MIDI number with a fraction: the median of frames from the attack to the decay; None: no pitch."""
+    """Return the pitch as a MIDI number with a fraction, the median over the loud frames; None where there is none."""
     window, longest = round(_WINDOW * rate), math.ceil(rate / LOWEST)
     starts = np.linspace(0, max(len(samples) - window - longest, 0), _FRAMES).astype(int)
     frames = [samples[start : start + window + longest].astype(np.float64) for start in dict.fromkeys(starts.tolist())]
@@ -34,7 +34,7 @@ def measured(samples: Samples, rate: int) -> float | None:
 
 
 def _period(frame: npt.NDArray[np.float64], window: int, rate: int) -> float | None:
-    """Samples of a period, with a fraction; None where nothing repeats."""
+    """Return the samples of a period, with a fraction; None where nothing repeats."""
     difference = _difference(frame, window)
     lags = np.arange(1, len(difference))
     normalised = np.ones(len(difference))
@@ -59,7 +59,7 @@ def _period(frame: npt.NDArray[np.float64], window: int, rate: int) -> float | N
 
 
 def _difference(frame: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
-    """Squared differences between the first `window` samples and those a lag later, of every lag."""
+    """Return the squared differences between the first `window` samples and those a lag later, of every lag."""
     size = 1 << (len(frame) + window).bit_length()
     spectrum = np.fft.rfft(frame, size)
     products = np.fft.irfft(spectrum * np.fft.rfft(frame[:window], size).conj(), size)[: len(frame) - window]
@@ -69,7 +69,7 @@ def _difference(frame: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.f
 
 
 def _vertex(values: npt.NDArray[np.float64], at: int) -> float:
-    """Where the parabola through a dip and its neighbours is lowest."""
+    """Return where the parabola through a dip and its neighbours is lowest."""
     before, here, after = values[at - 1 : at + 2]
     bend = before - 2 * here + after
     return at + (0.5 * (before - after) / bend if bend > 0 else 0.0)

@@ -29,7 +29,7 @@ class Sample:
 
 
 def cut(samples: Samples, rate: int) -> Sample:
-    """The sample of a note (n,). Raises `ValueError` where there is no sound."""
+    """Return the sample of a note (n,). Raises `ValueError` where there is no sound."""
     x = np.asarray(samples, np.float64)
     peak = float(np.abs(x).max(initial=0.0))
     if not peak > 0:
@@ -59,7 +59,7 @@ def cut(samples: Samples, rate: int) -> Sample:
 
 
 def _loop(x: Samples, rate: int) -> tuple[int, int] | None:
-    """First and last sample of a part that can be repeated; None if there is none.
+    """Return the first and last sample of a part that can be repeated; None if there is none.
 
     It ends shortly before the note is let go, and begins where the sound is most like that at its end.
     """
@@ -88,11 +88,11 @@ def _loop(x: Samples, rate: int) -> tuple[int, int] | None:
 
 
 def _envelope(x: Samples, window: int) -> npt.NDArray[np.float64]:
-    """Root mean square around every sample, as long as x."""
+    """Return the root mean square around every sample, as long as x."""
     power = np.convolve(np.square(x), np.full(window, 1 / window), "same")
     return np.sqrt(np.maximum(power[: len(x)], 0))
 
 
 def _rise(count: int) -> npt.NDArray[np.float64]:
-    """From 0 to 1, smoothly."""
+    """Return weights (count,) that rise smoothly from 0 to 1."""
     return 0.5 - 0.5 * np.cos(np.pi * (np.arange(count) + 0.5) / max(count, 1))

@@ -23,7 +23,7 @@ class Region:
 
 
 def spread(pitches: Sequence[int], reach: int) -> dict[int, tuple[int, int]]:
-    """The keys that each of these rising pitches serves: up to the middle between neighbours, and `reach` outside."""
+    """Return the keys that each of these rising pitches serves: up to the middle between neighbours, `reach` outside."""
     edges = [(low + high) // 2 for low, high in pairwise(pitches)]
     lows = [max(pitches[0] - reach, 0), *(edge + 1 for edge in edges)]
     highs = [*edges, min(pitches[-1] + reach, 127)]
@@ -31,7 +31,7 @@ def spread(pitches: Sequence[int], reach: int) -> dict[int, tuple[int, int]]:
 
 
 def layers(velocities: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """The velocities, 1 to 127, that each of these rising ones serves: up to the middle between neighbours."""
+    """Return the velocities, 1 to 127, that each of these rising ones serves: up to the middle between neighbours."""
     edges = [(low + high) // 2 for low, high in pairwise(velocities)]
     return {
         velocity: (low, high)
@@ -40,7 +40,7 @@ def layers(velocities: Sequence[int]) -> dict[int, tuple[int, int]]:
 
 
 def text(comments: Iterable[str], regions: Iterable[Region]) -> str:
-    """The file's text; comments are its first lines."""
+    """Return the file's text; comments are its first lines."""
     lines = [*(f"// {comment}" for comment in comments), "", f"<global> ampeg_release={RELEASE}", ""]
     for region in regions:
         found = {

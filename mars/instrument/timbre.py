@@ -22,7 +22,7 @@ _WINDOW, _HOP = 0.256, 0.032  # s
 
 
 def timbre(samples: Samples, rate: int, pitch: float) -> npt.NDArray[np.float64]:
-    """Levels in dB (times, bands) of a note of this pitch, a MIDI number."""
+    """Return the levels in dB (times, bands) of a note of this pitch, a MIDI number."""
     size, hop = round(_WINDOW * rate), round(_HOP * rate)
     count = round(TIMES[-1] / _HOP)
     padded = np.zeros(count * hop + size)
@@ -39,5 +39,5 @@ def timbre(samples: Samples, rate: int, pitch: float) -> npt.NDArray[np.float64]
 
 
 def distance(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-    """Root mean square difference of two timbres in dB."""
+    """Return the root mean square difference of two timbres in dB."""
     return float(np.sqrt(np.square(a - b).mean()))

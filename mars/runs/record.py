@@ -1,10 +1,11 @@
-"""`run.json` of a run folder: what the run is of. Needs no PyTorch."""
+"""Reading `run.json` of a run folder, which says what was trained on what. Needs no PyTorch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mars.config import from_document
 from mars.errors import ConfigError
@@ -16,7 +17,7 @@ LAST_DAY = 253_402_300_799.0  # seconds from 1970 to the end of the year 9999, w
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What `run.json` says; an older one may lack what has a default."""
+    """The content of `run.json`; an older one may lack the fields that have a default."""
 
     stage: Literal["tokenizer", "var"]
     preset: str
@@ -27,6 +28,7 @@ class Record:
     train_notes: int = 0
     tokenizer: str = ""  # of a VAR: the path of what it is trained on
     tokenizer_hash: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)  # of the dataset: kind, licence, …
 
     def __post_init__(self) -> None:
         if not 0 <= self.created <= LAST_DAY:
@@ -34,12 +36,22 @@ class Record:
 
 
 def read_record(run: Path) -> Record:
-    """What the run folder `run` is of.
+    """Read `run.json` of the run folder `run`.
 
     Raises:
         ConfigError: it is not a run folder, or its `run.json` is not one that mars wrote.
     """
+    return from_document(Record, _content(run), run / FILE, ConfigError)
+
+
+def read_document(run: Path) -> dict[str, Any]:
+    """The same with everything else that `run.json` holds. Raises as `read_record`."""
+    content = _content(run)
+    return {**content, **asdict(from_document(Record, content, run / FILE, ConfigError))}
+
+
+def _content(run: Path) -> Any:
     path = run / FILE
     if not path.exists():
         raise ConfigError(f"{run} is not a run folder (no {FILE})")
-    return from_document(Record, read_json(path, ConfigError), path, ConfigError)
+    return read_json(path, ConfigError)

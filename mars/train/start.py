@@ -1,4 +1,4 @@
-"""Set up a run: settings, data, run folder; then hand over to the loop."""
+"""Sets up a run (settings, data, run folder) and hands it to the loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from mars import checkpoint, config, lock, model, runtime, terminal
+from mars import checkpoint, config, labels, lock, model, runtime, terminal
 from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError, DiskError
@@ -44,6 +44,7 @@ def train(
     *,
     data: Path | None = None,
     preset: str | None = None,
+    settings_file: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
     resume: Resume = "auto",
@@ -57,25 +58,26 @@ def train(
     began: float | None = None,
     tokenizer: Path | None = None,
     shard: bool = False,
-    following: Callable[[Path], str] | None = None,
+    next_command: Callable[[Path], str] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train a tokenizer, or a VAR on the tokens of one; returns the run folder.
+    """Train a tokenizer, or a VAR on the tokens of one, and return the run folder.
 
     Args:
-        overrides: settings to change, each as "KEY=VALUE".
-        resume: "auto" goes on where `out` is a run, "never" refuses to; or the run folder to go on with.
+        settings_file: TOML that changes settings of the preset, and may name that; see `mars.config.read_settings`.
+        overrides: settings to change after it, each as "KEY=VALUE".
+        resume: "auto" resumes if `out` is a run, "never" refuses to; or the run folder to resume.
         max_time: seconds after which training stops, saved.
-        profile: write a trace of a few steps there instead, and make no run folder; returned.
+        profile: path at which to write a trace of a few steps instead of a run folder; it is returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: the newest run.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
-        following: the command to type after the run at this path has come to its end, which is then printed.
-        console: what is said goes there; None: to the logger `mars`.
+        next_command: gives the command to type after the run at a path has ended, which is then printed.
+        console: where messages go; None: to the logger `mars`.
 
     Raises:
-        ConfigError, DataError, CheckpointError: something asked for cannot be used, or the audio of the dataset is not
-            what was packed.
+        ConfigError, DataError, CheckpointError: an argument or a setting cannot be used, or the audio of the dataset is
+            not what was packed.
         Diverged, OSError: see `mars.train.loop.run`.
     """
     if tensorboard:
@@ -94,11 +96,12 @@ def train(
     origin: dict[str, Any] = {}
     trained: model.Model | None = None
     if stage_name == "tokenizer":
-        settings = _settings(out, preset, overrides, stage_name)
+        settings = _settings(out, preset, settings_file, overrides, stage_name)
     else:
-        source = _source(tokenizer, out, preset, console, world)
+        named = None if settings_file is None else config.read_settings(settings_file)[0]
+        source = _source(tokenizer, out, preset or named, console, world)
         trained = model.load(source, world.device)
-        settings = _var_settings(out, trained.config, preset, overrides, source)
+        settings = _var_settings(out, trained.config, preset, settings_file, overrides, source)
         if (problem := _other_data(trained, source, dataset, data)) is not None:
             resumed = out is not None and (out / "run.json").is_file()
             if trained.data.get("tokenizer") is not None and not resumed and None in (data, tokenizer):
@@ -111,12 +114,12 @@ def train(
     settings = settings.resolved(stage_name, len(notes))
     world.check(getattr(settings.train, stage_name))
     _check_dataset(settings, dataset, console.print)
-    if (had := dataset.samples) != (wanted := settings.audio.samples):
-        change = "cut" if had > wanted else "padded with silence"
+    if (stored := dataset.samples) != (expected := settings.audio.samples):
+        change = "cut" if stored > expected else "padded with silence"
         rate = dataset.sample_rate
-        console.print(f"the notes, of {had / rate:.3g} s, are {change} to {wanted / rate:.3g} s (audio.samples)")
+        console.print(f"the notes, of {stored / rate:.3g} s, are {change} to {expected / rate:.3g} s (audio.samples)")
 
-    def made() -> TokenizerStage | VARStage:
+    def make_stage() -> TokenizerStage | VARStage:
         _verify(dataset, console, world)
         stage: TokenizerStage | VARStage
         if trained is None:
@@ -124,17 +127,18 @@ def train(
         else:
             cache = (out.parent if out is not None else RUNS) / TOKENS
             tokens = _tokens(cache, trained, settings, dataset, console, world)
-            heard = trained.data.get("tokenizer")
-            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, heard)
+            trained_on = trained.data.get("tokenizer")
+            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, trained_on)
         compile_blocks(stage, console.print)
         return stage
 
     if profile is not None:
-        profile_steps(made(), notes, seed=seed, device=world.device, out=profile, console=console)
+        profile_steps(make_stage(), notes, seed=seed, device=world.device, out=profile, console=console)
         return profile
     origin["data_path"] = None if data is None else str(data.resolve())
     with _open_run(out, stage_name, settings, dataset, seed, resume, console, origin, world) as run:
-        stage = made()
+        stage = make_stage()
+        run.tokenizer_card = trained.card if trained is not None else ""
         if world.main:
             runtime.free_space(run.path, run.space_needed(stage))
         count = sum(p.numel() for p in stage.model.parameters()) / 1e6
@@ -160,8 +164,8 @@ def train(
                 tensorboard=tensorboard,
             ),
         )
-    if done >= stage.train.steps and following is not None:
-        console.print(f"next: {following(run.path)}", markup=False)
+    if done >= stage.train.steps and next_command is not None:
+        console.print(f"next: {next_command(run.path)}", markup=False)
     return run.path
 
 
@@ -169,29 +173,46 @@ def settings_of(
     stage_name: StageName,
     *,
     preset: str | None = None,
+    settings_file: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
     resume: Resume = "auto",
     tokenizer: Path | None = None,
 ) -> Config:
-    """The settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
+    """Return the settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
 
     Raises:
-        ConfigError, CheckpointError: something asked for cannot be used.
+        ConfigError, CheckpointError: an argument or a setting cannot be used.
     """
     out = _resumed(out, resume)
     if tokenizer is None:
-        return _settings(out, preset, overrides, stage_name)
-    return _var_settings(out, config.load(model.locate(tokenizer) / "config.json"), preset, overrides, tokenizer)
+        return _settings(out, preset, settings_file, overrides, stage_name)
+    trained = config.load(model.locate(tokenizer) / "config.json")
+    return _var_settings(out, trained, preset, settings_file, overrides, tokenizer)
+
+
+def words_of(settings: Config, data: Path | None) -> labels.Words:
+    """Return the words of the open labels that a VAR with these settings would learn from a dataset, by label.
+
+    The dataset is opened only where that matters: for an open condition, or any if `data` names one.
+
+    Raises:
+        DataError: the dataset cannot be opened.
+    """
+    attributes = settings.var.condition
+    if not any(data is not None or labels.LABELS[name].open for name in attributes):
+        return {}
+    dataset = open_dataset(data)
+    return labels.vocabularies(attributes, dataset.labels(dataset.split("train")), dataset.words)
 
 
 def newest_tokenizer(preset: str | None = None) -> Path:
-    """The newest tokenizer run under `runs/` that has a model, of `preset` if that is given.
+    """Return the newest tokenizer run under `runs/` that has a model, of `preset` if that is given.
 
     Raises:
         ConfigError: there is none.
     """
-    found = []
+    candidates = []
     for path in RUNS.glob("*/run.json"):
         try:
             record = read_record(path.parent)
@@ -200,13 +221,13 @@ def newest_tokenizer(preset: str | None = None) -> Path:
         exported = checkpoint.current(path.parent / "model") / "config.json"
         usable = record.stage == "tokenizer" and exported.is_file()
         if usable and preset in (None, record.preset):
-            found.append((record.created, path.parent))
-    if not found:
+            candidates.append((record.created, path.parent))
+    if not candidates:
         kind = f"tokenizer run of preset {preset}" if preset else "tokenizer run"
         raise ConfigError(
             f"there is no {kind} under {RUNS}/; train one first (`mars-train tokenizer`) or name it with `tokenizer`"
         )
-    return max(found)[1]
+    return max(candidates)[1]
 
 
 def _prepare(device: str, threads: int | None) -> World:
@@ -219,7 +240,7 @@ def _prepare(device: str, threads: int | None) -> World:
 
 
 def _resumed(out: Path | None, resume: Resume) -> Path | None:
-    """The run folder asked for, by `out` or by `resume`."""
+    """Return the run folder that `out` or `resume` names."""
     if resume in ("auto", "never"):
         return out
     if not (Path(resume) / "run.json").is_file():
@@ -229,14 +250,17 @@ def _resumed(out: Path | None, resume: Resume) -> Path | None:
     return Path(resume)
 
 
-def _settings(out: Path | None, preset: str | None, overrides: tuple[str, ...], stage: str) -> Config:
-    if preset is None and not overrides and out is not None and (out / "config.json").is_file():
+def _settings(
+    out: Path | None, preset: str | None, file: Path | None, overrides: tuple[str, ...], stage: str
+) -> Config:
+    if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
-    return config.preset(preset or "notes", overrides, stage)
+    named, changes = (None, {}) if file is None else config.read_settings(file)
+    return config.preset(preset or named or "notes", overrides, stage, changes)
 
 
 def _source(tokenizer: Path | None, out: Path | None, preset: str | None, console: Console, world: World) -> Path:
-    """The tokenizer to train on: the one named, else that of the run to go on with, else the newest run."""
+    """Return the tokenizer to train on: the one named, else that of the run to go on with, else the newest run."""
     if tokenizer is None and out is not None and (out / "run.json").is_file():
         record = read_record(out)
         if record.stage != "var":
@@ -250,42 +274,55 @@ def _source(tokenizer: Path | None, out: Path | None, preset: str | None, consol
 
 
 def _var_settings(
-    out: Path | None, trained: Config, preset: str | None, overrides: tuple[str, ...], source: Path
+    out: Path | None,
+    trained: Config,
+    preset: str | None,
+    file: Path | None,
+    overrides: tuple[str, ...],
+    source: Path,
 ) -> Config:
-    """The tokenizer's settings, with those of the preset for the rest."""
-    if preset is None and not overrides and out is not None and (out / "config.json").is_file():
+    """Return the settings of a VAR: the tokenizer's own, and the preset's for the rest."""
+    if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
+    named, changes = (None, {}) if file is None else config.read_settings(file)
+    preset = preset or named
     name = preset or trained.preset
     plain = config.preset(name) if preset or name in config.preset_names() else trained
-    asked = config.override(plain, overrides, "var")
+    settings = config.override(plain, overrides, "var", changes)
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(
             f"`overrides` {fixed[0]}.…: the trained tokenizer {source} fixes these; set them when training it"
         )
-    if preset is not None and plain.tokenizer.scales != trained.tokenizer.scales:
+    for part in ("audio", "tokenizer"):
+        if part in changes and getattr(settings, part) != getattr(trained, part):
+            raise ConfigError(
+                f"`settings_file` {file}: its [{part}] is not that of the trained tokenizer {source}, which fixes it; "
+                "leave that table out"
+            )
+    if preset is not None and settings.tokenizer.scales != trained.tokenizer.scales:
         raise ConfigError(
             f"`preset` {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave `preset` out"
         )
-    return dataclasses.replace(asked, audio=trained.audio, tokenizer=trained.tokenizer)
+    return dataclasses.replace(settings, audio=trained.audio, tokenizer=trained.tokenizer)
 
 
 def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path | None) -> str | None:
-    """What to say where the tokenizer was not trained on the dataset at hand, or nobody knows; None: it was."""
-    ours = _called({"data": dataset.fingerprint, "data_path": data})
-    theirs = trained.data.get("tokenizer")
-    if theirs == dataset.fingerprint:
+    """Return the warning if the tokenizer was not trained on this dataset, or that is unknown; None: it was."""
+    dataset_name = _called({"data": dataset.fingerprint, "data_path": data})
+    trained_on = trained.data.get("tokenizer")
+    if trained_on == dataset.fingerprint:
         return None
-    if theirs is None:
-        return f"what the tokenizer {source} was trained on is not recorded; the VAR learns {ours}"
+    if trained_on is None:
+        return f"what the tokenizer {source} was trained on is not recorded; the VAR learns {dataset_name}"
     record = checkpoint.read_json(source / "run.json") if (source / "run.json").is_file() else None
-    known = record if isinstance(record, dict) and record.get("data") == theirs else {"data": theirs}
-    return f"the tokenizer {source} was trained on {_called(known)}, not on {ours}"
+    known = record if isinstance(record, dict) and record.get("data") == trained_on else {"data": trained_on}
+    return f"the tokenizer {source} was trained on {_called(known)}, not on {dataset_name}"
 
 
 def _called(record: Mapping[str, Any]) -> str:
-    """A dataset in words, from what `run.json` says of it."""
+    """Describe a dataset by what `run.json` says of it."""
     path = record.get("data_path")
     if path is None:
         path = "the built-in notes" if record.get("data") == open_dataset(None).fingerprint else "a dataset"
@@ -308,15 +345,15 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
 
 
 def _verify(dataset: Dataset, console: Console, world: World) -> None:
-    """Check the audio, once on each machine; the other processes hear at every step of it that it goes on."""
+    """Verify the audio once on each machine; meanwhile the other processes are kept from timing out."""
     if world.first_here:
         with terminal.progress(console, transient=True) as tell:
 
-            def told(done: int, size: int) -> None:
+            def report(done: int, size: int) -> None:
                 tell("checking the audio (MB)", done // 10**6, size // 10**6)
                 world.any(True)
 
-            dataset.verify(told)
+            dataset.verify(report)
     while world.any(False):
         pass
 
@@ -333,7 +370,7 @@ def _open_run(
     origin: dict[str, Any],
     world: World,
 ) -> Iterator[folder.RunFolder]:
-    """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile.
+    """Make the run folder, or check that an existing one is the same run, and keep it locked in the block.
 
     The main process does so for all.
     """
@@ -346,13 +383,14 @@ def _open_run(
         "data": dataset.fingerprint,
         "notes": len(dataset),
         "train_notes": len(dataset.split("train")),
+        "origin": {key: value for key, value in dataset.origin.items() if isinstance(value, str | int)},
         "created": time.time(),
         **origin,
     }
     identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
-    asked = json.dumps([run.identity, str(path)])
-    if world.broadcast(asked) != asked:  # this waits for all to have read what the main process may write now
+    signature = json.dumps([run.identity, str(path)])
+    if world.broadcast(signature) != signature:  # this waits for all to have read what the main process may write now
         raise ConfigError("started with other settings, data or `out` than process 0")
     if not world.main:
         world.barrier()
@@ -375,7 +413,7 @@ def _open_run(
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether a folder is empty, or was left by a trainer that was stopped before it wrote `run.json`."""
+    """Return whether a folder is empty, or was left by a trainer that was stopped before it wrote `run.json`."""
     if not path.is_dir():
         return False
     names = {p.name for p in path.iterdir()} - {lock.NAME, "config.json"}
@@ -383,7 +421,7 @@ def _abandoned(path: Path) -> bool:
 
 
 def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Resume) -> None:
-    """ConfigError unless the run folder `path` is of this run and may be gone on with."""
+    """Raise `ConfigError` unless the run folder `path` is of this run and may be resumed."""
     if resume == "never":
         raise ConfigError(f"`out` {path} is a run already; name a new folder or leave out `resume` never")
     read_record(path)  # which sees that it is a record
@@ -397,12 +435,8 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Res
             raise ConfigError(
                 f"`out` {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
             )
-    if known.get("data") != record["data"]:
-        raise ConfigError(
-            f"{path} is a run on {_called(known)}, not on {_called(record)}; name that dataset, or a new folder"
-        )
-    had, asked = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
-    if (other := folder.difference(had, asked, "config")) is not None:
+    recorded, requested = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
+    if (other := folder.difference(recorded, requested, "config")) is not None:
         raise ConfigError(
             f"`out` {path} is a run with other settings: {other}; repeat its `overrides`, or name a new folder with "
             "`out`"
