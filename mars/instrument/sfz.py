@@ -23,7 +23,7 @@ class Region:
 
 
 def spread(pitches: Sequence[int], reach: int) -> dict[int, tuple[int, int]]:
-    """Return the keys that each of these rising pitches serves: up to the middle between neighbours, `reach` outside."""
+    """Return the keys that each rising pitch serves, up to the middle between neighbours, `reach` outside."""
     edges = [(low + high) // 2 for low, high in pairwise(pitches)]
     lows = [max(pitches[0] - reach, 0), *(edge + 1 for edge in edges)]
     highs = [*edges, min(pitches[-1] + reach, 127)]
