@@ -32,5 +32,9 @@ def mars_eval() -> None:
     _start("evaluate")
 
 
+def mars_instrument() -> None:
+    _start("instrument")
+
+
 def mars() -> None:
     _start("root")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,23 +13,13 @@ import click
 
 from mars.cli import options as grammar
 from mars.cli.errors import Command, user_errors
-from mars.cli.options import Listed, families
+from mars.cli.options import Listed, families, pitches
 from mars.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mars.model import Model
-
-
-def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
-    from mars.labels import pitches_of
-
-    try:
-        low, high = pitches_of(value) if value is not None else (None, None)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}; or a range such as 48-72 or C3-C5") from None
-    return low if low == high or high is None else (low, high)  # type: ignore[return-value]
 
 
 def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, float] | None:
@@ -58,7 +48,7 @@ def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
     show_default=True,
     help="First note; after -n 64, --start 64 gives the seed's next.",
 )
-@click.option("--pitch", callback=_pitch, metavar="C4|C3-C5", help="Or 60, 48-72; default: as trained on.")
+@click.option("--pitch", callback=pitches, metavar="C4|C3-C5", help="Or 60, 48-72; default: as trained on.")
 @click.option(
     "--family",
     cls=Listed,
@@ -173,8 +163,8 @@ def _generate(
     set_threads(threads)
     model = load(name, device)
     made_of = {key: settings.pop(key) for key in ("source_sound", "target_sound", "keep", "amount")}
-    asked = {label: settings[label] for label in (*LABELS, "labels")}
-    drawn = {key: value for key, value in settings.items() if key not in (*asked, "start")}
+    requested = {label: settings[label] for label in (*LABELS, "labels")}
+    drawn = {key: value for key, value in settings.items() if key not in (*requested, "start")}
     start = settings["start"]
     record: dict[str, Any] = {}
     originals: dict[str, Tensor] = {}
@@ -182,12 +172,12 @@ def _generate(
         _check_alone(made_of)
         n, tokens, title = n or 64, None, "Notes"
         conditions = model.choose(
-            n, **asked, seed=settings["seed"], start=start, allow_untrained=settings["allow_untrained"]
+            n, **requested, seed=settings["seed"], start=start, allow_untrained=settings["allow_untrained"]
         )
     else:
-        tokens, record, title, originals = _made_of(model, n, **made_of, say=say)
+        tokens, record, title, originals = _made_of(model, n, **made_of)
         n = len(tokens)
-        known = {label: value for label, value in asked.items() if value is not None}
+        known = {label: value for label, value in requested.items() if value is not None}
         known |= known.pop("labels", {})
         conditions = [model.ranges.accepted(known, allow_untrained=settings["allow_untrained"])] * n
     model.iterate(n, conditions=conditions, tokens=tokens, **drawn)  # for its checks, before anything is written
@@ -238,9 +228,9 @@ def _made_of(
     target_sound: Path | None,
     keep: int | None,
     amount: tuple[float, float] | None,
-    say: Callable[[str], None],
 ) -> tuple[Tensor, dict[str, Any], str, dict[str, Tensor]]:
-    """The first tokens of each note, what to list of the sounds, a title, and the sounds themselves."""
+    """Return the first tokens of each note, what to list of the sounds, a title, and the sounds themselves."""
+    from mars.cli.console import say
     from mars.data.decode import CHANGES
     from mars.data.sound import waveform
     from mars.files import sha256
@@ -254,7 +244,7 @@ def _made_of(
                 config = model.config.audio
                 shape = {"seconds": config.samples / config.sample_rate, "rate": config.sample_rate}
                 done = ", ".join(text.format(**shape) for change, text in CHANGES.items() if change in changes)
-                say(f"{printable(str(path))}: {done}")
+                say(f"{path}: {done}")
     originals = {f"{option} {record[option]}": sound for option, sound in sounds.items()}
     if target_sound is None:
         if amount is not None:

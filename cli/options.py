@@ -154,6 +154,17 @@ def labels(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     return found or None
 
 
+def pitches(_: click.Context, __: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
+    """Return one pitch, or (lowest, highest) of a range, given as MIDI numbers or names of notes."""
+    from mars.labels import pitches_of
+
+    try:
+        low, high = pitches_of(value) if value is not None else (None, None)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; or a range such as 48-72 or C3-C5") from None
+    return low if low == high or high is None else (low, high)  # type: ignore[return-value]
+
+
 def resume(_: click.Context, __: click.Parameter, value: str) -> str | Path:
     """Parse the words auto and never, or else the path of a run."""
     return value if value in ("auto", "never") else Path(value)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mars.cli import data, evaluate, generate, train
+from mars.cli import data, evaluate, generate, instrument, train
 from mars.cli.errors import Group, user_errors
 from mars.text import printable
 
@@ -15,13 +15,14 @@ from mars.text import printable
 def main() -> None:
     """Next-scale autoregressive sound generation on spectrograms.
 
-    Each command is one of its own too: mars-data, mars-train, mars-generate, mars-eval.
+    Each command is one of its own too: mars-data, mars-train, mars-generate, mars-instrument, mars-eval.
     """
 
 
 main.add_command(data.main, "data")
 main.add_command(train.main, "train")
 main.add_command(generate.main, "generate")
+main.add_command(instrument.main, "instrument")
 main.add_command(evaluate.main, "eval")
 
 

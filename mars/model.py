@@ -274,7 +274,7 @@ class Model:
         return self._decoded(self.tokenizer.quantizer.latent(x.to(self.device)))
 
     def _tokens(self, what: str, ids: Array, lengths: Sequence[int], wanted: str, rows: int | None = None) -> Tensor:
-        """Tokens int64 (B, one of lengths), B `rows` if given; raises `ConfigError` for anything else."""
+        """Check tokens and return them as int64 (B, one of lengths), B being `rows` if given. Raises `ConfigError`."""
         size = self.config.tokenizer.codebook_size
         wanted = f"{what}: want {wanted}, integers 0..{size - 1}"
         x = tensor(what, ids, wanted.removeprefix(f"{what}: want "))
@@ -350,7 +350,8 @@ class Model:
                 of so many scales, as `config.tokenizer.starts` has them. With all tokens nothing is drawn.
             cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
                 none, at half the cost. Without effect if the model has no condition.
-            top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
+            top_k: draw among so many of the likeliest tokens.
+            top_p: of these, draw among the likeliest whose probabilities add up to this.
             temperature: below 1 likely tokens become likelier: notes that are purer and more alike.
             batch_size: notes finished together, rounded up to whole tiles; of no effect on the notes.
             iterations: of Griffin-Lim.
@@ -481,7 +482,7 @@ class Model:
 
     @torch.inference_mode()
     def tokenize(self, sound: Sound) -> Tensor:
-        """Tokens int64 (L,) of one sound, cut or padded with zeros to the model's length.
+        """Return the tokens int64 (L,) of one sound, cut or padded with zeros to the model's length.
 
         Args:
             sound: a note of this model, whose tokens are known; or what `mars.data.sound.waveform` takes: the path of a
@@ -498,7 +499,7 @@ class Model:
 
     @torch.inference_mode()
     def mix(self, a: Sound, b: Sound, amounts: Sequence[float]) -> Tensor:
-        """Tokens int64 (n, L) between two sounds: their latent maps in these proportions, quantised anew.
+        """Return tokens int64 (n, L) between two sounds: their latent maps in these proportions, quantised anew.
 
         amounts: (n,), 0 (all of a) to 1 (all of b); at both ends the tokens are those of the sound itself.
 
@@ -517,7 +518,7 @@ class Model:
         return mixed.cpu()
 
     def vary(self, sound: Sound, n: int = 1, *, keep: int | None = None, **settings: Unpack[Generation]) -> list[Note]:
-        """Notes like a sound: its first scales stay, the others are drawn anew.
+        """Return notes like a sound: its first scales stay, the others are drawn anew.
 
         Args:
             sound: see `tokenize`.
@@ -542,7 +543,7 @@ class Model:
         keep: int | None = None,
         **settings: Unpack[Generation],
     ) -> list[Note]:
-        """Notes between two sounds, one for each amount: see `mix`.
+        """Return notes between two sounds, one for each amount: see `mix`.
 
         Args:
             a, b: see `tokenize`.
@@ -558,11 +559,11 @@ class Model:
         return self._alike(self.mix(a, b, amounts)[:, : self.kept(scales if keep is None else keep)], [a, b], settings)
 
     def kept(self, keep: int) -> int:
-        """How many tokens the first `keep` scales have. Raises `ConfigError` if there are not so many."""
+        """Return how many tokens the first `keep` scales have. Raises `ConfigError` if there are not so many scales."""
         return self.config.tokenizer.starts[integer("keep", keep, 0, len(self.config.tokenizer.scales))]
 
     def _alike(self, tokens: Tensor, sounds: Sequence[Sound], settings: Mapping[str, Any]) -> list[Note]:
-        """Notes with these first tokens (n, t), labelled as the settings say, else as all the sounds are."""
+        """Return notes with these first tokens (n, t), labelled as the settings say, else as all the sounds are."""
         if settings.get("tokens") is not None:
             raise ConfigError("tokens are those of the sound; leave them out")
         if settings.get("conditions") is None:
