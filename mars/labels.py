@@ -244,6 +244,17 @@ def learnt(attributes: Iterable[str], columns: Columns, words: Words) -> dict[st
     }
 
 
+def grown(attributes: Iterable[str], words: Words, learnt: Words) -> dict[str, list[str]]:
+    """The words of a model with these conditions that learns more: its own in their order, and then the new ones."""
+    found = {name: list(known) for name, known in words.items()}
+    for name, new in learnt.items():
+        had = label(name).values(words) if name in attributes else ()
+        more = [word for word in new if word not in had]
+        if more or name in words or label(name).open:
+            found[name] = [*had, *more]
+    return found
+
+
 def sizes(attributes: Iterable[str], words: Words) -> dict[str, int]:
     """How many classes each condition of a model with these words has, without that of the unknown."""
     return {name: len(label(name).classes(words)) for name in attributes}
