@@ -1,4 +1,4 @@
-"""Generated notes: one of them, and a folder of them with a listing, which can be filled in several goes.
+"""Generated notes: one of them, and a folder of them with a listing, which can be filled in several sessions.
 
     0000-brass-060.wav ...   16-bit WAV files
     notes.json               with what and how they were made, and of each note its `file`, `condition` and `sha256`
@@ -93,7 +93,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Filled:
-    """What is in a folder that is whole."""
+    """The listing and the counts of a complete folder of notes."""
 
     silent: int  # notes
     full_scale: int  # notes that reach it, as those made quieter do
@@ -105,7 +105,7 @@ class NoteFolder:
     def __init__(
         self,
         path: Path,
-        made: Mapping[str, Any],
+        origin: Mapping[str, Any],
         files: Sequence[str],
         conditions: Sequence[Mapping[str, Any]],
         config: AudioConfig,
@@ -117,7 +117,7 @@ class NoteFolder:
         """A folder of notes `first`, `first` + 1, ….
 
         Args:
-            made: what and how they are made, for the listing.
+            origin: what and how they are made, for the listing.
             page: title of a page to listen to them, which is then made, with pictures.
             originals: sounds that they were made of, (samples,) by their titles, for the page.
         """
@@ -127,12 +127,12 @@ class NoteFolder:
         ]
         self.path, self.files, self.config, self.first = path, files, config, first
         self.page, self.originals = page, originals or {}
-        self.document: dict[str, Any] = json.loads(json.dumps({**made, "notes": notes}))  # as it is read
+        self.document: dict[str, Any] = json.loads(json.dumps({**origin, "notes": notes}))  # as it is read
         self.bytes = _HEADER + 2 * config.samples  # of each file
         self.missing: list[int] = []  # notes that are not there
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """The missing notes as stretches without a gap: the first, and one past the last, counted from 0."""
+        """Yield the missing notes as runs without a gap: (first, one past the last)."""
         for _, pairs in groupby(enumerate(self.missing), lambda pair: pair[1] - pair[0]):
             stretch = [index for _, index in pairs]
             yield stretch[0], stretch[-1] + 1
@@ -203,7 +203,7 @@ class NoteFolder:
         )
 
     def begin(self) -> None:
-        """Put right what a killed process left, find what is missing, list it all. Only with the folder locked."""
+        """Clean up after a killed process, find the missing notes and write the listing. The folder must be locked."""
         listed = self.check()
         for file in self.path.glob(".*.tmp"):
             if file.name[1:].rsplit(".", 2)[0] in {LISTING, PICTURE, PAGE, *self.files}:
@@ -215,11 +215,11 @@ class NoteFolder:
             self._write_listing()
 
     def space(self, notes: int) -> int:
-        """Bytes that so many notes take, with their listing and picture."""
+        """Return the bytes that so many notes take, with their listing and picture."""
         return notes * (self.bytes + (2**17 if self.page else 1024)) + (2**24 if self.page else 2**20)
 
     def check(self) -> dict[str, Any] | None:
-        """The listing that is there; raises an error if it is not of this call, or anything else is in the folder."""
+        """Return the listing that is there. Raises an error if it is of another call, or other files are there."""
         listed = self._listed()
         known = (
             {LISTING, *self.files, *((PICTURE, PICTURES, PAGE) if self.page else ())} if listed is not None else set()
@@ -273,7 +273,7 @@ def _extent(config: AudioConfig) -> tuple[float, float]:
 
 @contextmanager
 def fill(folder: NoteFolder, say: Callable[[str], None] = log) -> Iterator[NoteFolder]:
-    """Have a folder of notes for oneself, new or begun by the same call, to make what is missing and finish it.
+    """Lock a folder of notes, new or begun by the same call, while the block adds the missing ones; then finish it.
 
     Raises:
         ConfigError: it was begun with other settings, or another process has it.
@@ -298,6 +298,6 @@ def fill(folder: NoteFolder, say: Callable[[str], None] = log) -> Iterator[NoteF
 
 
 def stem(index: int, n: int, condition: Mapping[str, Any]) -> str:
-    """Name of a note's file, `0007-brass-060`; "any" for what is not known. n: all notes."""
+    """Return the name of a note's file, `0007-brass-060`; "any" for what is not known. n: all notes."""
     pitch = "any" if condition["pitch"] is None else f"{condition['pitch']:03d}"
     return f"{index:0{max(4, len(str(n - 1)))}d}-{condition['family'] or 'any'}-{pitch}"

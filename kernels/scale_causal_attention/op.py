@@ -49,7 +49,7 @@ def scale_causal_attention(
     k: Tensor,
     v: Tensor,
     lengths: Sequence[int],
-    scale: float = 1.0,
+    scale: float | None = None,
     *,
     head_scale: Tensor | None = None,
     backend: str | None = None,
@@ -62,7 +62,8 @@ def scale_causal_attention(
     Args:
         q, k, v: (B, H, L, D), any strides, all of one float dtype; autocast casts them as for a matrix product.
         lengths: tokens of each scale, coarse to fine, each 1 or more; they add up to L.
-        scale: factor on the scores before the softmax, 0 or more.
+        scale: factor on the scores before the softmax, 0 or more. None: 1 / sqrt(D), as in PyTorch's
+            `scaled_dot_product_attention`, but 1 with `head_scale`, which takes its place.
         head_scale: (H,). With it q and k are first divided by their Euclidean norms, in float32, and q is multiplied
             by the scale of its head.
         backend: one of `BACKENDS` instead of the choice of MARS_ATTENTION.
@@ -77,7 +78,7 @@ def scale_causal_attention(
         KernelError: the backend asked for by name cannot run here, and why.
     """
     lengths = tuple(lengths)
-    _check("scale_causal_attention", q, k, v, scale, head_scale)
+    scale = _check("scale_causal_attention", q, k, v, scale, head_scale)
     if not lengths or min(lengths) < 1 or not q.shape[2] == k.shape[2] == sum(lengths):
         raise ValueError(
             f"scale_causal_attention: want q, k, v (B, H, {sum(lengths)}, D) for scales of {list(lengths)} tokens, "
@@ -88,15 +89,15 @@ def scale_causal_attention(
     return _backend.select("scale_causal_attention", _TABLE, name)(q, k, v, head_scale, lengths, scale)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute the softmax attention of all q (B, H, n, D) to all k, v (B, H, m, D).
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Compute the softmax attention of all q (B, H, n, D) to all k, v (B, H, m, D); scale None: 1 / sqrt(D).
 
     With n = m it is `scale_causal_attention` of a single scale, else PyTorch's fused attention.
 
     Raises:
         ValueError, ConfigError, KernelError: as `scale_causal_attention`.
     """
-    _check("attention", q, k, v, scale, None)
+    scale = _check("attention", q, k, v, scale, None)
     if 0 < q.shape[2] == k.shape[2]:
         return scale_causal_attention(q, k, v, (q.shape[2],), scale)
     q, k, v = _autocast(q, k, v)
@@ -110,7 +111,7 @@ def cached_attention(
     keys: Tensor,
     values: Tensor,
     start: int,
-    scale: float = 1.0,
+    scale: float | None = None,
     *,
     head_scale: Tensor | None = None,
 ) -> Tensor:
@@ -129,7 +130,7 @@ def cached_attention(
     Raises:
         ValueError: the shapes or dtypes do not fit, or the new scale does not fit after `start`.
     """
-    _check("cached_attention", q, k, v, scale, head_scale)
+    scale = _check("cached_attention", q, k, v, scale, head_scale)
     n, end = q.shape[2], start + q.shape[2]
     room = (*q.shape[:2], max(end, keys.shape[2] if keys.ndim == 4 else 0), q.shape[3])
     if start < 0 or k.shape[2] != n or keys.shape != room or values.shape != room or keys.dtype != values.dtype:
@@ -155,7 +156,8 @@ def availability(device: str | None = None) -> dict[str, str | None]:
     return {name: _missing(name, device, dtype) for name in BACKENDS}
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, head_scale: Tensor | None) -> None:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, head_scale: Tensor | None) -> float:
+    """Raise ValueError where the arguments do not fit, and return the scale that None stands for."""
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"{op}: want q, k, v (B, H, tokens, D), k and v alike; "
@@ -163,12 +165,15 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, head_scale: T
         )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"{op}: want q, k, v of one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if scale is None:
+        scale = q.shape[3] ** -0.5 if head_scale is None and q.shape[3] else 1.0
     if not 0 <= scale < float("inf"):
         raise ValueError(f"{op}: want a finite scale of 0 or more, got {scale}")
     if head_scale is not None and (head_scale.shape != q.shape[1:2] or not head_scale.is_floating_point()):
         raise ValueError(
             f"{op}: want head_scale ({q.shape[1]},) of a float dtype, got {tuple(head_scale.shape)} {head_scale.dtype}"
         )
+    return scale
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,8 +194,8 @@ def choice() -> str:
 def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: bool) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
-    asked, device = choice(), _backend.device_type(q)
-    name = backend or asked
+    requested, device = choice(), _backend.device_type(q)
+    name = backend or requested
     if name != "auto":
         if not torch.compiler.is_compiling() and (why := _missing(name, device, q.dtype)) is not None:
             raise KernelError(f"scale_causal_attention: {name} cannot run: {why}")
@@ -265,12 +270,12 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
                 out = attend(q, k, v, (1, 4, 27), 0.125)
                 return out.detach(), *torch.autograd.grad(out, leaf, do[:, :, 0].transpose(1, 2).to(out.dtype))
 
-            wanted = outcome(reference.scale_causal_attention, qkv.double())
-            found = outcome(_PLAIN[name], qkv)
+            expected = outcome(reference.scale_causal_attention, qkv.double())
+            actual = outcome(_PLAIN[name], qkv)
     except Exception as error:  # whatever goes wrong in another package is the reason
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    worst = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
-    allowed = 8 * torch.finfo(dtype).eps * max(float(x.abs().max()) for x in wanted)
+    worst = max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
+    allowed = 8 * torch.finfo(dtype).eps * max(float(x.abs().max()) for x in expected)
     return None if worst <= allowed else f"it is off by {worst:.1e} from the reference, where {allowed:.1e} is rounding"
 
 

@@ -20,7 +20,7 @@ TILE_ACCELERATOR = 32
 
 
 def tile_size(device: torch.device) -> int:
-    """Notes that the network runs on at once."""
+    """Return how many notes the network runs on at once."""
     return TILE if device.type == "cpu" else TILE_ACCELERATOR
 
 
@@ -59,7 +59,7 @@ def sample(
         return first, quantizer.latent(first)
     cast = autocast(device, precision)
     last = len(var.lengths) - 1
-    guided = cfg > 0 and bool(var.config.condition) and last > 0
+    guided = cfg > 0 and len(var.condition) > 0 and last > 0
     if guided:  # the second half of the rows has the condition hidden
         condition = torch.cat((condition, var.null_condition(len(condition))))
     with cast:
@@ -91,7 +91,7 @@ def sample(
 
 
 def draw(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Tokens int64 (B, n) from logits (B, n, V), inverting the distribution at uniforms (B, n) in [0, 1).
+    """Draw tokens int64 (B, n) from logits (B, n, V), inverting the distribution at uniforms (B, n) in [0, 1).
 
     Kept are the top_k likeliest tokens and, with these adding up to 1, the fewest of them that reach top_p.
 

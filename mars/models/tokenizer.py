@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mars.config import Config, Pair, TokenizerConfig
+from mars.errors import ConfigError
 from mars.kernels import attention
 from mars.models.quantizer import Quantized, Quantizer
 from mars.runtime import to_device
@@ -33,7 +34,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -49,7 +50,7 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """x: (B, n, W); keep: (2, B, 1, 1), each branch's factor per sample (stochastic depth)."""
+        """Return (B, n, W) of x (B, n, W); keep: (2, B, 1, 1), each branch's factor per sample (stochastic depth)."""
         for i, (branch, scale) in enumerate(((self._attend, self.scale1), (self._transform, self.scale2))):
             y = branch(x)
             y = y if scale is None else y * scale
@@ -64,7 +65,7 @@ class Block(nn.Module):
 
 
 def drop_path(depth: int, batch: int, rate: float, generator: torch.Generator | None) -> Tensor | None:
-    """Stochastic-depth factors (depth, 2, B, 1, 1), drop chance rising linearly from 0 to `rate`; None if rate is 0."""
+    """Draw stochastic-depth factors (depth, 2, B, 1, 1); the drop rate grows linearly to `rate`. None if that is 0."""
     if rate == 0:
         return None
     keep = 1 - torch.linspace(0, rate, depth).view(depth, 1, 1)
@@ -73,9 +74,9 @@ def drop_path(depth: int, batch: int, rate: float, generator: torch.Generator | 
 
 
 def recomputed(block: nn.Module, *arguments: Any) -> Tensor:
-    """`block(*arguments)`, whose activations the backward computes again (Chen et al. 2016, arXiv:1604.06174).
+    """Return `block(*arguments)`; the backward recomputes its activations (Chen et al. 2016, arXiv:1604.06174).
 
-    What is random must be among the arguments, as stochastic depth's factors are.
+    Random numbers must be among the arguments, as stochastic depth's factors are.
     """
     return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
@@ -98,7 +99,7 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(p, std=(1 / (3 * width)) ** 0.5)
 
     def forward(self, patch: Tensor, latent: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """patch: (B, K, W), latent: (B, S, W); returns both after the last norm."""
+        """Return patch (B, K, W) and latent (B, S, W) after all blocks and the last norm."""
         position: Tensor = self.position
         if self.latent != self.patches:  # the same positions, resampled to the other grid
             grid = position.transpose(1, 2).unflatten(2, self.patches)
@@ -118,11 +119,22 @@ class ViT(nn.Module):
 class Tokenizer(nn.Module):
     """CMX tensor (B, C, F, T) <-> tokens (B, L)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config | TokenizerConfig, shape: tuple[int, int, int] | None = None) -> None:
+        """Make a tokenizer of a whole model's settings, or of its own for tensors of any shape (C, F, T).
+
+        Raises:
+            ConfigError: the patch does not divide the shape.
+        """
         super().__init__()
-        t = config.tokenizer
-        self.channels = config.audio.channels
-        self.patch, self.patches = t.patch, config.patches
+        if isinstance(config, Config):
+            shape, config = config.audio.shape, config.tokenizer
+        if shape is None:
+            raise ConfigError("a tokenizer's own settings do not say what it reads; give its `shape` (C, F, T)")
+        t = config
+        self.channels, *grid = shape
+        if grid[0] % t.patch[0] or grid[1] % t.patch[1]:
+            raise ConfigError(f"tokenizer.patch {t.patch} must divide the grid {tuple(grid)}")
+        self.patch, self.patches = t.patch, (grid[0] // t.patch[0], grid[1] // t.patch[1])
         values = self.channels * t.patch[0] * t.patch[1]
         self.embed = nn.Linear(values, t.width)
         self.queries = nn.Parameter(torch.randn(1, t.latent[0] * t.latent[1], t.width) * 1e-6)
@@ -144,14 +156,14 @@ class Tokenizer(nn.Module):
         return self.reconstruct(quantized.latent, generator), quantized
 
     def latent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The encoder's map (B, D, H, W), float32, before quantisation."""
+        """Return the encoder's map (B, D, H, W), float32, before quantisation."""
         (p, q), (k, l) = self.patch, self.patches
         patches = x.unflatten(3, (l, q)).unflatten(2, (k, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         _, z = self.encoder(self.embed(patches), self.queries.expand(len(x), -1, -1), generator)
         return self.to_code(z).float().transpose(1, 2).unflatten(2, self.quantizer.scales[-1])
 
     def reconstruct(self, latent: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The CMX tensor (B, C, F, T) of a quantised map (B, D, H, W); not clamped."""
+        """Return the CMX tensor (B, C, F, T) of a quantised map (B, D, H, W); not clamped."""
         tokens = self.from_code(latent.flatten(2).transpose(1, 2))
         mask = self.mask.expand(len(latent), self.patches[0] * self.patches[1], -1)
         y, _ = self.decoder(mask, tokens, generator)
@@ -159,11 +171,11 @@ class Tokenizer(nn.Module):
         return y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Tokens int64 (B, L) of a CMX tensor (B, C, F, T)."""
+        """Encode a CMX tensor (B, C, F, T) to tokens int64 (B, L)."""
         return self.quantizer(self.latent(x)).ids
 
     def decode(self, ids: Tensor) -> Tensor:
-        """CMX tensor (B, C, F, T) in [-1, 1] of the tokens (B, L)."""
+        """Return the CMX tensor (B, C, F, T) in [-1, 1] of the tokens (B, L)."""
         return self.reconstruct(self.quantizer.latent(ids)).clamp(-1, 1)
 
 

@@ -98,7 +98,7 @@ def finetune(
     device: str = "auto",
     threads: int | None = None,
     began: float | None = None,
-    following: Callable[[Path], str] | None = None,
+    next_command: Callable[[Path], str] | None = None,
     console: Console | None = None,
 ) -> Path:
     """Let a trained model learn the sounds of a folder or a packed dataset; returns the folder `out`.
@@ -111,7 +111,7 @@ def finetune(
         csv, pitch, allow_bad: of a folder; see `mars.data.folder.pack_folder`.
         notes: how many new notes are made at the end.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
-        following: the command to type next, given `out`; None: none is told.
+        next_command: the command to type next, given `out`; None: none is told.
         console: what is said goes there; None: to the logger `mars`.
 
     Raises:
@@ -167,8 +167,8 @@ def finetune(
         write_atomically(out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
         for line in _report(first, second, judged, out):
             console.print(line, markup=False)
-        if following is not None:
-            console.print(f"next: {following(out)}", markup=False)
+        if next_command is not None:
+            console.print(f"next: {next_command(out)}", markup=False)
     return out
 
 

@@ -209,11 +209,11 @@ def test_ties_between_different_codes_go_to_the_lowest_index(implementation):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_rows_that_are_not_finite_get_index_0(bad, v, metric, implementation):
     x, codebook = inputs(33, 6, v)
-    wanted = nearest_code(x, codebook, metric)
+    expected = nearest_code(x, codebook, metric)
     rows = torch.arange(0, 33, 4)
     x[rows, 2] = bad
-    wanted[rows] = 0
-    assert torch.equal(nearest_code(x, codebook, metric), wanted)
+    expected[rows] = 0
+    assert torch.equal(nearest_code(x, codebook, metric), expected)
 
 
 @pytest.mark.parametrize("v", [40, 1500])
@@ -223,8 +223,8 @@ def test_codes_that_are_not_finite_are_never_chosen(bad, v, implementation):
     codebook[::3, 1] = bad  # 1e30: its square is not a float32
     usable = torch.ones(v, dtype=torch.bool)
     usable[::3] = False
-    wanted = usable.nonzero()[:, 0][nearest_code(x, codebook[usable].contiguous())]
-    assert torch.equal(nearest_code(x, codebook), wanted)
+    expected = usable.nonzero()[:, 0][nearest_code(x, codebook[usable].contiguous())]
+    assert torch.equal(nearest_code(x, codebook), expected)
     codebook[:, 1] = bad
     assert not nearest_code(x, codebook).any()
 
@@ -246,6 +246,16 @@ def test_an_empty_batch_gives_no_indices(v, implementation):
     assert ids.dtype == torch.int64
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4, 7), (2, 0, 3, 7), (7,)], ids=str)
+def test_rows_may_have_any_leading_dimensions(shape, implementation):
+    x, codebook = torch.randn(shape), torch.randn(40, 7)
+    wanted = nearest_code(x.reshape(-1, 7), codebook).view(shape[:-1])
+    for held in (codebook, pack_codebook(codebook)):
+        assert torch.equal(nearest_code(x, held), wanted)
+    if x.ndim > 2:  # of strides that no view can flatten
+        assert torch.equal(nearest_code(x.transpose(0, 1), codebook), wanted.transpose(0, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes_are_searched_in_float32(dtype, implementation):
     x, codebook = (t.to(dtype) for t in inputs(90, 12, 1200))
@@ -257,12 +267,12 @@ def test_other_dtypes_are_searched_in_float32(dtype, implementation):
 @pytest.mark.parametrize("metric", METRICS)
 def test_neither_autocast_nor_the_matmul_precision_lowers_the_search(metric, implementation):
     x, codebook = inputs(3000, 32, 500)
-    wanted = nearest_code(x, codebook, metric)
+    expected = nearest_code(x, codebook, metric)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")  # training sets it: bfloat16 products on some CPUs
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(nearest_code(x, codebook, metric), wanted)
+            assert torch.equal(nearest_code(x, codebook, metric), expected)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -271,23 +281,23 @@ def test_neither_autocast_nor_the_matmul_precision_lowers_the_search(metric, imp
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_packed_codebook_gives_the_same_and_keeps_its_values(metric, implementation):
     x, codebook = inputs(70, 9, 1300)
-    wanted = nearest_code(x, codebook, metric)
+    expected = nearest_code(x, codebook, metric)
     packed = pack_codebook(codebook, metric)
     codebook.zero_()
-    for part, ids in zip(x.split(30), wanted.split(30), strict=True):
+    for part, ids in zip(x.split(30), expected.split(30), strict=True):
         assert torch.equal(nearest_code(part, packed), ids)
-    with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got \(2, 3\), \(1300, 9\)"):
+    with pytest.raises(ValueError, match=r"want x \(\.\.\., D\) and codebook \(V, D\); got \(2, 3\), \(1300, 9\)"):
         nearest_code(torch.zeros(2, 3), packed)
 
 
 def test_copies_of_a_packed_codebook_outlive_it(implementation):
     x, codebook = inputs(40, 9, 1300)
-    wanted = nearest_code(x, codebook)
+    expected = nearest_code(x, codebook)
     packed = pack_codebook(codebook)
     copies = [copy.copy(packed), copy.deepcopy(packed)]
     del packed
     gc.collect()
-    assert all(torch.equal(nearest_code(x, each), wanted) for each in copies)
+    assert all(torch.equal(nearest_code(x, each), expected) for each in copies)
     with pytest.raises(TypeError, match="belongs to its process"):
         pickle.dumps(copies[0])
 
@@ -300,13 +310,13 @@ def test_a_packed_codebook_is_not_compiled():
 
 def test_negated_views_and_default_devices_are_understood(implementation):
     x, codebook = inputs(40, 9, 1300)
-    wanted = nearest_code(-x, codebook)
+    expected = nearest_code(-x, codebook)
     packed = pack_codebook(codebook)
     view = torch._neg_view(x)
-    assert torch.equal(nearest_code(view, packed), wanted)
-    assert torch.equal(nearest_code(view, codebook), wanted)
+    assert torch.equal(nearest_code(view, packed), expected)
+    assert torch.equal(nearest_code(view, codebook), expected)
     with torch.device("meta"):
-        assert torch.equal(nearest_code(view, packed), wanted)
+        assert torch.equal(nearest_code(view, packed), expected)
 
 
 def test_long_rows_are_not_filtered_where_integers_could_overflow(native):
@@ -343,9 +353,11 @@ def test_no_gradient_is_recorded():
     assert not nearest_code(x, codebook).requires_grad
 
 
-@pytest.mark.parametrize(("x", "codebook"), [((3,), (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 2)), ((1, 2, 3), (4, 3))])
+@pytest.mark.parametrize(
+    ("x", "codebook"), [((), (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 2)), ((1, 2, 3), (4, 2)), ((3,), (4, 2))]
+)
 def test_shapes_that_do_not_fit_are_refused(x, codebook):
-    with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got"):
+    with pytest.raises(ValueError, match=r"want x \(\.\.\., D\) and codebook \(V, D\); got"):
         nearest_code(torch.zeros(x), torch.zeros(codebook))
 
 

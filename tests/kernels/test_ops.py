@@ -93,8 +93,8 @@ WRONG = [
     ("inverse_spectrogram_cmx", {3: math.inf}, "want epsilon in"),
     ("inverse_spectrogram_cmx", {5: -5}, r"got \(-5, 4\)"),
     ("inverse_spectrogram_cmx", {6: -1}, r"got \(1, -1\)"),
-    ("nearest_code", {0: randn(5, 4)}, r"want x \(N, D\)"),
-    ("nearest_code", {0: randn(15)}, r"want x \(N, D\)"),
+    ("nearest_code", {0: randn(5, 4)}, r"want x \(\.\.\., D\)"),
+    ("nearest_code", {0: randn(15)}, r"want x \(\.\.\., D\)"),
     ("nearest_code", {0: torch.ones(5, 3, dtype=torch.int64)}, "want x of a floating-point dtype"),
     ("nearest_code", {1: randn(0, 3)}, "1 <= V"),
     ("nearest_code", {1: torch.ones(7, 3, dtype=torch.int8)}, "want a codebook of a floating-point dtype"),
@@ -184,9 +184,9 @@ def test_shapes_without_data_are_those_of_the_results(name):
     with FakeTensorMode():
         fakes = call(name, FIT[name]())
     metas = call(name, [x.to("meta") if isinstance(x, torch.Tensor) else x for x in FIT[name]()])
-    for wanted, *others in zip(results, fakes, metas, strict=True):
+    for expected, *others in zip(results, fakes, metas, strict=True):
         for x in others:
-            assert (x.shape, x.dtype, x.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+            assert (x.shape, x.dtype, x.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
 def resized(x, left):
