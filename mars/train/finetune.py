@@ -35,6 +35,7 @@ from mars.data.splits import spread
 from mars.errors import ConfigError, DataError
 from mars.evaluate import mel
 from mars.evaluate.metrics.copy_ratio import copy_ratio
+from mars.evaluate.sets import resampled
 from mars.files import new_folder, read_json, write_atomically
 from mars.notes import PAGE, NoteFolder, fill, stem
 from mars.runs.compare import RUNS
@@ -318,11 +319,11 @@ def _notes(made: model.Model, dataset: Dataset, path: Path, count: int, seed: in
 
 def _copies(waveforms: Tensor, dataset: Dataset) -> tuple[int, float]:
     """How many of the waveforms (n, samples) are copies of training sounds, and the median copy ratio."""
-    samples = waveforms.shape[1]
-    train, valid = (
-        mel.log_mel(_fitted(dataset.waveforms(dataset.split(name)), samples)) for name in ("train", "valid")
+    rate = dataset.sample_rate
+    train, valid, new = (
+        mel.log_mel(resampled(sounds, rate))
+        for sounds in (*(dataset.waveforms(dataset.split(name)) for name in ("train", "valid")), waveforms)
     )
-    new = mel.log_mel(waveforms)
     nearest = mel.nearest(new, train)
     pairs = (train[i] - train[i + 1 :] for i in range(len(train) - 1))
     apart = min((float(difference.square().mean((1, 2)).min()) for difference in pairs), default=0.0)
