@@ -166,7 +166,7 @@ def run(
                 shown, memory = f"loss {values['loss']:.4f}  {rate:.1f} notes/s", watch.memory()
                 info = f"{shown}  {memory}"
                 if not console.is_terminal:  # no bar either
-                    left = (end - done) * batch / rate
+                    left = min((end - done) * batch / rate, deadline.left)
                     console.print(f"step {done:,}/{end:,}  {shown}  {left:.0f} s left  {memory}")
             tell("step", done, end, info)
             pause, improved = time.monotonic(), False

@@ -106,12 +106,13 @@ def train(
         else:
             settings = _settings_on(out, other.config, preset, overrides, init, stage_name)
     else:
-        tokenizer = tokenizer if init is None or tokenizer is not None else model.locate(init)
+        resumed = out is not None and (out / "run.json").is_file()
+        if tokenizer is None and init is not None and not resumed:
+            tokenizer = model.locate(init)
         source = _source(tokenizer, out, preset, console, world)
         trained = model.load(source, world.device)
         settings = _settings_on(out, trained.config, preset, overrides, source, stage_name, other)
         if (problem := _other_data(trained, source, dataset, data)) is not None:
-            resumed = out is not None and (out / "run.json").is_file()
             if trained.data.get("tokenizer") is not None and not resumed and None in (data, tokenizer):
                 raise ConfigError(
                     f"{problem}; name the dataset that it was trained on, or to train on others all the same, "
