@@ -34,10 +34,12 @@ def main() -> None:
 
 
 def _pitches(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
-    low, dash, high = value.partition("-")
-    if not (dash and low.isdigit() and high.isdigit() and int(low) <= int(high) <= 127):
-        raise click.BadParameter(f"want LOW-HIGH with 0 <= LOW <= HIGH <= 127, got {value!r}")
-    return int(low), int(high)
+    from mars.labels import pitches_of
+
+    try:
+        return pitches_of(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _packing(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +86,7 @@ def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.option(
     "--csv",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Labels: the column file and any of pitch, velocity, family, source, instrument.",
+    help="Labels: the column file, any of pitch, velocity, family, source, instrument, and any others of your own.",
 )
 @click.option("--sample-rate", type=click.IntRange(1000, 384_000), default=16_000, show_default=True, help="Hz.")
 @click.option("--seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="Cut or pad to this.")
@@ -94,6 +96,13 @@ def nsynth(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     default=0.1,
     show_default=True,
     help="Shorter files are bad (s).",
+)
+@click.option(
+    "--pitch",
+    type=click.Choice(["named", "estimate"]),
+    default="named",
+    show_default=True,
+    help="named: as the CSV or the file's name says (violin_C4.wav); estimate: else as the sound has it.",
 )
 @click.option("--licence", default="unknown", show_default=True, help="Of the audio; is kept.")
 def folder(directory: Path, out: Path, **options: Any) -> None:
@@ -112,7 +121,7 @@ def folder(directory: Path, out: Path, **options: Any) -> None:
 @_holding_out
 @click.option("--notes", type=click.IntRange(1), help="How many, spread evenly.  [default: all there are]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of notes.")
-@click.option("--pitches", default="21-108", show_default=True, callback=_pitches, help="Lowest and highest MIDI note.")
+@click.option("--pitches", default="21-108", show_default=True, callback=_pitches, help="LOW-HIGH, or as C2-C6.")
 @click.option("--processes", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--licence", default="unknown", show_default=True, help="Of the soundfont; is kept.")
 def soundfont(file: Path, out: Path, **options: Any) -> None:
@@ -132,23 +141,49 @@ def info(directory: Path | None, verify: bool) -> None:
     """Say what a dataset holds; without DIRECTORY, the built-in notes."""
     with user_errors():
         from mars.data import SPLITS, Dataset, open_dataset
-        from mars.labels import FAMILIES, some
+        from mars.labels import FAMILIES
 
         dataset = Dataset.open(directory, verify=verify) if directory else open_dataset(None)
         _report(dataset, directory)
-        family, split, pitch = (dataset.column(name) for name in ("family", "split", "pitch"))
+        family, split = dataset.column("family"), dataset.column("split")
         click.echo(f"{dataset.samples} samples each at {dataset.sample_rate} Hz")
         click.echo("".join(f"{name:>12}" for name in ("family", *SPLITS)))
-        for i, name in [*enumerate(FAMILIES), (-1, "unknown")]:
+        for i, name in [*enumerate(dataset.words.get("family", FAMILIES)), (-1, "unknown")]:
             counts = [int(((family == i) & (split == j)).sum()) for j in range(len(SPLITS))]
             if sum(counts):
-                click.echo(f"{name:>12}" + "".join(f"{count:>12,}" for count in counts))
-        click.echo(f"instrument: {printable(some(dataset.instruments))}")
-        known = pitch[pitch >= 0]
-        click.echo(f"pitch: {f'MIDI {known.min()} to {known.max()}' if len(known) else 'unknown'}")
+                click.echo(f"{printable(name):>12}" + "".join(f"{count:>12,}" for count in counts))
+        for line in _labels(dataset):
+            click.echo(printable(line))
         shown = {key: value for key, value in dataset.origin.items() if isinstance(value, str | int)}
         click.echo(printable("origin: " + ", ".join(f"{key} {value}" for key, value in shown.items())))
         click.echo(f"fingerprint: {dataset.fingerprint}" + (" (every checksum is right)" if verify else ""))
+
+
+def _labels(dataset: Dataset) -> Iterator[str]:
+    """What is known of the notes, a line for each label but the family."""
+    import numpy as np
+
+    from mars.data.packed import CONFIDENCE
+    from mars.labels import SOURCES, note_name, some
+
+    words = {"source": SOURCES, **dataset.words}
+    for name in ("instrument", "source", *dataset.own):
+        numbers, counts = np.unique(dataset.column(name), return_counts=True)
+        known = [f"{words[name][i]} ({count:,})" for i, count in zip(numbers, counts, strict=True) if i >= 0]
+        if known:
+            yield f"{name}: {some(known)}"
+    pitch, velocity = dataset.column("pitch"), dataset.column("velocity")
+    known_pitch = pitch[pitch >= 0]
+    if not len(known_pitch):
+        yield "pitch: unknown"
+    else:
+        low, high = (int(x) for x in (known_pitch.min(), known_pitch.max()))
+        without = f", {len(pitch) - len(known_pitch):,} without one" if len(known_pitch) < len(pitch) else ""
+        yield f"pitch: MIDI {low} to {high} ({note_name(low)} to {note_name(high)}){without}"
+    if CONFIDENCE in dataset.columns and len(sure := dataset.column(CONFIDENCE)[dataset.column(CONFIDENCE) >= 0]):
+        yield f"pitches estimated from the sound: {len(sure):,}, {sure.min()} to {sure.max()} % sure"
+    if len(known_velocity := velocity[velocity >= 0]):
+        yield f"velocity: {known_velocity.min()} to {known_velocity.max()}"
 
 
 def _report(dataset: Dataset, path: Path | None) -> None:

@@ -121,7 +121,7 @@ class _ReportsErrors:
         try:
             return super().main(*arguments, **options)  # type: ignore[misc]
         except SystemExit as end:
-            distributed = sys.modules.get("mars.distributed")  # most commands never need it
+            distributed = sys.modules.get("mars.runs.distributed")  # most commands never need it
             if distributed is not None and isinstance(end.code, int):
                 distributed.leave(end.code)
             raise

@@ -104,7 +104,7 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
         if planned(stage, options):
             return
         from mars.cli.console import console
-        from mars.distributed import teardown
+        from mars.runs.distributed import teardown
         from mars.train.start import train
 
         with teardown():

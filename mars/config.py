@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from mars.errors import ConfigError, MarsError
 from mars.files import read_json, write_atomically
-from mars.labels import LABELS
+from mars.labels import LABELS, is_name
 
 Pair = tuple[int, int]
 T = TypeVar("T")
@@ -208,7 +208,8 @@ class VARConfig:
         _require(0 <= self.drop_path < 1, f"var.drop_path must be in [0, 1), got {self.drop_path}")
         _require(self.width % self.heads == 0, f"var.width {self.width} is not a multiple of heads {self.heads}")
         for name in self.condition:
-            _require(name in LABELS, f"var.condition must be one of {', '.join(LABELS)}; got {name!r:.80}")
+            known = ", ".join(LABELS)
+            _require(is_name(name), f"var.condition must be of {known} or the dataset's own labels; got {name!r:.80}")
         twice = len(set(self.condition)) < len(self.condition)
         _require(not twice, f"var.condition names an attribute twice: {', '.join(self.condition)}")
 

@@ -51,7 +51,9 @@ def test_files(made, folder):
     out, done = made
     document = json.loads((out / "notes.json").read_text())
     files = [note["file"] for note in document["notes"]]
-    assert sorted(p.name for p in out.iterdir()) == sorted([*files, "notes.json", "spectrograms.png"])
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [*files, "index.html", "notes.json", "pictures", "spectrograms.png"]
+    )
     assert (out / "spectrograms.png").read_bytes()[:4] == b"\x89PNG"
     assert document["mars"] == mars.__version__
     assert document["model"] == str(folder)
@@ -165,8 +167,9 @@ def test_an_interrupted_command_is_gone_on_with(made, folder, tmp_path, monkeypa
     done = invoke(*arguments, "--batch-size", 1)
     assert done.exit_code == 0, done.output
     assert "(1 were there)" in done.output
-    whole = {p.name: p.read_bytes() for p in made[0].iterdir()}
-    found = {p.name: p.read_bytes() for p in out.iterdir()}
+    whole, found = (
+        {str(p.relative_to(at)): p.read_bytes() for p in at.rglob("*") if p.is_file()} for at in (made[0], out)
+    )
     assert found.keys() == whole.keys()
     assert all(found[name] == content for name, content in whole.items() if name != "notes.json")
     documents = [json.loads(files["notes.json"]) | {"batch_size": 0} for files in (whole, found)]
@@ -191,7 +194,7 @@ def test_what_a_model_was_not_trained_on_is_refused_unless_allowed(folder, tmp_p
     [
         (["--pitch", "128"], "--pitch"),
         (["--pitch", "60-48"], "--pitch"),
-        (["--pitch", "c4"], "--pitch"),
+        (["--pitch", "H4"], "--pitch"),
         (["-n", "0"], "-n"),
         (["--top-p", "0"], "--top-p"),
         (["--cfg", "inf"], "cfg must be"),

@@ -27,6 +27,7 @@ from mars.evaluate.sets import NoteSet, can_pair, open_notes
 from mars.files import new_folder, probe
 from mars.model import Model, load
 from mars.runtime import pick_device
+from mars.terminal import log
 
 Split = Literal["train", "valid", "test"]
 Say = Callable[[str], None]  # called with a warning, which names arguments in backquotes
@@ -100,10 +101,9 @@ def run(
     Args:
         pairs: the notes are reconstructions of the real ones, and pair up with them by name; otherwise they are taken
             for newly generated ones, whose mel errors are those against the nearest real note.
-        json_file: where to write the report.
-        html_file: where to write a page of it with pictures and sounds.
-        say: called with warnings.
-        progress: called with the task, the notes done and their total.
+        json_file, html_file: where to write the report, and a page of it with pictures and sounds.
+        say: called with warnings; None: they go to the logger `mars`.
+        progress: called with what is being done, notes done and all of them.
 
     Raises:
         MarsError: an option, a network, a set of notes or a place for the report cannot be used.
@@ -215,7 +215,7 @@ class _Evaluation:
 
     def __init__(self, mode: Mode, options: Options, say: Say | None, progress: Progress | None) -> None:
         self.options, self._progress = options, progress
-        self.say: Say = say or (lambda message: None)
+        self.say: Say = say or log
         self.device = pick_device(options.device)
         self.settings = Settings(
             profile=options.profile,

@@ -17,10 +17,10 @@ from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.baselines import phases
 from mars.evaluate.sets import SAMPLE_RATE, NoteSet
 from mars.evaluate.sets import stem as stem_of
-from mars.labels import CLOSED, Condition
+from mars.labels import CLOSED, Values
 from mars.model import Model
+from mars.models.sampling import tile_size
 from mars.notes import Filled, Note, NoteFolder, fill, stem
-from mars.sampling import tile_size
 
 Progress = Callable[[int, int], None]  # called with the notes that are there and all of them
 
@@ -130,7 +130,7 @@ def generate_like(
 
 
 def _folder(
-    model: Model, out: Path, settings: Mapping[str, Any], files: Sequence[str], conditions: Sequence[Condition]
+    model: Model, out: Path, settings: Mapping[str, Any], files: Sequence[str], conditions: Sequence[Mapping[str, Any]]
 ) -> NoteFolder:
     rate = model.config.audio.sample_rate
     if rate != SAMPLE_RATE:
@@ -143,7 +143,7 @@ def _produced(model: Model, settings: Mapping[str, Any], filled: Filled) -> dict
     return {"model_hash": model.hash, "settings": dict(settings), "quieter": filled.full_scale}
 
 
-def _labels(notes: NoteSet, i: int, names: Sequence[str]) -> Condition:
+def _labels(notes: NoteSet, i: int, names: Sequence[str]) -> Values:
     """Return those of these labels that are known of a note."""
     return {name: notes.labels[i][name] for name in names if name in notes.labels[i]}
 

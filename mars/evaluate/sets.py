@@ -26,7 +26,7 @@ from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, fault
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.files import read_json, read_limited
-from mars.labels import LABELS, UNKNOWN, Condition, labels_of
+from mars.labels import UNKNOWN, Values, is_name, label, labels_of
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
@@ -53,7 +53,7 @@ class NoteSet:
     names: tuple[str, ...]  # file or note
     keys: tuple[str, ...]  # what each note's sound is: a hash of its file, or its place in a dataset
     pitch: npt.NDArray[np.int32]  # (n,) MIDI, -1 = unknown; asked for, where notes were generated
-    labels: tuple[Condition, ...]  # of each note the values that are known
+    labels: tuple[Values, ...]  # of each note the values that are known
     record: Record
     _read: Callable[[Sequence[int]], Tensor] = field(repr=False)
     sample_rate: int = SAMPLE_RATE  # Hz
@@ -343,7 +343,7 @@ def _again(path: Path, known: _File) -> Audio:
     return np.clip(_decode(content)[0], -1, 1)
 
 
-def _conditions(path: Path) -> dict[str, Condition]:
+def _conditions(path: Path) -> dict[str, Values]:
     """Return the labels that `notes.json` says each file was to have; empty where there is none."""
     listing = path / "notes.json"
     if not listing.exists():
@@ -355,7 +355,7 @@ def _conditions(path: Path) -> dict[str, Condition]:
         raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
     try:
         conditions = {
-            file: {name: label.listed(condition.get(name)) for name, label in LABELS.items()}
+            file: {name: label(name).listed(value) for name, value in condition.items() if is_name(name)}
             for file, condition in requested.items()
         }
     except ValueError as error:
@@ -363,7 +363,7 @@ def _conditions(path: Path) -> dict[str, Condition]:
     return {file: {k: v for k, v in condition.items() if v is not None} for file, condition in conditions.items()}
 
 
-def _labels(name: str, conditions: dict[str, Condition]) -> Condition:
+def _labels(name: str, conditions: dict[str, Values]) -> Values:
     """Return the labels that are known of a note: those it was generated for, or those in its name."""
     if name in conditions:
         return conditions[name]

@@ -68,6 +68,11 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def key(name: str) -> str:
+    """What the table of a condition is called in `VAR.condition`: people may call labels what parts of modules are."""
+    return name if name in labels.LABELS else f"own {name}"
+
+
 class VAR(nn.Module):
     """Logits of every scale's tokens given all coarser scales and the condition."""
 
@@ -94,7 +99,7 @@ class VAR(nn.Module):
         width, first, tokens = config.width, self.lengths[0], tokenizer.tokens
         # The last row of each table is the null condition.
         sizes = labels.sizes(config.condition, words or {}) if classes is None else classes
-        self.condition = nn.ModuleDict({name: nn.Embedding(size + 1, width) for name, size in sizes.items()})
+        self.condition = nn.ModuleDict({key(name): nn.Embedding(size + 1, width) for name, size in sizes.items()})
         self.start = None if sizes else nn.Parameter(torch.empty(1, width))  # stands for the condition
         self.start_position = nn.Parameter(torch.empty(1, first, width))
         self.position = nn.Parameter(torch.empty(1, tokens, width))

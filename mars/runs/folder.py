@@ -16,9 +16,9 @@ from torch import Tensor
 import mars
 from mars import checkpoint
 from mars.config import from_document
-from mars.distributed import ALONE, World
 from mars.errors import CheckpointError, ConfigError, DiskError, Diverged
 from mars.files import size_of, write_atomically
+from mars.runs.distributed import ALONE, World
 from mars.runs.log import JUDGED_BY
 from mars.runs.stage import Stage
 

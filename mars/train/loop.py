@@ -75,7 +75,7 @@ def run(
         DiskError: a checkpoint or the log could not be written.
     """
     world = folder.world
-    train, console = stage.train, console or terminal.console(soft_wrap=True)
+    train, console = stage.train, console or terminal.LogConsole()
     watch = watch or Watch(folder, train, console.print, device=torch.device("cpu"))
     deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
     mine = world.share(train.accumulate)

@@ -16,11 +16,11 @@ from rich.console import Console
 from mars import checkpoint, config, labels, lock, model, runtime, terminal
 from mars.config import Config
 from mars.data import Dataset, open_dataset
-from mars.distributed import World, join
 from mars.errors import ConfigError, DiskError
 from mars.files import new_folder, probe, write_atomically
 from mars.runs import folder
 from mars.runs.compare import RUNS
+from mars.runs.distributed import World, join
 from mars.runs.record import read_record
 from mars.runs.samples import Sampler
 from mars.runs.stage import StageName
@@ -70,8 +70,8 @@ def train(
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: the newest run.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
-        next_command: gives the command to type after the run at a path has ended, which is then printed.
-        console: where messages go; None: to stderr.
+        following: the command to type after the run at this path has come to its end, which is then printed.
+        console: what is said goes there; None: to the logger `mars`.
 
     Raises:
         ConfigError, DataError, CheckpointError: an argument or a setting cannot be used, or the audio of the dataset is
@@ -82,7 +82,7 @@ def train(
         check_installed()
     began = time.monotonic() if began is None else began
     world = _prepare(device, threads)
-    console = console or terminal.console(soft_wrap=True)
+    console = console or terminal.LogConsole()
     console.quiet = console.quiet or not world.main
     if profile is not None and world.size > 1:
         raise ConfigError("`profile` looks at one process; start it without torchrun")

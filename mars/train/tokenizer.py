@@ -19,11 +19,11 @@ from mars import audio, checkpoint
 from mars.config import Config, TrainConfig
 from mars.data import Dataset
 from mars.data.splits import spread
-from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import ALONE, World
 from mars.runtime import autocast, stream, to_device
 from mars.train.codebook import CodebookTraining, usage
 from mars.train.optimizer import Optimizer, not_finite

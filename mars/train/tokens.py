@@ -19,10 +19,10 @@ from torch import Tensor
 from mars import checkpoint
 from mars.config import Config, to_dict
 from mars.data import Dataset
-from mars.distributed import World
 from mars.errors import CheckpointError
 from mars.model import tokens_of
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import World
 
 VERSION = 1  # of what is cached; a change of the front end or of the search must raise it
 PRECISION = str(torch.float32)  # of all tokens (`mars.model.tokens_of`); tokens of another were kept once

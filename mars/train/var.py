@@ -16,12 +16,12 @@ from mars import checkpoint, labels
 from mars.config import Config
 from mars.data import Dataset
 from mars.data.splits import spread
-from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.kernels import linear_cross_entropy, token_scores
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
+from mars.runs.distributed import ALONE, World
 from mars.runtime import autocast, stream, to_device
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.spans import span

@@ -18,9 +18,9 @@ from mars.evaluate.produce import generate_like, reconstruct
 from mars.evaluate.sets import NoteSet, open_notes, pair
 from mars.labels import CLOSED, VELOCITIES
 from mars.model import Model
+from mars.models.sampling import TILE
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.sampling import TILE
 
 SMALL = (
     *("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1"),

@@ -34,6 +34,8 @@ def sample(
     top_k: int,
     top_p: float,
     precision: Precision,
+    temperature: float = 1.0,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw all tokens, scale after scale.
 
@@ -44,12 +46,17 @@ def sample(
             the cost. Without effect if the transformer has no condition.
         top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
         precision: of the transformer, see `mars.runtime.autocast`.
+        temperature: that the logits are divided by, before top_k and top_p.
+        first: int64 (B, n), the tokens of the first scales, which are taken as they are; None: all are drawn.
 
     Returns:
         ids: int64 (B, L).
         latent: (B, D, H, W), the tokens' latent map.
     """
     device = condition.device
+    given = 0 if first is None else first.shape[1]
+    if first is not None and given == var.starts[-1]:
+        return first, quantizer.latent(first)
     cast = autocast(device, precision)
     last = len(var.lengths) - 1
     guided = cfg > 0 and len(var.condition) > 0 and last > 0
@@ -71,7 +78,10 @@ def sample(
             if k > 0:  # no guidance on the first scale, but the rest needs both halves of its cache
                 t = cfg * k / last
                 logits = (1 + t) * logits - t * free
-        ids.append(draw(logits, uniform, top_k, top_p))
+        if first is not None and var.starts[k] < given:
+            ids.append(first[:, var.starts[k] : var.starts[k + 1]])
+        else:
+            ids.append(draw(logits / temperature, uniform, top_k, top_p))
         total = quantizer.add_scale(k, ids[-1], total)  # not autocast, as in training
         if k < last:
             inputs = quantizer.next_input(k + 1, total)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mars import audio, config, sampling
+from mars import audio, config
 from mars.errors import CheckpointError, ConfigError
 from mars.labels import condition_ids
 from mars.model import Model, Timing
+from mars.models import sampling
+from mars.models.sampling import TILE, draw
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.sampling import TILE, draw
 
 NOTES = [
     {"family": "brass", "source": "acoustic", "count": 8, "pitch": [42, 70]},
@@ -42,7 +43,7 @@ def listed(model, n, **settings):
 
 
 def identical(a, b):
-    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.spectrogram, b.spectrogram)
+    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.log_magnitude, b.log_magnitude)
     return same and torch.equal(a.ids, b.ids) and (a.index, a.condition) == (b.index, b.condition)
 
 
@@ -67,7 +68,7 @@ def test_notes_are_audible_and_at_most_full_scale(model):
     settings = model.config.audio
     for note in listed(model, 4, iterations=4):
         assert note.waveform.shape == (settings.samples,)
-        assert note.spectrogram.shape == (settings.bins, settings.frames)
+        assert note.log_magnitude.shape == (settings.bins, settings.frames)
         assert note.ids.shape == (model.config.tokenizer.tokens,)
         assert 1e-3 < note.waveform.abs().max() <= 1
 
