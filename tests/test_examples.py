@@ -1,0 +1,69 @@
+"""The scripts of examples/ at the smallest size at which they do all that they do, and the notebook."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "first_sound.ipynb"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a script with arguments in an empty folder, and return what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short_and_say_how_they_are_run(path):
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= 60
+    assert re.search(rf"^    .*python examples/{path.name}", source, re.MULTILINE)
+    assert f"def test_{path.stem}(" in Path(__file__).read_text(encoding="utf-8")
+
+
+def test_first_sound(run):
+    out = run("first_sound", "-n", "1")
+    assert "<Note 0: acoustic organ, pitch" in out
+    names = {path.name for path in Path("sounds").iterdir()}
+    assert names == {"organ-0.wav", *(f"{kind}-{i}.wav" for kind in ("variation", "morph") for i in range(3))}
+    sounds = [soundfile.read(Path("sounds", name)) for name in names]
+    assert all(len(sound) == 64_000 and rate == 16_000 and abs(sound).max() > 0.01 for sound, rate in sounds)
+
+
+def test_evaluate(run):
+    out = run("evaluate", "-n", "24")
+    for name in ("reconstruction", "generation"):
+        assert Path("evaluations/example", name, "report.html").is_file()
+        report = json.loads(Path("evaluations/example", name, "report.json").read_text())
+        figures = out.partition(f"{name}: ")[2]
+        assert float(re.search(r"^  mse +(\S+)$", figures, re.MULTILINE)[1]) == pytest.approx(
+            report["metrics"]["mse"]["value"], rel=1e-3
+        )
+
+
+def test_kernels(run):
+    out = run("kernels", "--steps", "51")
+    before, after = (float(error) for error in re.findall(r"squared error ([\d.]+)", out))
+    assert after < 0.7 * before
+    assert "16,384 rows, auto: " in out
+
+
+def test_image_tokenizer(run):
+    out = run("image_tokenizer", "3")
+    assert "held-out digits, reconstructed: squared error " in out
+    assert re.search(r"\d% of the drawn ones:\n(.*\n){8}$", out)
