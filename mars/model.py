@@ -3,8 +3,9 @@
 A generated note depends on its seed, index and condition alone: it has its own random stream, and the network always
 runs on whole tiles of notes, index i in slot i % tile of tile i // tile, because matrix products may round differently
 with the number of their rows. So on one machine a note has the same bytes whatever n, start, batch_size and the
-conditions of other notes are. Another device, number of threads or version of PyTorch may round differently, which can
-change a token.
+conditions of other notes are. On a CPU tiles are computed side by side, each on one thread, so that the number of
+threads does not count either, but for a large transformer, whose tiles have all of them
+(`mars.models.sampling.workers`). Another device or version of PyTorch may round differently, which can change a token.
 
 Precision: the tokens of a sound, and the sound of tokens, are computed in float32 (`CODING`), on every device and
 whatever the model was trained in: in bfloat16 a third of a note's tokens come out as others. What a transformer draws
@@ -18,9 +19,11 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, get_args
 
@@ -35,12 +38,12 @@ from mars.data.sound import Given, waveform
 from mars.errors import CheckpointError, ConfigError
 from mars.files import read_text, sha256
 from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids, label
-from mars.models.sampling import sample, tile_size
+from mars.models.sampling import sample, tile_size, workers
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.notes import Note
 from mars.pages import html
-from mars.runtime import Precision, autocast, pick_device, stream
+from mars.runtime import Precision, ahead, autocast, pick_device, stream, thread_pool
 from mars.text import is_one_line
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -52,11 +55,18 @@ STREAM = 4  # tells the random streams of notes from those of training with the 
 
 @dataclass
 class Timing:
-    """Seconds spent so far, over all notes."""
+    """Seconds spent so far, over all notes; what went on side by side shares them."""
 
     transformer: float = 0.0
     decoding: float = 0.0  # tokens to spectrogram
     griffin_lim: float = 0.0
+
+    def add(self, transformer: float, decoding: float, griffin_lim: float, waited: float) -> None:
+        """Share the seconds that were waited for some notes among their parts, as these took."""
+        share = waited / max(transformer + decoding + griffin_lim, 1e-9)
+        self.transformer += share * transformer
+        self.decoding += share * decoding
+        self.griffin_lim += share * griffin_lim
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,8 +396,12 @@ class Model:
         size = tile_size(device)
         indices = range(start, start + n)
 
-        def sample_tile(first: int) -> list[_Decoded]:
-            """Sample the tile of notes from `first`, always a whole one, even if fewer are requested."""
+        @torch.no_grad()
+        def sample_tile(first: int) -> tuple[list[_Decoded], float, float]:
+            """Sample the tile of notes from `first`, always a whole one, even if fewer are requested.
+
+            Returns it with the seconds that both networks took.
+            """
             streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
             chosen = [ranges.choose(requested, s) for s in streams]
             conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
@@ -411,23 +425,35 @@ class Model:
             sampled = time.perf_counter()
             spectrograms = self._decoded(latent)
             _synchronise(device)
-            timing.transformer += sampled - began
-            timing.decoding += time.perf_counter() - sampled
-            return [_Decoded(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+            tile = [_Decoded(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+            return tile, sampled - began, time.perf_counter() - sampled
 
         def notes() -> Iterator[Note]:
-            step = -(-batch_size // size) * size
-            for first in range(start - start % size, start + n, step):
-                with torch.no_grad():
-                    tiles = [sample_tile(t) for t in range(first, min(first + step, start + n), size)]
-                    if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
-                        tiles = [[d for tile in tiles for d in tile if d.index in indices]]
+            firsts = range(start - start % size, start + n, size)
+            step = -(-batch_size // size)  # tiles
+            side_by_side = min(workers(var, device), len(firsts))
+            with ExitStack() as stack:
+                pool = stack.enter_context(thread_pool(side_by_side)) if workers(var, device) > 1 else None
+                sampled_tiles = ahead(pool, sample_tile, firsts, max(step, 2 * side_by_side))
+                stack.enter_context(closing(sampled_tiles))  # before the pool, which waits for all that is left
+                resumed = time.perf_counter()
+                while batch := list(islice(sampled_tiles, step)):
                     began = time.perf_counter()
-                    finished = [note for tile in tiles for note in finish(tile) if note.index in indices]
-                    timing.griffin_lim += time.perf_counter() - began
-                if progress is not None:
-                    progress(finished[-1].index + 1 - start, n)
-                yield from finished
+                    done = finished([tile for tile, *_ in batch])
+                    ended = time.perf_counter()
+                    parts = [sum(tile[i] for tile in batch) / side_by_side for i in (1, 2)]
+                    timing.add(*parts, ended - began, waited=ended - resumed)
+                    if progress is not None:
+                        progress(done[-1].index + 1 - start, n)
+                    yield from done
+                    resumed = time.perf_counter()
+
+        @torch.no_grad()
+        def finished(tiles: list[list[_Decoded]]) -> list[Note]:
+            """The notes wanted of the tiles."""
+            if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
+                tiles = [[d for tile in tiles for d in tile if d.index in indices]]
+            return [note for tile in tiles for note in finish(tile) if note.index in indices]
 
         def finish(tile: list[_Decoded]) -> list[Note]:
             """Add the waveforms by Griffin-Lim to the notes of a tile."""

@@ -5,8 +5,8 @@ is read when this module is imported. "auto" follows MARS_KERNELS, and is otherw
 
 - on CUDA "triton", which needs no mask and fuses the normalisation; "dense" (without a mask) for a single scale, and
   "grouped" for what the Triton kernels do not take: heads of other than 16, 32, 64 or 128 values, float64;
-- on a CPU "hybrid", but for float16, whose products are slow there, and for what gains nothing by it, a single group
-  without `head_scale`: both "grouped", which keeps less for its backward;
+- on a CPU "hybrid" where it is the fastest of the processor (`hybrid.pays`), else "grouped", which keeps less for its
+  backward. The processor's features decide and no stopwatch, so that a run can be repeated;
 - "grouped" elsewhere.
 
 There is no native kernel in C++: PyTorch's fused forward and oneDNN's matrix products are near what the CPU can do.
@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mars.errors import ConfigError, KernelError
 from mars.kernels import _backend
-from mars.kernels.scale_causal_attention import backends, reference, registered
+from mars.kernels.scale_causal_attention import backends, hybrid, reference, registered
 from mars.kernels.scale_causal_attention.heads import TRITON_DTYPES, TRITON_SIZES
 
 AttentionBackend = Literal["triton", "hybrid", "grouped", "dense", "flash", "xformers", "flex", "reference"]
@@ -206,9 +206,9 @@ def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: 
     if kernels == "triton" and _fits_triton(q):
         # Not measured on a GPU. With a single scale nothing is masked, which is what PyTorch's own kernels are best at.
         return "triton" if len(lengths) > 1 or device != "cuda" else "dense"
-    if device != "cpu" or q.dtype == torch.float16:
-        return "grouped"
-    return "hybrid" if normalised or len(backends.groups(lengths)) > 1 else "grouped"
+    if device == "cpu" and hybrid.pays(q.dtype, len(backends.groups(lengths)), normalised):
+        return "hybrid"
+    return "grouped"
 
 
 def _hidden_shows(name: str, k: Tensor, v: Tensor, lengths: Sequence[int]) -> bool:
@@ -280,12 +280,11 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
-    return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
+    return registered.fused(q, k, v, head_scale, lengths, scale)
 
 
 def _hybrid(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
-    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return registered.hybrid_attention(q, k, v, head_scale, lengths, scale, keep)[0]
+    return registered.hybrid_of(q, k, v, head_scale, lengths, scale)
 
 
 def _plain(
