@@ -67,3 +67,18 @@ def test_image_tokenizer(run):
     out = run("image_tokenizer", "3")
     assert "held-out digits, reconstructed: squared error " in out
     assert re.search(r"\d% of the drawn ones:\n(.*\n){8}$", out)
+
+
+def test_the_notebook_was_run_in_order_and_runs(tmp_path, monkeypatch):
+    """Its outputs are shown where it is read, so they stay small; tokens may be others on other machines."""
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert NOTEBOOK.stat().st_size < 200_000
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+    shown = [out["data"] for cell in cells for out in cell["outputs"] if "data" in out]
+    assert any("<audio" in "".join(data.get("text/html", "")) for data in shown)
+    space: dict[str, object] = {}
+    for i, cell in enumerate(cells, 1):
+        exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {i}", "exec"), space)  # noqa: S102  # our own
+    assert soundfile.info("organ.wav").frames == 64_000
