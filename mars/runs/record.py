@@ -27,6 +27,8 @@ class Record:
     train_notes: int = 0
     tokenizer: str = ""  # of a VAR: the path of what it is trained on
     tokenizer_hash: str = ""
+    init: str = ""  # the path or name of the model that the weights start from; empty: from random ones
+    init_hash: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.created <= LAST_DAY:
