@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import soundfile
+
+from mars.cli.train import main as mars_train
+from mars.data import builtin
+from mars.train import finetune
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "first_sound.ipynb"
@@ -46,7 +51,7 @@ def test_first_sound(run):
 
 
 def test_evaluate(run):
-    out = run("evaluate", "-n", "24")
+    out = run("evaluate", "-n", "8", "--metrics", "mse,mae")
     for name in ("reconstruction", "generation"):
         assert Path("evaluations/example", name, "report.html").is_file()
         report = json.loads(Path("evaluations/example", name, "report.json").read_text())
@@ -82,3 +87,25 @@ def test_the_notebook_was_run_in_order_and_runs(tmp_path, monkeypatch):
     for i, cell in enumerate(cells, 1):
         exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {i}", "exec"), space)  # noqa: S102  # our own
     assert soundfile.info("organ.wav").frames == 64_000
+
+
+def test_fine_tune(run, monkeypatch):
+    """The command as it stands, in this process, where it trains for four steps of each stage."""
+    monkeypatch.setattr(finetune, "STEPS", 4)
+    settings = {name: values | {"validate_every": 2} for name, values in finetune.SETTINGS.items()}
+    monkeypatch.setattr(finetune, "SETTINGS", settings)
+
+    def command(words: list[str], check: bool) -> None:
+        assert words[0] == "mars-train"
+        assert check
+        mars_train(words[1:], standalone_mode=False)
+
+    monkeypatch.setattr(subprocess, "run", command)
+    dataset = builtin.load()
+    Path("mine").mkdir()
+    for i in range(6):
+        soundfile.write(f"mine/{dataset.names[i]}.wav", dataset.waveforms([i])[0].numpy(), dataset.sample_rate)
+    out = run("fine_tune", "mine", "--time", "1h")
+    assert "$ mars-train finetune mine --time 1h --out runs/fine-tuned\n" in out
+    assert "<Model " in out
+    assert len(list(Path("runs/fine-tuned").glob("example-*.wav"))) == 4
