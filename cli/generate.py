@@ -194,7 +194,10 @@ def _generate(
     if filled.silent:
         say(f"warning: {filled.silent} of {n} notes are silent")
     before = f" ({there} were there)" if there else ""
-    parts = ", ".join(f"{part.replace('_', '-')} {seconds:.1f}" for part, seconds in asdict(timing).items())
+    spent = {part.replace("_", "-"): seconds for part, seconds in asdict(timing).items()}
+    if spent["compiling"] < 0.05:  # of a first call on a GPU alone
+        del spent["compiling"]
+    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in spent.items())
     click.echo(f"{n} notes in {printable(str(out))}{before}: {time.monotonic() - began:.1f} s ({parts})")
     click.echo(f"listen: {printable(str(out / PAGE))}")
 
