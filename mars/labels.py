@@ -244,6 +244,22 @@ def vocabularies(attributes: Iterable[str], columns: Columns, words: Words) -> d
     }
 
 
+def grown(attributes: Iterable[str], words: Words, new: Words) -> dict[str, list[str]]:
+    """Return the words of a model with these conditions that learns more: first its own in their order, then the new.
+
+    Args:
+        words: of the model.
+        new: of what it learns; see `vocabularies`.
+    """
+    found = {name: list(known) for name, known in words.items()}
+    for name, learned in new.items():
+        had = label(name).values(words) if name in attributes else ()
+        more = [word for word in learned if word not in had]
+        if more or name in words or label(name).open:
+            found[name] = [*had, *more]
+    return found
+
+
 def sizes(attributes: Iterable[str], words: Words) -> dict[str, int]:
     """How many classes each condition of a model with these words has, without that of the unknown."""
     return {name: len(label(name).classes(words)) for name in attributes}

@@ -37,8 +37,9 @@ GROUPS = {
     "mars-instrument": "instrument",
     "mars-data": "data",
     "mars-eval": "evaluate",
+    "mars": "root",
 }
-RUN = re.compile(r"(?:mars-\w+|-m mars\.cli\.\w+)\b")
+RUN = re.compile(r"(?:\bmars(?:-\w+)?|-m mars\.cli\.\w+)\b")
 
 
 def make_a_folder_of_notes(folder: str, count: int = 10) -> None:

@@ -574,6 +574,42 @@ def test_what_is_chosen_automatically(kernels_of, dtype, D, wanted):
         assert op._chosen("dense", q, TWO, False) == "dense"
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "wanted"),
+    [
+        (torch.bfloat16, TWO, "triton"),
+        (torch.float16, TWO, "triton"),
+        (torch.float32, TWO, "grouped"),
+        (torch.float64, TWO, "grouped"),
+        (torch.bfloat16, (169,), "dense"),
+        (torch.float32, (169,), "dense"),
+    ],
+    ids=str,
+)
+def test_cuda_takes_what_was_measured_fastest_there(dtype, lengths, wanted):
+    q = torch.empty(1, 1, 169, 64, dtype=dtype)
+    with _backend.planned("cuda"):
+        for normalised in (False, True):
+            assert op._chosen(None, q, lengths, normalised) == wanted
+        with kernels.use("triton"):  # asked for by name
+            assert op._chosen(None, q, TWO, False) == ("grouped" if dtype == torch.float64 else "triton")
+
+
+def test_packages_are_called_for_single_scales_alone(monkeypatch):
+    calls = []
+
+    def unmasked(q, k, v, scale):
+        calls.append((q.shape[2], k.shape[2]))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    lengths = [n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
+    q, k, v = inputs(lengths, heads=1, batch=1)
+    found = backends._by_group(q, k, v, lengths, 0.25, unmasked)
+    assert calls == [(169, 424), (256, 680)]
+    torch.testing.assert_close(found, dense(q, k, v, lengths, 0.25), rtol=1e-4, atol=1e-5)
+
+
 def test_devices_without_kernels_of_our_own_take_pytorchs():
     q = torch.empty(1, 1, 169, 16, device="meta")
     assert op._chosen(None, q, (160, 9), True) == "grouped"
