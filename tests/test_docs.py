@@ -75,7 +75,7 @@ def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
                 if word.startswith("mars.cli.") and words[at - 1] == "-m":
                     name = word.removeprefix("mars.cli.").replace("evaluate", "eval")
                     yield line + number, [f"mars-{name}", *words[at + 1 :]]
-                elif word in GROUPS:
+                elif word in GROUPS and not (word == "mars" and at and words[at - 1].startswith("--")):
                     yield line + number, words[at:]
                     break
 
