@@ -87,7 +87,7 @@ def nsynth(paths: tuple[Path, ...], out: Path, as_json: bool, **options: Any) ->
 @click.option(
     "--csv",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Labels: the column file and any of pitch, velocity, family, source, instrument.",
+    help="Labels: the column file, any of pitch, velocity, family, source, instrument, and any others of your own.",
 )
 @click.option("--sample-rate", type=click.IntRange(1000, 384_000), default=16_000, show_default=True, help="Hz.")
 @click.option("--seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="Cut or pad to this.")
@@ -97,6 +97,13 @@ def nsynth(paths: tuple[Path, ...], out: Path, as_json: bool, **options: Any) ->
     default=0.1,
     show_default=True,
     help="Shorter files are bad (s).",
+)
+@click.option(
+    "--pitch",
+    type=click.Choice(["named", "estimate"]),
+    default="named",
+    show_default=True,
+    help="named: as the CSV or the file's name says (violin_C4.wav); estimate: else as the sound has it.",
 )
 @click.option("--licence", default="unknown", show_default=True, help="Of the audio; is kept.")
 def folder(directory: Path, out: Path, as_json: bool, **options: Any) -> None:
@@ -138,7 +145,6 @@ def info(directory: Path | None, verify: bool, as_json: bool) -> None:
         from mars.cli.console import print_json
         from mars.data import Dataset, open_dataset
         from mars.data.summary import summary
-        from mars.labels import some
 
         dataset = Dataset.open(directory, verify=verify) if directory else open_dataset(None)
         known = summary(dataset, directory)
@@ -149,12 +155,71 @@ def info(directory: Path | None, verify: bool, as_json: bool) -> None:
         click.echo(f"{dataset.samples} samples each at {dataset.sample_rate} Hz")
         click.echo("".join(f"{name:>12}" for name in ("family", *known["splits"])))
         for name, counts in known["families"].items():
-            click.echo(f"{name:>12}" + "".join(f"{count:>12,}" for count in counts.values()))
-        click.echo(f"instrument: {printable(some(dataset.instruments))}")
-        pitch = known["pitch"]
-        click.echo(f"pitch: {f'MIDI {pitch[0]} to {pitch[1]}' if pitch else 'unknown'}")
+            click.echo(f"{printable(name):>12}" + "".join(f"{count:>12,}" for count in counts.values()))
+        for line in _labels(dataset):
+            click.echo(printable(line))
         click.echo(printable("origin: " + ", ".join(f"{key} {value}" for key, value in known["origin"].items())))
         click.echo(f"fingerprint: {dataset.fingerprint}" + (" (every checksum is right)" if verify else ""))
+
+
+def _labels(dataset: Dataset) -> Iterator[str]:
+    """What is known of the notes, a line for each label but the family."""
+    import numpy as np
+
+    from mars.data.packed import CONFIDENCE
+    from mars.labels import SOURCES, note_name, some
+
+    words = {"source": SOURCES, **dataset.words}
+    for name in ("instrument", "source", *dataset.own):
+        numbers, counts = np.unique(dataset.column(name), return_counts=True)
+        known = [f"{words[name][i]} ({count:,})" for i, count in zip(numbers, counts, strict=True) if i >= 0]
+        if known:
+            yield f"{name}: {some(known)}"
+    pitch, velocity = dataset.column("pitch"), dataset.column("velocity")
+    known_pitch = pitch[pitch >= 0]
+    if not len(known_pitch):
+        yield "pitch: unknown"
+    else:
+        low, high = (int(x) for x in (known_pitch.min(), known_pitch.max()))
+        without = f", {len(pitch) - len(known_pitch):,} without one" if len(known_pitch) < len(pitch) else ""
+        yield f"pitch: MIDI {low} to {high} ({note_name(low)} to {note_name(high)}){without}"
+    if CONFIDENCE in dataset.columns and len(sure := dataset.column(CONFIDENCE)[dataset.column(CONFIDENCE) >= 0]):
+        yield f"pitches estimated from the sound: {len(sure):,}, {sure.min()} to {sure.max()} % sure"
+    if len(known_velocity := velocity[velocity >= 0]):
+        yield f"velocity: {known_velocity.min()} to {known_velocity.max()}"
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path), required=False)
+@click.option("--model", metavar="PATH|NAME", help="Run folder, model or packaged model; default: the packaged one.")
+@click.option("--out", type=FOLDER, required=True, help="The new folder of tokens; must not exist.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+def tokens(
+    directory: Path | None, model: str | None, out: Path, device: str, threads: int | None, as_json: bool
+) -> None:
+    """Make the tokens of the notes of a dataset with a model's tokenizer; without DIRECTORY, of the built-in notes.
+
+    The folder holds tokens.safetensors and tokens.json, with names and labels. mars-train var and mars-generate take it
+    as --tokens.
+    """
+    with user_errors():
+        from mars.cli.console import print_json, result
+        from mars.data import open_dataset
+        from mars.model import load
+        from mars.runtime import set_threads
+        from mars.train.tokens import write_tokens
+
+        set_threads(threads)
+        loaded, dataset = load(model, device), open_dataset(directory)
+        with _progress("Tokens") as progress:
+            write_tokens(loaded, dataset, out, progress)
+        count = loaded.config.tokenizer.tokens
+        if as_json:
+            print_json({"folder": str(out), "notes": len(dataset), "tokens": count})
+        else:
+            result(f"{printable(str(out))}: {len(dataset):,} notes of {count:,} tokens")
 
 
 def _report(dataset: Dataset, path: Path, as_json: bool) -> None:

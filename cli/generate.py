@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mars.cli import options as grammar
 from mars.cli.errors import Command, user_errors
 from mars.cli.options import Listed, families, pitches
 from mars.text import printable
@@ -49,12 +50,22 @@ def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
 )
 @click.option("--pitch", callback=pitches, metavar="C4|C3-C5", help="Or 60, 48-72; default: as trained on.")
 @click.option(
-    "--family", cls=Listed, known=families,
+    "--family",
+    cls=Listed,
+    known=families,
     help="Instrument family, as trained on, e.g. one of {}; default: a random one for each note.",
-)  # fmt: skip
+)
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")
 @click.option("--instrument", metavar="NAME", help="One that the model was trained on; default: any, for each note.")
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    callback=grammar.labels,
+    metavar="NAME=WORD",
+    help="A label of your own that the model was trained on.",
+)
 @click.option(
     "--allow-untrained",
     is_flag=True,
@@ -109,9 +120,16 @@ def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print what was made, and where, as JSON.")
+@click.option(
+    "--tokens",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Generate nothing: make the sound of tokens, as mars-data tokens writes them.",
+)
 def main(
-    n: int | None, model: str | None, out: Path | None, threads: int | None, device: str, as_json: bool, **settings: Any
-) -> None:
+    n: int | None, model: str | None, out: Path | None, threads: int | None, device: str, as_json: bool,
+    tokens: Path | None, **settings: Any,
+) -> None:  # fmt: skip
     """Generate notes: WAV files, a page to hear and see them (index.html), and notes.json.
 
     Seed, settings, device and number of threads decide every byte of the WAV files. --pitch, --family,
@@ -123,6 +141,11 @@ def main(
     given are then unknown.
     """
     with user_errors():
+        if tokens is not None:
+            from mars.cli.tokens import sound
+
+            sound(tokens, model, out, threads, device, as_json, settings)
+            return
         _generate(n, model, out, threads, device, as_json, settings)
 
 
@@ -140,7 +163,7 @@ def _generate(
     set_threads(threads)
     model = load(name, device)
     made_of = {key: settings.pop(key) for key in ("source_sound", "target_sound", "keep", "amount")}
-    requested = {label: settings[label] for label in LABELS}
+    requested = {label: settings[label] for label in (*LABELS, "labels")}
     drawn = {key: value for key, value in settings.items() if key not in (*requested, "start")}
     start = settings["start"]
     record: dict[str, Any] = {}
@@ -155,6 +178,7 @@ def _generate(
         tokens, record, title, originals = _made_of(model, n, **made_of)
         n = len(tokens)
         known = {label: value for label, value in requested.items() if value is not None}
+        known |= known.pop("labels", {})
         conditions = [model.ranges.accepted(known, allow_untrained=settings["allow_untrained"])] * n
     model.iterate(n, conditions=conditions, tokens=tokens, **drawn)  # for its checks, before anything is written
     files = [f"{stem(start + i, start + n, condition)}.wav" for i, condition in enumerate(conditions)]

@@ -143,6 +143,17 @@ def size(_: click.Context, __: click.Parameter, value: str | None) -> int | None
     return int(count)
 
 
+def labels(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    """The words of labels, each given as NAME=WORD; None where there are none."""
+    found = {}
+    for value in values:
+        name, equals, word = value.partition("=")
+        if not (equals and name and word):
+            raise click.BadParameter(f"want NAME=WORD such as colour=red, got {value!r}")
+        found[name] = word
+    return found or None
+
+
 def pitches(_: click.Context, __: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
     """Return one pitch, or (lowest, highest) of a range, given as MIDI numbers or names of notes."""
     from mars.labels import pitches_of

@@ -41,6 +41,7 @@ OPTIONS = (
     click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, e.g. train.steps=500."
     ),
+    click.option("--init", metavar="MODEL", help="Run, model or packaged model to start from; default: nothing."),
     click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one under runs/."),
     click.option(
         "--resume",
@@ -108,7 +109,7 @@ def shown(stage: StageName, options: dict[str, Any]) -> bool:
     from mars.train.start import settings_of, words_of
 
     set_threads(options["threads"])
-    used = ("preset", "settings_file", "overrides", "out", "resume", "tokenizer")
+    used = ("preset", "settings_file", "overrides", "out", "resume", "tokenizer", "init", "data")
     settings = settings_of(stage, **{name: options[name] for name in used if name in options})
     if show_settings:
         document = config.to_dict(settings)
@@ -142,14 +143,14 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
                 stage,
                 **options,
                 began=began,
-                next_command=lambda run: _following(stage, run, options["data"]),
+                next_command=lambda run: _next_command(stage, run, options["data"]),
                 console=console(),
             )
             if as_json and options["profile"] is None:
                 print_json(compare.summaries([run])[0])
 
 
-def _following(stage: StageName, run: Path, data: Path | None) -> str:
+def _next_command(stage: StageName, run: Path, data: Path | None) -> str:
     """Return the complete command to run after this training, to be copied."""
     if stage == "var":
         return shlex.join(["mars-generate", "-n", "64", "--model", str(run)])
@@ -175,11 +176,69 @@ def tokenizer(**options: Any) -> None:
     type=click.Path(path_type=Path),
     help="Tokenizer run or model; default: the newest run under runs/, which must be of the same dataset.",
 )
+@click.option(
+    "--tokens",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The dataset's tokens, as mars-data tokens makes them; default: made now, and kept beside the runs.",
+)
 @click.option("--shard", is_flag=True, help="Under torchrun: spread the model over the processes (FSDP2).")
 @training_options
 def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
     _train("var", options)
+
+
+@main.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.option("--from", "base", default="notes", show_default=True, metavar="MODEL", help="Model to start from.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for everything; default: a new one under runs/.")
+@click.option(
+    "--time", "max_time", default="10m", show_default=True, callback=grammar.seconds, help="For all of it, e.g. 90s."
+)
+@click.option(
+    "--csv",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Labels; see mars-data folder.",
+)
+@click.option(
+    "--pitch",
+    type=click.Choice(["estimate", "named"]),
+    default="estimate",
+    show_default=True,
+    help="Where the names of files and the CSV say no pitch; see mars-data folder.",
+)
+@click.option(
+    "--allow-bad",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Share of bad files to go on with.",
+)
+@click.option("--notes", type=click.IntRange(min=1), default=16, show_default=True, help="New ones made at the end.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
+def finetune(source: Path, **options: Any) -> None:
+    """Let a trained model learn your own sounds: a folder of them, or a packed dataset.
+
+    Sub-folders are instruments. Both stages are trained, each until the sounds that are held out get no better, and
+    new notes are made. The same command with the same --out goes on where an interrupted one was.
+    """
+    began = time.monotonic()
+    with user_errors():
+        from mars.cli.console import console
+        from mars.runs.distributed import teardown
+        from mars.train.finetune import finetune
+
+        with teardown():
+            finetune(
+                source,
+                **options,
+                began=began,
+                next_command=lambda out: shlex.join(["mars-generate", "-n", "64", "--model", str(out)]),
+                console=console(),
+            )
 
 
 @main.command("list")

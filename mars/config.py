@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from mars.errors import ConfigError, MarsError
 from mars.files import read_json, read_text, write_atomically
-from mars.labels import LABELS
+from mars.labels import LABELS, is_name
 
 Pair = tuple[int, int]
 T = TypeVar("T")
@@ -208,7 +208,8 @@ class VARConfig:
         _require(0 <= self.drop_path < 1, f"var.drop_path must be in [0, 1), got {self.drop_path}")
         _require(self.width % self.heads == 0, f"var.width {self.width} is not a multiple of heads {self.heads}")
         for name in self.condition:
-            _require(name in LABELS, f"var.condition must be one of {', '.join(LABELS)}; got {name!r:.80}")
+            known = ", ".join(LABELS)
+            _require(is_name(name), f"var.condition must be of {known} or the dataset's own labels; got {name!r:.80}")
         twice = len(set(self.condition)) < len(self.condition)
         _require(not twice, f"var.condition names an attribute twice: {', '.join(self.condition)}")
 
@@ -246,6 +247,7 @@ class TrainConfig:
     log_every: int = 20
     validate_every: int = 500
     validate_notes: int = 256
+    patience: int = 0  # validations without a better one before training ends; 0: it goes on to the last step
     save_every: int = 500
     sample_every: int = 500  # steps between pictures and sounds of a few notes, the last step included; 0: none
     keep: int = 3  # checkpoints, besides the best
@@ -254,7 +256,7 @@ class TrainConfig:
         counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every")
         _positive(self, "train", *counts, "keep", "lr", "discriminator_lr")
         _within(self, "train", "warmup", "final_lr", "adversarial_start", "adversarial_ramp", "discriminator_warmup")
-        for name in ("epochs", "lr_batch", "discriminator_weight_decay", "sample_every"):
+        for name in ("epochs", "lr_batch", "discriminator_weight_decay", "sample_every", "patience"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         _require(all(0 <= b < 1 for b in self.betas), f"train.betas must be in [0, 1), got {self.betas}")
         _require(
@@ -331,6 +333,34 @@ class Config:
         """Grid (K_f, K_t) of patches."""
         _, bins, frames = self.audio.shape
         return bins // self.tokenizer.patch[0], frames // self.tokenizer.patch[1]
+
+
+def fitted(config: Config, sample_rate: int, samples: int) -> Config:
+    """The config for notes of this rate (Hz) and length, if it is for others: networks of about the same size.
+
+    Window, hop, bins and the CMX factor of frequency grow with the rate by the nearest power of two, so that a frame
+    lasts about as long as before and the grid has as many rows; the loudest magnitude grows with the window. Patches
+    and scales grow along time with the seconds of a note, and the CMX factor of time keeps patches about as long.
+    """
+    audio, tokenizer = config.audio, config.tokenizer
+    if (audio.sample_rate, audio.samples) == (sample_rate, samples):
+        return config
+    power = round(math.log2(sample_rate / audio.sample_rate))
+    n_fft, hop, bins, rows = (max(int(n * 2.0**power), 1) for n in (audio.n_fft, audio.hop, audio.bins, audio.cmx[0]))
+    longer = samples / sample_rate / (audio.samples / audio.sample_rate)
+    frames, patch = math.ceil(samples / hop) + 1, tokenizer.patch[1]
+    columns = max(round(frames / (config.patches[1] * longer * patch)), 1)
+    frames = math.ceil(frames / (columns * patch)) * columns * patch
+    louder = 20 * math.log10(n_fft / audio.n_fft)
+    scales = tuple((h, max(round(w * longer), 1)) for h, w in tokenizer.scales)
+    return dataclasses.replace(
+        config,
+        audio=dataclasses.replace(
+            audio, sample_rate=sample_rate, samples=samples, n_fft=n_fft, hop=hop, bins=bins, frames=frames,
+            min_db=audio.min_db + louder, max_db=audio.max_db + louder, cmx=(rows, columns),
+        ),
+        tokenizer=dataclasses.replace(tokenizer, scales=scales),
+    )  # fmt: skip
 
 
 def to_dict(config: Any) -> dict[str, Any]:

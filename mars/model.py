@@ -3,8 +3,9 @@
 A generated note depends on its seed, index and condition alone: it has its own random stream, and the network always
 runs on whole tiles of notes, index i in slot i % tile of tile i // tile, because matrix products may round differently
 with the number of their rows. So on one machine a note has the same bytes whatever n, start, batch_size and the
-conditions of other notes are. Another device, number of threads or version of PyTorch may round differently, which can
-change a token.
+conditions of other notes are. On a CPU tiles are computed side by side, each on one thread, so that the number of
+threads does not count either, but for a large transformer, whose tiles have all of them
+(`mars.models.sampling.workers`). Another device or version of PyTorch may round differently, which can change a token.
 
 Precision: the tokens of a sound, and the sound of tokens, are computed in float32 (`CODING`), on every device and
 whatever the model was trained in: in bfloat16 a third of a note's tokens come out as others. What a transformer draws
@@ -18,9 +19,11 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, get_args
 
@@ -34,29 +37,37 @@ from mars.config import AudioConfig, Config
 from mars.data.sound import Given, waveform
 from mars.errors import CheckpointError, ConfigError
 from mars.files import read_text, sha256
-from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids
-from mars.models.sampling import sample, tile_size
+from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids, label
+from mars.models.sampling import sample, tile_size, workers
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
 from mars.notes import Note
 from mars.pages import html
-from mars.runtime import Precision, autocast, pick_device, stream
+from mars.runtime import Precision, ahead, autocast, pick_device, stream, thread_pool
 from mars.text import is_one_line
 
 M = TypeVar("M", bound=torch.nn.Module)
 Sound: TypeAlias = "Given | Note"  # what `Model.tokenize` takes
 DEFAULT = "notes"  # the packaged model
 CODING: Precision = "float32"  # of encoding and decoding
+SOUND = 7  # the same of the phases of tokens that are only made to sound
 STREAM = 4  # tells the random streams of notes from those of training with the same seed
 
 
 @dataclass
 class Timing:
-    """Seconds spent so far, over all notes."""
+    """Seconds spent so far, over all notes; what went on side by side shares them."""
 
     transformer: float = 0.0
     decoding: float = 0.0  # tokens to spectrogram
     griffin_lim: float = 0.0
+
+    def add(self, transformer: float, decoding: float, griffin_lim: float, waited: float) -> None:
+        """Share the seconds that were waited for some notes among their parts, as these took."""
+        share = waited / max(transformer + decoding + griffin_lim, 1e-9)
+        self.transformer += share * transformer
+        self.decoding += share * decoding
+        self.griffin_lim += share * griffin_lim
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +91,7 @@ class Generation(TypedDict, total=False):
     source: str | None
     velocity: int | None
     instrument: str | None
+    labels: Mapping[str, str] | None
     allow_untrained: bool
     conditions: Sequence[Condition] | None
     tokens: Array | None
@@ -304,6 +316,7 @@ class Model:
         source: str | None = None,
         velocity: int | None = None,
         instrument: str | None = None,
+        labels: Mapping[str, str] | None = None,
         allow_untrained: bool = False,
         conditions: Sequence[Condition] | None = None,
         tokens: Array | None = None,
@@ -328,6 +341,7 @@ class Model:
             pitch: MIDI number, or (lowest, highest); the usual pitches within that range if there are any.
             velocity: counts as the nearest of `mars.labels.VELOCITIES`.
             instrument: one of `model.words["instrument"]`.
+            labels: the words of other labels that it was trained with, by their names.
             allow_untrained: take what is out of the range that the model was trained on; see
                 `mars.labels.Ranges.requested`.
             conditions: n conditions, one for each note, instead of the labels; see
@@ -370,12 +384,13 @@ class Model:
             source=source,
             velocity=velocity,
             instrument=instrument,
+            labels=labels,
             allow_untrained=allow_untrained,
         )
         given: dict[int, Condition] = {}
         if conditions is not None:
             if any(value is not None for value in requested.values()):
-                raise ConfigError(f"conditions say what each note is to be; leave out {', '.join(LABELS)}")
+                raise ConfigError(f"conditions say what each note is to be; leave out {', '.join(LABELS)}, labels")
             if not isinstance(conditions, Sequence) or len(conditions) != n:
                 got = len(conditions) if isinstance(conditions, Sequence) else repr(conditions)[:80]
                 raise ConfigError(f"want a condition for each of {n} notes, got {got}")
@@ -388,8 +403,12 @@ class Model:
         size = tile_size(device)
         indices = range(start, start + n)
 
-        def sample_tile(first: int) -> list[_Decoded]:
-            """Sample the tile of notes from `first`, always a whole one, even if fewer are requested."""
+        @torch.no_grad()
+        def sample_tile(first: int) -> tuple[list[_Decoded], float, float]:
+            """Sample the tile of notes from `first`, always a whole one, even if fewer are requested.
+
+            Returns it with the seconds that both networks took.
+            """
             streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
             chosen = [ranges.choose(requested, s) for s in streams]
             conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
@@ -413,23 +432,35 @@ class Model:
             sampled = time.perf_counter()
             spectrograms = self._decoded(latent)
             _synchronise(device)
-            timing.transformer += sampled - began
-            timing.decoding += time.perf_counter() - sampled
-            return [_Decoded(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+            tile = [_Decoded(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+            return tile, sampled - began, time.perf_counter() - sampled
 
         def notes() -> Iterator[Note]:
-            step = -(-batch_size // size) * size
-            for first in range(start - start % size, start + n, step):
-                with torch.no_grad():
-                    tiles = [sample_tile(t) for t in range(first, min(first + step, start + n), size)]
-                    if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
-                        tiles = [[d for tile in tiles for d in tile if d.index in indices]]
+            firsts = range(start - start % size, start + n, size)
+            step = -(-batch_size // size)  # tiles
+            side_by_side = min(workers(var, device), len(firsts))
+            with ExitStack() as stack:
+                pool = stack.enter_context(thread_pool(side_by_side)) if workers(var, device) > 1 else None
+                sampled_tiles = ahead(pool, sample_tile, firsts, max(step, 2 * side_by_side))
+                stack.enter_context(closing(sampled_tiles))  # before the pool, which waits for all that is left
+                resumed = time.perf_counter()
+                while batch := list(islice(sampled_tiles, step)):
                     began = time.perf_counter()
-                    finished = [note for tile in tiles for note in finish(tile) if note.index in indices]
-                    timing.griffin_lim += time.perf_counter() - began
-                if progress is not None:
-                    progress(finished[-1].index + 1 - start, n)
-                yield from finished
+                    done = finished([tile for tile, *_ in batch])
+                    ended = time.perf_counter()
+                    parts = [sum(tile[i] for tile in batch) / side_by_side for i in (1, 2)]
+                    timing.add(*parts, ended - began, waited=ended - resumed)
+                    if progress is not None:
+                        progress(done[-1].index + 1 - start, n)
+                    yield from done
+                    resumed = time.perf_counter()
+
+        @torch.no_grad()
+        def finished(tiles: list[list[_Decoded]]) -> list[Note]:
+            """The notes wanted of the tiles."""
+            if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
+                tiles = [[d for tile in tiles for d in tile if d.index in indices]]
+            return [note for tile in tiles for note in finish(tile) if note.index in indices]
 
         def finish(tile: list[_Decoded]) -> list[Note]:
             """Add the waveforms by Griffin-Lim to the notes of a tile."""
@@ -555,6 +586,7 @@ class Model:
         source: str | None = None,
         velocity: int | None = None,
         instrument: str | None = None,
+        labels: Mapping[str, str] | None = None,
         allow_untrained: bool = False,
     ) -> list[Condition]:
         """Return the conditions that `iterate` draws with these arguments, without generating the notes.
@@ -570,6 +602,7 @@ class Model:
             source=source,
             velocity=velocity,
             instrument=instrument,
+            labels=labels,
             allow_untrained=allow_untrained,
         )
         return [ranges.choose(requested, stream(seed, STREAM, index)) for index in range(start, start + n)]
@@ -599,6 +632,24 @@ def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> T
     """
     with autocast(waveforms.device, CODING):
         return tokenizer.encode(audio.multiplexed(waveforms, config))
+
+
+@torch.inference_mode()
+def decode_notes(
+    model: Model, ids: Tensor, wanted: range, *, seed: int = 0, iterations: int = 32
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the index and the waveform (samples,), at most full scale, of the wanted notes of tokens (notes, L).
+
+    A note depends on its tokens, its index and the seed alone: as in generation the network runs on whole tiles.
+    """
+    size = tile_size(model.device)
+    for first in range(wanted.start - wanted.start % size, wanted.stop, size):
+        tile = ids[first : first + size].to(torch.int64)
+        padded = torch.cat([tile, tile.new_zeros(size - len(tile), tile.shape[1])])
+        streams = [stream(seed, SOUND, index) for index in range(first, first + size)]
+        waveforms = audio.within_full_scale(model.decode(padded, iterations=iterations, seed=streams).cpu())
+        for index in range(max(first, wanted.start), min(first + size, wanted.stop)):
+            yield index, waveforms[index - first]
 
 
 def _rows(marked: Tensor) -> str:
@@ -637,10 +688,6 @@ class _Range:
             raise ConfigError(f"want a count and pitches from -1 to 127, got {self.count:,}, {spans[0]} and {spans[1]}")
         if not all(0 <= level < 128 for level in self.velocity):
             raise ConfigError(f"want velocities from 0 to 127, got {self.velocity}")
-        for name in ("family", "source"):
-            known, value = LABELS[name].words, getattr(self, name)
-            if value not in (None, *known):
-                raise ConfigError(f"{name} must be null or one of {', '.join(known)}; got {value!r:.80}")
 
 
 def _ranges(path: Path, words: Words) -> list[dict[str, Any]]:
@@ -649,17 +696,20 @@ def _ranges(path: Path, words: Words) -> list[dict[str, Any]]:
         raise CheckpointError(f"{path} must hold a list, got {type(entries).__name__}")
     for i, entry in enumerate(entries):
         config.from_document(_Range, entry, f"{path}: entry {i}", CheckpointError)
-        for name, known in words.items():
+        for name in ("family", "source", *words):
+            known = label(name).values(words)
             if (value := entry.get(name)) is not None and value not in known:
-                expected = f"{name} must be null or one of labels.json"
-                raise CheckpointError(f"{path}: entry {i} cannot be used: {expected}, got {value!r:.80}")
+                wanted = "one of labels.json" if name in words else f"one of {', '.join(known)}"
+                raise CheckpointError(
+                    f"{path}: entry {i} cannot be used: {name} must be null or {wanted}, got {value!r:.80}"
+                )
     return entries
 
 
 def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
     """Read the words of the open conditions from `labels.json`; models without such conditions have none."""
-    names = {name for name in attributes if LABELS[name].open}
-    if not names:
+    names = {name for name in attributes if label(name).open}
+    if not names and not path.exists():
         return {}
     document = checkpoint.read_json(path)
     if not isinstance(document, dict) or not names <= document.keys() <= set(attributes):

@@ -199,15 +199,15 @@ def test_a_cache_that_cannot_be_written_is_found_early(folder):
     assert "features is not a folder" in result.output
 
 
-@pytest.mark.parametrize("bad", ["silent", "rate", "garbage"])
+@pytest.mark.parametrize("bad", ["silent", "stereo", "garbage"])
 def test_files_that_cannot_be_used_are_named(folder, bad):
     write(folder / "real", range(12))
     fake = write(folder / "fake", range(12), split="valid")
     match bad:
         case "silent":
             soundfile.write(fake / "zero.wav", np.zeros(64_000), 16_000)
-        case "rate":
-            soundfile.write(fake / "zero.wav", np.random.default_rng(0).uniform(-1, 1, 64_000), 44_100)
+        case "stereo":
+            soundfile.write(fake / "zero.wav", np.random.default_rng(0).uniform(-1, 1, (64_000, 2)), 16_000)
         case "garbage":
             (fake / "zero.wav").write_bytes(b"RIFF and no more")
     options = ("run", "--real", "real", "--fake", "fake", "--metrics", "mae", "--no-baselines", "--json", "x.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -342,3 +343,23 @@ def test_settings_as_toml_are_read_as_they_were(name, tmp_path):
         named, changes = config.read_settings(file)
         assert named == name
         assert config.preset(named, file=changes) == settings
+
+
+@pytest.mark.parametrize("name", ["notes", "paper", "smoke"])
+@pytest.mark.parametrize(
+    ("rate", "seconds"), [(16_000, 4), (44_100, 4), (44_100, 10), (48_000, 1), (22_050, 3), (8_000, 4), (16_000, 4.096)]
+)
+def test_rate_and_length_are_followed(name, rate, seconds):
+    plain = config.preset(name)
+    fitted = config.fitted(plain, rate, round(rate * seconds))
+    audio, tokenizer = fitted.audio, fitted.tokenizer
+    assert (fitted == plain) == ((rate, seconds) == (16_000, 4))
+    assert (audio.sample_rate, audio.samples) == (rate, round(rate * seconds))
+    assert 0.7 < audio.hop / rate / (256 / 16_000) < 1.5  # a frame lasts about as long
+    assert audio.shape[1] == plain.audio.shape[1]  # the grid has as many rows
+    assert (audio.frames - 1) * audio.hop < audio.samples * 1.25
+    assert len(tokenizer.scales) == len(plain.tokenizer.scales)
+    assert [h for h, _ in tokenizer.scales] == [h for h, _ in plain.tokenizer.scales]
+    assert tokenizer.scales[-1][1] == max(round(plain.tokenizer.scales[-1][1] * seconds / 4), 1)
+    # A full-scale sine is as far below the loudest as before.
+    assert audio.max_db - 20 * math.log10(audio.n_fft / 4) == pytest.approx(48 - 20 * math.log10(256))

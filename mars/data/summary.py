@@ -21,7 +21,7 @@ def summary(dataset: Dataset, path: Path | None) -> dict[str, Any]:
     known, packing = pitch[pitch >= 0], dataset.packing
     families = {
         name: {of: int(((family == i) & (split == j)).sum()) for j, of in enumerate(SPLITS)}
-        for i, name in [*enumerate(FAMILIES), (-1, "unknown")]
+        for i, name in [*enumerate(dataset.words.get("family", FAMILIES)), (-1, "unknown")]
     }
     return {
         "path": None if path is None else str(path),

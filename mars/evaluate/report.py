@@ -55,6 +55,7 @@ class Sounds:
     source: str
     notes: int
     fingerprint: str
+    resampled: int = 0
     padded: int = 0
     cut: int = 0
     clipped: int = 0

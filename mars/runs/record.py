@@ -29,6 +29,8 @@ class Record:
     tokenizer: str = ""  # of a VAR: the path of what it is trained on
     tokenizer_hash: str = ""
     origin: Mapping[str, Any] = field(default_factory=dict)  # of the dataset: kind, licence, …
+    init: str = ""  # the path or name of the model that the weights start from; empty: from random ones
+    init_hash: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.created <= LAST_DAY:

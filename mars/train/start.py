@@ -18,6 +18,7 @@ from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.errors import ConfigError, DiskError
 from mars.files import new_folder, probe, write_atomically
+from mars.labels import LABELS
 from mars.runs import folder
 from mars.runs.compare import RUNS
 from mars.runs.distributed import World, join
@@ -30,7 +31,7 @@ from mars.train import loop
 from mars.train.compiling import compile_blocks
 from mars.train.profiling import profile_steps
 from mars.train.tokenizer import TokenizerStage
-from mars.train.tokens import cached_tokens
+from mars.train.tokens import cached_tokens, given_tokens
 from mars.train.var import VARStage
 
 ENDS = 3.0  # seconds of `max_time` for the start and the end of the process
@@ -57,6 +58,8 @@ def train(
     profile: Path | None = None,
     began: float | None = None,
     tokenizer: Path | None = None,
+    tokens: Path | None = None,
+    init: str | Path | None = None,
     shard: bool = False,
     next_command: Callable[[Path], str] | None = None,
     console: Console | None = None,
@@ -70,7 +73,9 @@ def train(
         max_time: seconds after which training stops, saved.
         profile: path at which to write a trace of a few steps instead of a run folder; it is returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
-        tokenizer: run or model that a VAR is trained on; None: the newest run.
+        tokenizer: run or model that a VAR is trained on; None: that of `init`, or else the newest run.
+        tokens: folder of the tokens of the dataset (`mars.data.tokens`), for a VAR; None: they are made, and kept.
+        init: run, model or packaged model whose weights this stage starts from; None: random ones.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
         next_command: gives the command to type after the run at a path has ended, which is then printed.
         console: where messages go; None: to the logger `mars`.
@@ -95,25 +100,36 @@ def train(
     notes = dataset.split("train")
     origin: dict[str, Any] = {}
     trained: model.Model | None = None
+    init = _init(init, out)
+    other = None if init is None else model.load(init, world.device)
+    if other is not None:
+        origin = {"init": str(init), "init_hash": other.hash}
     if stage_name == "tokenizer":
-        settings = _settings(out, preset, settings_file, overrides, stage_name)
+        if other is None:
+            settings = _settings(out, preset, settings_file, overrides, stage_name, dataset)
+        else:
+            settings = _settings_on(out, other.config, preset, settings_file, overrides, init, stage_name)
     else:
+        resumed = out is not None and (out / "run.json").is_file()
+        if tokenizer is None and init is not None and not resumed:
+            tokenizer = model.locate(init)
         named = None if settings_file is None else config.read_settings(settings_file)[0]
         source = _source(tokenizer, out, preset or named, console, world)
         trained = model.load(source, world.device)
-        settings = _var_settings(out, trained.config, preset, settings_file, overrides, source)
+        settings = _settings_on(out, trained.config, preset, settings_file, overrides, source, stage_name, other)
         if (problem := _other_data(trained, source, dataset, data)) is not None:
-            resumed = out is not None and (out / "run.json").is_file()
             if trained.data.get("tokenizer") is not None and not resumed and None in (data, tokenizer):
                 raise ConfigError(
                     f"{problem}; name the dataset that it was trained on, or to train on others all the same, "
                     "both the data and the tokenizer"
                 )
             console.print(f"warning: {problem}", markup=False)
-        origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
+        origin |= {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     settings = settings.resolved(stage_name, len(notes))
     world.check(getattr(settings.train, stage_name))
     _check_dataset(settings, dataset, console.print)
+    if stage_name == "var":
+        _check_conditions(settings, dataset)
     if (stored := dataset.samples) != (expected := settings.audio.samples):
         change = "cut" if stored > expected else "padded with silence"
         rate = dataset.sample_rate
@@ -123,12 +139,18 @@ def train(
         _verify(dataset, console, world)
         stage: TokenizerStage | VARStage
         if trained is None:
-            stage = TokenizerStage(settings, dataset, world.device, seed, world)
+            start = None if other is None else other.tokenizer
+            stage = TokenizerStage(settings, dataset, world.device, seed, world, start)
         else:
             cache = (out.parent if out is not None else RUNS) / TOKENS
-            tokens = _tokens(cache, trained, settings, dataset, console, world)
+            if tokens is None:
+                ids = _tokens(cache, trained, settings, dataset, console, world)
+            else:
+                ids = given_tokens(tokens, trained.tokenizer, settings, dataset)
             trained_on = trained.data.get("tokenizer")
-            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, trained_on)
+            stage = VARStage(
+                settings, dataset, trained.tokenizer, ids, world.device, seed, world, shard, trained_on, other
+            )
         compile_blocks(stage, console.print)
         return stage
 
@@ -146,7 +168,10 @@ def train(
             f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {len(notes):,} training notes, "
             f"run {run.path}"
         )
-        done = loop.run(
+        watch = Watch(
+            run, stage.train, console.print, Sampler(stage, dataset, seed), device=world.device, tensorboard=tensorboard
+        )
+        loop.run(
             stage,
             run,
             notes,
@@ -155,16 +180,9 @@ def train(
             max_time=None if max_time is None else began + max_time - ENDS - time.monotonic(),
             console=console,
             names=dataset.names,
-            watch=Watch(
-                run,
-                stage.train,
-                console.print,
-                Sampler(stage, dataset, seed),
-                device=world.device,
-                tensorboard=tensorboard,
-            ),
+            watch=watch,
         )
-    if done >= stage.train.steps and next_command is not None:
+    if watch.complete and next_command is not None:
         console.print(f"next: {next_command(run.path)}", markup=False)
     return run.path
 
@@ -178,6 +196,8 @@ def settings_of(
     out: Path | None = None,
     resume: Resume = "auto",
     tokenizer: Path | None = None,
+    init: str | Path | None = None,
+    data: Path | None = None,
 ) -> Config:
     """Return the settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
 
@@ -185,10 +205,12 @@ def settings_of(
         ConfigError, CheckpointError: an argument or a setting cannot be used.
     """
     out = _resumed(out, resume)
-    if tokenizer is None:
-        return _settings(out, preset, settings_file, overrides, stage_name)
-    trained = config.load(model.locate(tokenizer) / "config.json")
-    return _var_settings(out, trained, preset, settings_file, overrides, tokenizer)
+    source = init if tokenizer is None else tokenizer
+    if source is None:
+        return _settings(out, preset, settings_file, overrides, stage_name, open_dataset(data))
+    other = None if init is None or stage_name == "tokenizer" else model.load(init)
+    trained = config.load(model.locate(source) / "config.json")
+    return _settings_on(out, trained, preset, settings_file, overrides, source, stage_name, other)
 
 
 def words_of(settings: Config, data: Path | None) -> labels.Words:
@@ -200,7 +222,7 @@ def words_of(settings: Config, data: Path | None) -> labels.Words:
         DataError: the dataset cannot be opened.
     """
     attributes = settings.var.condition
-    if not any(data is not None or labels.LABELS[name].open for name in attributes):
+    if not any(data is not None or labels.label(name).open for name in attributes):
         return {}
     dataset = open_dataset(data)
     return labels.vocabularies(attributes, dataset.labels(dataset.split("train")), dataset.words)
@@ -251,12 +273,29 @@ def _resumed(out: Path | None, resume: Resume) -> Path | None:
 
 
 def _settings(
-    out: Path | None, preset: str | None, file: Path | None, overrides: tuple[str, ...], stage: str
+    out: Path | None,
+    preset: str | None,
+    file: Path | None,
+    overrides: tuple[str, ...],
+    stage: StageName,
+    dataset: Dataset,
 ) -> Config:
+    """Return the preset's, whose rate and length follow the dataset's unless the preset or somebody sets them."""
     if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
     named, changes = (None, {}) if file is None else config.read_settings(file)
-    return config.preset(preset or named or "notes", overrides, stage, changes)
+    plain, usual = config.preset(preset or named or "notes"), config.AudioConfig()
+    set_by_hand = "audio" in changes or any(override.strip().startswith("audio.") for override in overrides)
+    if not set_by_hand and (plain.audio.sample_rate, plain.audio.samples) == (usual.sample_rate, usual.samples):
+        plain = config.fitted(plain, dataset.sample_rate, dataset.samples)
+    return config.override(plain, overrides, stage, changes)
+
+
+def _init(init: str | Path | None, out: Path | None) -> str | Path | None:
+    """Return what the weights start from: what is named, or what a run to go on with started from."""
+    if init is None and out is not None and (out / "run.json").is_file():
+        return read_record(out).init or None
+    return init
 
 
 def _source(tokenizer: Path | None, out: Path | None, preset: str | None, console: Console, world: World) -> Path:
@@ -273,22 +312,26 @@ def _source(tokenizer: Path | None, out: Path | None, preset: str | None, consol
     return newest
 
 
-def _var_settings(
+def _settings_on(
     out: Path | None,
     trained: Config,
     preset: str | None,
     file: Path | None,
     overrides: tuple[str, ...],
-    source: Path,
+    source: str | Path | None,
+    stage: StageName,
+    init: model.Model | None = None,
 ) -> Config:
-    """Return the settings of a VAR: the tokenizer's own, and the preset's for the rest."""
+    """Return the settings of the tokenizer in `source`, of the VAR of `init`, and the preset's for the rest."""
     if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
     named, changes = (None, {}) if file is None else config.read_settings(file)
     preset = preset or named
     name = preset or trained.preset
     plain = config.preset(name) if preset or name in config.preset_names() else trained
-    settings = config.override(plain, overrides, "var", changes)
+    if init is not None:
+        plain = dataclasses.replace(plain, var=init.transformer.config)
+    settings = config.override(plain, overrides, stage, changes)
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(
@@ -305,7 +348,25 @@ def _var_settings(
             f"`preset` {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave `preset` out"
         )
+    if init is not None:
+        _check_init(init.config, settings, trained)
     return dataclasses.replace(settings, audio=trained.audio, tokenizer=trained.tokenizer)
+
+
+def _check_init(other: Config, asked: Config, trained: Config) -> None:
+    """Raise `ConfigError` where the weights of a VAR cannot be those that another starts from."""
+    for name in ("depth", "width", "heads", "shared_adaln"):
+        if (had := getattr(other.var, name)) != (wanted := getattr(asked.var, name)):
+            raise ConfigError(f"var.{name} {wanted}: the weights of `init` are of {had}, which they fix; leave it out")
+    if set(other.var.condition) - set(asked.var.condition) or bool(other.var.condition) != bool(asked.var.condition):
+        had = ", ".join(other.var.condition) or "none"
+        raise ConfigError(f"var.condition: the conditions of `init` are {had}; keep them, and add others if you like")
+    for name in ("scales", "codebook_size", "code_dim"):
+        if getattr(other.tokenizer, name) != getattr(trained.tokenizer, name):
+            raise ConfigError(
+                f"`init` is for tokens of another tokenizer (tokenizer.{name} differs); name a `tokenizer` that was "
+                "trained from that of `init`"
+            )
 
 
 def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path | None) -> str | None:
@@ -333,7 +394,7 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
     if dataset.sample_rate != settings.audio.sample_rate:
         raise ConfigError(
             f"the dataset is at {dataset.sample_rate} Hz, audio.sample_rate is {settings.audio.sample_rate}; "
-            "pack it again at that rate (`mars-data folder`)"
+            "pack it again at that rate (`mars-data folder`), or train a tokenizer for it from nothing"
         )
     if len(dataset.split("train")) == 0:
         raise ConfigError("the dataset has no training notes")
@@ -342,6 +403,13 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
             "warning: the dataset holds no notes out, so that nothing is validated and no step is known as the best; "
             "to have that, pack it again with some notes held out"
         )
+
+
+def _check_conditions(settings: Config, dataset: Dataset) -> None:
+    known = (*LABELS, *dataset.own)
+    for name in settings.var.condition:
+        if name not in known:
+            raise ConfigError(f"var.condition {name}: the dataset has no such label; it has {', '.join(known)}")
 
 
 def _verify(dataset: Dataset, console: Console, world: World) -> None:
@@ -387,7 +455,7 @@ def _open_run(
         "created": time.time(),
         **origin,
     }
-    identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
+    identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash", "init_hash")}
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
     signature = json.dumps([run.identity, str(path)])
     if world.broadcast(signature) != signature:  # this waits for all to have read what the main process may write now
@@ -430,7 +498,7 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Res
         raise ConfigError(
             f"{path} is a run on {_called(known)}, not on {_called(record)}; name that dataset, or a new folder"
         )
-    for key in ("stage", "preset", "seed", "tokenizer_hash"):
+    for key in ("stage", "preset", "seed", "tokenizer_hash", "init_hash"):
         if known.get(key) != record.get(key):
             raise ConfigError(
                 f"`out` {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"

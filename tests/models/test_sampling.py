@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -85,6 +87,61 @@ def test_progress_and_timing(model):
     listed(model, 11, start=3, batch_size=1, progress=lambda *p: seen.append(p), timing=timing)
     assert seen == [(5, 11), (11, 11)]
     assert min(timing.transformer, timing.decoding, timing.griffin_lim) > 0
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tiles_side_by_side_have_the_bytes_of_one_thread(model, precision, threads, monkeypatch):
+    seen, step = set(), model.var.step
+
+    def spied(*arguments):
+        seen.add((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        return step(*arguments)
+
+    monkeypatch.setattr(model.var, "step", spied)
+    threads(1)
+    alone = listed(model, 3 * TILE - 2, precision=precision)
+    assert seen == {(threading.get_ident(), 1, False)}
+    threads(3)
+    seen.clear()
+    timing = Timing()
+    together = listed(model, 3 * TILE - 2, precision=precision, batch_size=1, timing=timing)
+    assert all(map(identical, alone, together))
+    assert {number for _, number, _ in seen} == {1}
+    assert not any(grad for *_, grad in seen)
+    assert threading.get_ident() not in {thread for thread, *_ in seen}
+    assert torch.get_num_threads() == 3
+    assert min(timing.transformer, timing.decoding, timing.griffin_lim) > 0
+
+
+def test_a_large_transformer_has_all_threads_for_each_tile(model, threads, monkeypatch):
+    threads(2)
+    cpu = torch.device("cpu")
+    assert sampling.workers(model.var, cpu) == 2
+    assert sampling.workers(model.var, torch.device("cuda")) == 1
+    monkeypatch.setattr(sampling, "MOST_ON_ONE_THREAD", 10)
+    assert sampling.workers(model.var, cpu) == 1
+    seen, step = set(), model.var.step
+    monkeypatch.setattr(model.var, "step", lambda *a: seen.add(torch.get_num_threads()) or step(*a))
+    listed(model, 1)
+    assert seen == {2}
+
+
+def test_notes_that_nobody_takes_are_not_made(model, threads, monkeypatch):
+    threads(2)
+    made, step = [], model.var.step
+    monkeypatch.setattr(model.var, "step", lambda k, *a: made.append(k) or step(k, *a))
+    notes = model.iterate(40 * TILE, batch_size=1)
+    next(notes)
+    notes.close()
+    assert made.count(0) <= 8
 
 
 def rows(model, monkeypatch):

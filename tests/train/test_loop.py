@@ -27,7 +27,7 @@ from mars.runs.folder import RunFolder
 from mars.runtime import stream
 from mars.train import loop
 from mars.train.loop import batch_indices
-from mars.train.optimizer import Optimizer, learning_rate
+from mars.train.optimizer import Float32Muon, Optimizer, learning_rate
 
 
 @pytest.mark.parametrize(("notes", "batch"), [(10, 3), (7, 7), (5, 12), (1, 4), (64, 16), (13, 1)])
@@ -210,6 +210,28 @@ def test_optimiser_state_that_does_not_fit_is_named():
             Optimizer(nn.Linear(2, 1), TrainConfig()).load_state({k: v for k, v in state.items() if k != name}, "f")
     with pytest.raises(CheckpointError, match="optimiser state of weight is missing or has another shape"):
         Optimizer(nn.Linear(3, 1), TrainConfig()).load_state(state, "f")
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_in_float32_makes_the_steps_of_that_in_bfloat16(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    kinds = torch.optim.Muon, Float32Muon
+    parameters = [nn.Parameter(start.clone()) for _ in kinds]
+    both = [
+        kind([p], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for kind, p in zip(kinds, parameters, strict=True)
+    ]
+    for _ in range(3):
+        gradient = torch.randn(shape, generator=generator)
+        for p, optimizer in zip(parameters, both, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    moved, wanted = parameters[1] - start, parameters[0] - start
+    assert (moved - wanted).norm() < 0.03 * wanted.norm()
+    assert not torch.equal(moved, wanted)  # bfloat16 has eight bits
+    momenta = [o.state[p]["momentum_buffer"] for p, o in zip(parameters, both, strict=True)]
+    torch.testing.assert_close(*momenta)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(smoke):

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 from click.testing import CliRunner
 
 from mars import checkpoint, config, model
 from mars.cli.train import main
 from mars.data import Dataset
+from mars.data.folder import pack_folder
 from mars.data.packed import Writer
-from mars.labels import Labels
+from mars.labels import FAMILIES, Labels
 from mars.train.tokenizer import TokenizerStage
 
 AUDIO = ("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1")
@@ -280,3 +283,70 @@ def test_settings_that_cannot_be_used_are_one_line(text, message, tmp_path):
     done = CliRunner().invoke(main, ["tokenizer", "--config", str(file), "--print-config"])
     assert done.exit_code == 2
     assert message in said(done)
+
+
+def labelled(out: Path) -> Path:
+    """Notes of two instruments and of a label of their own."""
+    folder = out.with_suffix(".wav")
+    for i in range(6):
+        path = folder / f"{'ab'[i % 2]}{i}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, 0.5 * np.sin(np.arange(1900) * (i + 3) / 20), 16_000)
+    rows = "".join(f"{'ab'[i % 2]}{i}.wav,6{i},kazoo,{'xy'[i % 2]},{['dark', 'bright'][i % 2]}\n" for i in range(6))
+    (out.parent / "labels.csv").write_text("file,pitch,family,instrument,type\n" + rows)
+    pack_folder(folder, out, csv=out.parent / "labels.csv", seconds=1900 / 16_000, hold_out="notes", shortest=0.1)
+    return out
+
+
+def test_both_stages_start_from_a_model_and_its_vocabulary_grows(trained, tmp_path):
+    small = (*STEPS, "var.width=16", "var.depth=1")
+    base = run("var", "--tokenizer", trained, "--data", "mine", "--out", "runs/base", settings=small)
+    assert base.exit_code == 0, base.output
+    own = labelled(tmp_path / "own")
+    none = ("train.lr=1e-30", "train.weight_decay=0")  # so that the weights stay what they start as
+    first = run("tokenizer", "--init", "runs/base", "--data", own, "--out", "runs/first", settings=(*STEPS, *none))
+    assert first.exit_code == 0, first.output
+    for name, tensor in model.load("runs/first").tokenizer.state_dict().items():
+        torch.testing.assert_close(tensor, model.load("runs/base").tokenizer.state_dict()[name])
+    condition = "var.condition=family,source,pitch,velocity,instrument,type"
+    second = run("var", "--init", "runs/base", "--tokenizer", "runs/first", "--data", own, "--out", "runs/second",
+                 settings=(*STEPS, *none, condition))  # fmt: skip
+    assert second.exit_code == 0, second.output
+    old, new = model.load("runs/base"), model.load("runs/second")
+    assert new.words == {"family": [*FAMILIES, "kazoo"], "instrument": ["x", "y"], "type": ["bright", "dark"]}
+    had, has = (made.var.condition["family"].weight for made in (old, new))
+    torch.testing.assert_close(has[: len(FAMILIES)], had[:-1])
+    torch.testing.assert_close(has[len(FAMILIES)], had[:-1].mean(0))
+    torch.testing.assert_close(has[-1], had[-1])
+    assert not new.var.condition["instrument"].weight.abs().max() > 1e-20
+    (note,) = new.generate(1, labels={"type": "dark"}, pitch=61, family="kazoo", allow_untrained=True)
+    assert note.condition["type"] == "dark"
+    again = run("var", "--resume", "runs/second", "--data", own, settings=())
+    assert again.exit_code == 0, again.output
+    other = run("var", "--init", trained, "--tokenizer", "runs/first", "--data", own, "--out", "runs/third")
+    assert other.exit_code == 2
+    for settings, says in (
+        (("var.width=32",), "the weights of --init are of 16, which they fix"),
+        (("var.condition=pitch",), "the conditions of --init are family, source, pitch, velocity; keep them"),
+        (("var.condition=family,source,pitch,velocity,colour",), "the dataset has no such label; it has family"),
+        (("tokenizer.width=32",), "the trained tokenizer runs/first fixes these"),
+    ):
+        refused = run("var", "--init", "runs/base", "--tokenizer", "runs/first", "--data", own, "--out", "runs/no",
+                      settings=(*STEPS, *settings))  # fmt: skip
+        assert refused.exit_code == 2, refused.output
+        assert says in said(refused)
+
+
+def test_training_follows_the_rate_and_the_length_of_the_notes(tmp_path):
+    data = pack(tmp_path / "fast", rate=22_050)
+    result = run(
+        "tokenizer", "--preset", "smoke", "--data", data, "--plan", "--device", "cpu", settings=("train.batch_size=2",)
+    )
+    assert result.exit_code == 0, result.output
+    assert "22,050 Hz, 0.0862 s: window 1,024, hop 256" in result.output
+    result = run(
+        "tokenizer", "--preset", "smoke", "--data", data, "--out", "runs/fast", "--max-steps", 1, settings=STEPS
+    )
+    assert result.exit_code == 0, result.output
+    made = model.load("runs/fast").config
+    assert (made.audio.sample_rate, made.audio.samples) == (22_050, 1900)

@@ -57,7 +57,7 @@ def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[s
     """Compare requested pitches (n,), MIDI or -1 for unknown, with the likeliest of logits (n, C).
 
     Raises:
-        ValueError: as `detected`, or there is not one pitch for each note.
+        ConfigError: as `detected`, or there is not one pitch for each note.
         DataError: no note can be judged.
     """
     expected, predicted = np.asarray(requested, np.int64), detected(logits, classes)
