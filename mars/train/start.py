@@ -60,6 +60,7 @@ def train(
     init: str | Path | None = None,
     shard: bool = False,
     next_command: Callable[[Path], str] | None = None,
+    alone: bool = True,
     console: Console | None = None,
 ) -> Path:
     """Train a tokenizer, or a VAR on the tokens of one, and return the run folder.
@@ -172,6 +173,7 @@ def train(
             console=console,
             names=dataset.names,
             watch=watch,
+            alone=alone,
         )
     if watch.complete and next_command is not None:
         console.print(f"next: {next_command(run.path)}", markup=False)
