@@ -13,7 +13,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mars.errors import ConfigError, MarsError
-from mars.files import read_json, write_atomically
+from mars.files import read_json, read_text, write_atomically
 from mars.labels import LABELS, is_name
 
 Pair = tuple[int, int]
@@ -472,10 +472,15 @@ def preset_names() -> list[str]:
     return list(_presets())
 
 
-def preset(name: str, overrides: Sequence[str] = (), stage: str | None = None) -> Config:
+def preset(
+    name: str, overrides: Sequence[str] = (), stage: str | None = None, file: Mapping[str, Any] | None = None
+) -> Config:
     """Return the preset `name` with `key=value` overrides, e.g. `tokenizer.width=128` or `audio.cmx=8,4`.
 
     With `stage` ("tokenizer" or "var"), `train.KEY` means `train.<stage>.KEY`. Steps asked for replace epochs.
+
+    Args:
+        file: settings that come between the preset's and the overrides, as `read_settings` gives them.
 
     Raises:
         ConfigError: unknown preset, unknown key or unusable value.
@@ -483,30 +488,93 @@ def preset(name: str, overrides: Sequence[str] = (), stage: str | None = None) -
     presets = _presets()
     if name not in presets:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(presets)}")
-    return override(from_dict(Config, {"preset": name, **presets[name]}), overrides, stage)
+    return override(from_dict(Config, {"preset": name, **presets[name]}), overrides, stage, file)
 
 
-def override(config: Config, overrides: Sequence[str], stage: str | None = None) -> Config:
+def override(
+    config: Config, overrides: Sequence[str], stage: str | None = None, file: Mapping[str, Any] | None = None
+) -> Config:
     """Return `config` with `key=value` overrides; see `preset`."""
-    if not overrides:
+    if not overrides and not file:
         return config
     values = to_dict(config)
+    stated = list(_flat(file or {}))
+    for path, value in stated:
+        _put(values, path, value, stage, ".".join(path))
+    for path, value in stated:  # or steps beside them would have put them to zero
+        if path[-1] == "epochs":
+            _put(values, path, value, stage, ".".join(path))
     for item in overrides:
         key, equals, text = item.partition("=")
-        path = key.strip().split(".")
+        path = tuple(key.strip().split("."))
         if not equals or len(path) < 2 or not all(path):
             raise ConfigError(f"want KEY=VALUE with a key such as tokenizer.width, got {item!r}")
-        if stage and path[0] == "train" and path[1] not in ("tokenizer", "var"):
-            path.insert(1, stage)
-        group: Any = values
-        for part in path[:-1]:
-            group = group.setdefault(part, {}) if isinstance(group, dict) else None
-        if not isinstance(group, dict):
-            raise ConfigError(f"unknown setting {key}")
-        group[path[-1]] = _parse(text.strip())
-        if path[0] == "train" and path[-1] == "steps":
-            group["epochs"] = 0  # or the preset's epochs would win
+        _put(values, path, _parse(text.strip()), stage, key)
     return from_dict(Config, values)
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any, stage: str | None, key: str) -> None:
+    """Set one value in nested settings."""
+    if stage and path[0] == "train" and path[1] not in ("tokenizer", "var"):
+        path = ("train", stage, *path[1:])
+    group: Any = values
+    for part in path[:-1]:
+        group = group.setdefault(part, {}) if isinstance(group, dict) else None
+    if not isinstance(group, dict):
+        raise ConfigError(f"unknown setting {key}")
+    group[path[-1]] = value
+    if path[0] == "train" and path[-1] == "steps":
+        group["epochs"] = 0  # or the preset's epochs would win
+
+
+def _flat(values: Mapping[str, Any], *before: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the values in nested tables, with the names that lead to each."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, *before, name)
+        else:
+            yield (*before, name), value
+
+
+def read_settings(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return the preset that a TOML file of settings names, or None, and the settings in it.
+
+    Such a file is what `as_toml` gives, or a part of it.
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or holds something else than tables of settings.
+    """
+    try:
+        values = tomllib.loads(read_text(path, ConfigError))
+    except (tomllib.TOMLDecodeError, RecursionError) as problem:
+        raise ConfigError(f"{path} cannot be read as TOML: {problem}") from None
+    name = values.pop("preset", None)
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"{path}: preset must be a name, got {name!r:.80}")
+    known = [field.name for field in dataclasses.fields(Config) if field.name != "preset"]
+    for key, value in values.items():
+        if key not in known or not isinstance(value, dict):
+            raise ConfigError(f"{path}: want preset and the tables {', '.join(known)}; got {key}")
+    return name, values
+
+
+def as_toml(config: Config) -> str:
+    """Return all settings as TOML, which `read_settings` reads."""
+    lines = [f"preset = {json.dumps(config.preset)}"]
+
+    def table(name: str, values: Mapping[str, Any]) -> None:
+        plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+        if plain:
+            lines.extend(["", f"[{name}]"])
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in plain.items() if value is not None)
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                table(f"{name}.{key}", value)
+
+    for name, values in to_dict(config).items():
+        if isinstance(values, Mapping):
+            table(name, values)
+    return "\n".join(lines) + "\n"
 
 
 def _parse(text: str) -> Any:

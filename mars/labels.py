@@ -366,6 +366,10 @@ class Ranges:
             return any(_values(entry, name) for entry in self.notes)
         return value is not None and any(entry.get(name) == value for entry in self.notes)
 
+    def holding(self, requested: Mapping[str, Any]) -> Sequence[Entry]:
+        """Return the training notes that hold as much as can be of what is requested; a pitch is (lowest, highest)."""
+        return self._narrowed({**dict.fromkeys(self.names), **requested})[0]
+
     def untrained(self, condition: Mapping[str, Any]) -> str | None:
         """Return the first label of a condition that no training note had together with those before it, or None.
 

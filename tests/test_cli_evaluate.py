@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
     """An empty folder to work in, without anybody's weights."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MARS_WEIGHTS_DIR", raising=False)
+    monkeypatch.setenv("MARS_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -54,8 +55,9 @@ def test_a_run_is_printed_and_written(folder):
     page = files[1].read_text()
     assert page.count("<audio") > 4
     assert "<script" not in page
-    # The features are kept, and found again.
-    assert len(list((folder / "features").glob("pitch-tiny-*/part-*"))) >= 2
+    # The features are kept, and found again, out of the working directory.
+    assert not (folder / "features").exists()
+    assert len(list((folder / "cache" / "features").glob("pitch-tiny-*/part-*"))) >= 2
     again = folder / "again.json"
     succeed("run", "--real", real, "--fake", fake, "--preset", "tiny", "--bins", 5, "--json", again)
     one, other = report.read(files[0]), report.read(again)
@@ -190,7 +192,8 @@ def test_a_place_for_notes_is_not_among_the_real_ones(folder):
 
 def test_a_cache_that_cannot_be_written_is_found_early(folder):
     write(folder / "real", range(3))
-    (folder / "features").touch()
+    (folder / "cache").mkdir()
+    (folder / "cache" / "features").touch()
     result = mars_eval("run", "--real", "real", "--fake", "real", "--metrics", "mse")
     assert result.exit_code == 2
     assert "features is not a folder" in result.output

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mars.kernels import _backend, _native
+from mars.kernels._direct import unobserved
 from mars.kernels.nearest_code import native, packing, reference
 
 Metric = Literal["l2", "cosine"]
@@ -48,13 +49,16 @@ def nearest_code(x: Tensor, codebook: Tensor | PackedCodebook, metric: Metric = 
         return nearest_code(rows, codebook, metric).view(x.shape[:-1])
     if isinstance(codebook, PackedCodebook):
         return codebook.search(x)
-    return _nearest_code(x.detach(), codebook.detach(), metric)
+    x, codebook = x.detach(), codebook.detach()
+    return (_search if unobserved(x, codebook) else _nearest_code)(x, codebook, metric)
 
 
-@torch.library.custom_op("mars::nearest_code", mutates_args=())
-def _nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+def _search(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     _check(x, codebook.shape, codebook.device)
     return pack_codebook(codebook, metric).search(x)  # type: ignore[arg-type]  # checked there
+
+
+_nearest_code = torch.library.custom_op("mars::nearest_code", _search, mutates_args=())
 
 
 @_nearest_code.register_fake

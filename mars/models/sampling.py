@@ -17,11 +17,21 @@ from mars.runtime import Precision, autocast
 
 TILE = 8  # notes the network runs on at once on a CPU; changing it changes the bytes of all notes
 TILE_ACCELERATOR = 32
+# Parameters of a transformer whose tiles share the processor, each on one thread. Threads that share a tile wait for
+# each other at every product: beside another busy process for most of the time. With a larger one a tile takes so long
+# that few notes should have all threads. Not by the number of notes, as threads may round differently.
+MOST_ON_ONE_THREAD = 50_000_000
 
 
 def tile_size(device: torch.device) -> int:
     """Return how many notes the network runs on at once."""
     return TILE if device.type == "cpu" else TILE_ACCELERATOR
+
+
+def workers(var: VAR, device: torch.device) -> int:
+    """Tiles to be computed side by side, each on a thread of its own; 1: one after the other, on all threads."""
+    small = sum(p.numel() for p in var.parameters()) <= MOST_ON_ONE_THREAD
+    return torch.get_num_threads() if device.type == "cpu" and small else 1
 
 
 def sample(

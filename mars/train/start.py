@@ -31,7 +31,7 @@ from mars.train import loop
 from mars.train.compiling import compile_blocks
 from mars.train.profiling import profile_steps
 from mars.train.tokenizer import TokenizerStage
-from mars.train.tokens import cached_tokens
+from mars.train.tokens import cached_tokens, given_tokens
 from mars.train.var import VARStage
 
 ENDS = 3.0  # seconds of `max_time` for the start and the end of the process
@@ -45,6 +45,7 @@ def train(
     *,
     data: Path | None = None,
     preset: str | None = None,
+    settings_file: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
     resume: Resume = "auto",
@@ -57,6 +58,7 @@ def train(
     profile: Path | None = None,
     began: float | None = None,
     tokenizer: Path | None = None,
+    tokens: Path | None = None,
     init: str | Path | None = None,
     shard: bool = False,
     next_command: Callable[[Path], str] | None = None,
@@ -66,16 +68,18 @@ def train(
     """Train a tokenizer, or a VAR on the tokens of one, and return the run folder.
 
     Args:
-        overrides: settings to change, each as "KEY=VALUE".
+        settings_file: TOML that changes settings of the preset, and may name that; see `mars.config.read_settings`.
+        overrides: settings to change after it, each as "KEY=VALUE".
         resume: "auto" resumes if `out` is a run, "never" refuses to; or the run folder to resume.
         max_time: seconds after which training stops, saved.
         profile: path at which to write a trace of a few steps instead of a run folder; it is returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: that of `init`, or else the newest run.
+        tokens: folder of the tokens of the dataset (`mars.data.tokens`), for a VAR; None: they are made, and kept.
         init: run, model or packaged model whose weights this stage starts from; None: random ones.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
-        next_command: the command to type after the run at this path has come to its end, which is then printed.
-        console: what is said goes there; None: to the logger `mars`.
+        next_command: gives the command to type after the run at a path has ended, which is then printed.
+        console: where messages go; None: to the logger `mars`.
 
     Raises:
         ConfigError, DataError, CheckpointError: an argument or a setting cannot be used, or the audio of the dataset is
@@ -103,16 +107,17 @@ def train(
         origin = {"init": str(init), "init_hash": other.hash}
     if stage_name == "tokenizer":
         if other is None:
-            settings = _settings(out, preset, overrides, stage_name, dataset)
+            settings = _settings(out, preset, settings_file, overrides, stage_name, dataset)
         else:
-            settings = _settings_on(out, other.config, preset, overrides, init, stage_name)
+            settings = _settings_on(out, other.config, preset, settings_file, overrides, init, stage_name)
     else:
         resumed = out is not None and (out / "run.json").is_file()
         if tokenizer is None and init is not None and not resumed:
             tokenizer = model.locate(init)
-        source = _source(tokenizer, out, preset, console, world)
+        named = None if settings_file is None else config.read_settings(settings_file)[0]
+        source = _source(tokenizer, out, preset or named, console, world)
         trained = model.load(source, world.device)
-        settings = _settings_on(out, trained.config, preset, overrides, source, stage_name, other)
+        settings = _settings_on(out, trained.config, preset, settings_file, overrides, source, stage_name, other)
         if (problem := _other_data(trained, source, dataset, data)) is not None:
             if trained.data.get("tokenizer") is not None and not resumed and None in (data, tokenizer):
                 raise ConfigError(
@@ -139,10 +144,13 @@ def train(
             stage = TokenizerStage(settings, dataset, world.device, seed, world, start)
         else:
             cache = (out.parent if out is not None else RUNS) / TOKENS
-            tokens = _tokens(cache, trained, settings, dataset, console, world)
+            if tokens is None:
+                ids = _tokens(cache, trained, settings, dataset, console, world)
+            else:
+                ids = given_tokens(tokens, trained.tokenizer, settings, dataset)
             trained_on = trained.data.get("tokenizer")
             stage = VARStage(
-                settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, trained_on, other
+                settings, dataset, trained.tokenizer, ids, world.device, seed, world, shard, trained_on, other
             )
         compile_blocks(stage, console.print)
         return stage
@@ -153,6 +161,7 @@ def train(
     origin["data_path"] = None if data is None else str(data.resolve())
     with _open_run(out, stage_name, settings, dataset, seed, resume, console, origin, world) as run:
         stage = make_stage()
+        run.tokenizer_card = trained.card if trained is not None else ""
         if world.main:
             runtime.free_space(run.path, run.space_needed(stage))
         count = sum(p.numel() for p in stage.model.parameters()) / 1e6
@@ -184,6 +193,7 @@ def settings_of(
     stage_name: StageName,
     *,
     preset: str | None = None,
+    settings_file: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
     resume: Resume = "auto",
@@ -199,10 +209,10 @@ def settings_of(
     out = _resumed(out, resume)
     source = init if tokenizer is None else tokenizer
     if source is None:
-        return _settings(out, preset, overrides, stage_name, open_dataset(data))
+        return _settings(out, preset, settings_file, overrides, stage_name, open_dataset(data))
     other = None if init is None or stage_name == "tokenizer" else model.load(init)
     trained = config.load(model.locate(source) / "config.json")
-    return _settings_on(out, trained, preset, overrides, source, stage_name, other)
+    return _settings_on(out, trained, preset, settings_file, overrides, source, stage_name, other)
 
 
 def words_of(settings: Config, data: Path | None) -> labels.Words:
@@ -264,19 +274,27 @@ def _resumed(out: Path | None, resume: Resume) -> Path | None:
     return Path(resume)
 
 
-def _settings(out: Path | None, preset: str | None, overrides: tuple[str, ...], stage: str, dataset: Dataset) -> Config:
-    """Those of the preset, whose rate and length follow the dataset's unless the preset or somebody sets them."""
-    if preset is None and not overrides and out is not None and (out / "config.json").is_file():
+def _settings(
+    out: Path | None,
+    preset: str | None,
+    file: Path | None,
+    overrides: tuple[str, ...],
+    stage: StageName,
+    dataset: Dataset,
+) -> Config:
+    """Return the preset's, whose rate and length follow the dataset's unless the preset or somebody sets them."""
+    if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
-    plain, usual = config.preset(preset or "notes"), config.AudioConfig()
-    set_by_hand = any(override.strip().startswith("audio.") for override in overrides)
+    named, changes = (None, {}) if file is None else config.read_settings(file)
+    plain, usual = config.preset(preset or named or "notes"), config.AudioConfig()
+    set_by_hand = "audio" in changes or any(override.strip().startswith("audio.") for override in overrides)
     if not set_by_hand and (plain.audio.sample_rate, plain.audio.samples) == (usual.sample_rate, usual.samples):
         plain = config.fitted(plain, dataset.sample_rate, dataset.samples)
-    return config.override(plain, overrides, stage)
+    return config.override(plain, overrides, stage, changes)
 
 
 def _init(init: str | Path | None, out: Path | None) -> str | Path | None:
-    """What the weights start from: what is named, or what a run to go on with started from."""
+    """Return what the weights start from: what is named, or what a run to go on with started from."""
     if init is None and out is not None and (out / "run.json").is_file():
         return read_record(out).init or None
     return init
@@ -300,25 +318,34 @@ def _settings_on(
     out: Path | None,
     trained: Config,
     preset: str | None,
+    file: Path | None,
     overrides: tuple[str, ...],
     source: str | Path | None,
     stage: StageName,
     init: model.Model | None = None,
 ) -> Config:
     """Return the settings of the tokenizer in `source`, of the VAR of `init`, and the preset's for the rest."""
-    if preset is None and not overrides and out is not None and (out / "config.json").is_file():
+    if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
+    named, changes = (None, {}) if file is None else config.read_settings(file)
+    preset = preset or named
     name = preset or trained.preset
     plain = config.preset(name) if preset or name in config.preset_names() else trained
     if init is not None:
         plain = dataclasses.replace(plain, var=init.transformer.config)
-    settings = config.override(plain, overrides, stage)
+    settings = config.override(plain, overrides, stage, changes)
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(
             f"`overrides` {fixed[0]}.…: the trained tokenizer {source} fixes these; set them when training it"
         )
-    if preset is not None and plain.tokenizer.scales != trained.tokenizer.scales:
+    for part in ("audio", "tokenizer"):
+        if part in changes and getattr(settings, part) != getattr(trained, part):
+            raise ConfigError(
+                f"`settings_file` {file}: its [{part}] is not that of the trained tokenizer {source}, which fixes it; "
+                "leave that table out"
+            )
+    if preset is not None and settings.tokenizer.scales != trained.tokenizer.scales:
         raise ConfigError(
             f"`preset` {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave `preset` out"
@@ -426,6 +453,7 @@ def _open_run(
         "data": dataset.fingerprint,
         "notes": len(dataset),
         "train_notes": len(dataset.split("train")),
+        "origin": {key: value for key, value in dataset.origin.items() if isinstance(value, str | int)},
         "created": time.time(),
         **origin,
     }

@@ -14,7 +14,7 @@ import soundfile
 import torch
 from click.testing import CliRunner
 
-from mars import checkpoint, model
+from mars import checkpoint, config, model
 from mars.cli.train import main
 from mars.data import Dataset
 from mars.data.folder import pack_folder
@@ -216,6 +216,73 @@ def test_other_threads_are_said_as_another_torch_is(tmp_path):
     other = tokenizer(*words, "--threads", 2)
     assert "was written with threads 1, not 2; going on may not be exact to the bit" in said(other)
     assert other.exit_code == 0
+
+
+def toml(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_printed_settings_are_those_of_the_run_and_make_the_same_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pack(tmp_path / "mine")
+    printed = tokenizer("--print-config")
+    assert printed.exit_code == 0, printed.output
+    file = toml(tmp_path / "settings.toml", printed.stdout)
+    plain = ("tokenizer", "--device", "cpu", "--data", "mine")
+    first = tokenizer("--data", "mine", "--out", "runs/a", "--json", "-q")
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["run"] == "runs/a"
+    assert json.loads(first.stdout)["state"] == "finished"
+    second = CliRunner().invoke(main, [*plain, "--config", str(file), "--out", "runs/b"])
+    assert second.exit_code == 0, second.output
+    for name in ("config.json", "model/tokenizer.safetensors", "model/README.md"):
+        assert Path("runs/a", name).read_bytes() == Path("runs/b", name).read_bytes(), name
+    again = CliRunner().invoke(main, ["tokenizer", "--print-config", "--out", "runs/b"])
+    assert config.preset(*_read(toml(tmp_path / "again.toml", again.stdout))) == config.load(Path("runs/b/config.json"))
+    beyond = CliRunner().invoke(
+        main, ["tokenizer", "--print-config", "--json", "--config", str(file), "--set", "train.lr=3e-5"]
+    )
+    assert json.loads(beyond.stdout)["train"]["tokenizer"]["lr"] == 3e-5
+    assert not list(Path("runs").glob("tokenizer-*"))
+
+
+def _read(file: Path) -> tuple[str, tuple[str, ...], None, dict[str, object]]:
+    named, changes = config.read_settings(file)
+    assert named is not None
+    return named, (), None, changes
+
+
+def test_a_transformers_settings_keep_to_its_tokenizer(trained):
+    printed = run("var", "--tokenizer", trained, "--print-config")
+    assert printed.exit_code == 0, printed.output
+    file = toml(Path("var.toml"), printed.stdout)
+    assert run("var", "--tokenizer", trained, "--config", file, "--print-config").stdout == printed.stdout
+    toml(file, printed.stdout.replace("codebook_size = 8", "codebook_size = 16"))
+    wrong = run("var", "--tokenizer", trained, "--config", file, "--print-config")
+    assert wrong.exit_code == 2
+    assert "--config var.toml: its [tokenizer] is not that of the trained tokenizer runs/tok" in said(wrong).replace(
+        str(trained), "runs/tok"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tokenizer = 1", "want preset and the tables audio, tokenizer, var, train; got tokenizer"),
+        ("preset = 1", "preset must be a name"),
+        ("[tokeniser]\nwidth = 8", "got tokeniser"),
+        ("[tokenizer]\nwidht = 8", "did you mean tokenizer.width?"),
+        ("[train]\nsteps = 'x'", "train.tokenizer.steps must be an int"),
+        ("x =", "cannot be read as TOML"),
+        ("preset = 'huge'", "unknown preset 'huge'"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_one_line(text, message, tmp_path):
+    file = toml(tmp_path / "settings.toml", text)
+    done = CliRunner().invoke(main, ["tokenizer", "--config", str(file), "--print-config"])
+    assert done.exit_code == 2
+    assert message in said(done)
 
 
 def labelled(out: Path) -> Path:
