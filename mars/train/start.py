@@ -79,6 +79,7 @@ def train(
         init: run, model or packaged model whose weights this stage starts from; None: random ones.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
         next_command: gives the command to type after the run at a path has ended, which is then printed.
+        alone: whether to say how to go on after a stop.
         console: where messages go; None: to the logger `mars`.
 
     Raises:
