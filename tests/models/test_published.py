@@ -155,7 +155,7 @@ def test_guided_greedy_generation_gives_the_same_tokens(shared):
 def test_scales_can_be_given_where_the_weights_do_not_tell():
     state = transformer_state(random_reference(False))
     del state["lvl_1L"]
-    with pytest.raises(CheckpointError, match="lacks the buffer lvl_1L; give `scales`"):
+    with pytest.raises(CheckpointError, match="lacks the buffer lvl_1L; give scales"):
         read_transformer(state)
     assert read_transformer(state, SIDES).lengths == [1, 4, 9, 16, 25]
     with pytest.raises(CheckpointError, match="tensor position has shape"):
