@@ -19,6 +19,7 @@ import mars
 # What to type for what the library names, where the command at hand has no option of that name.
 TYPED = {
     "mars-data folder": "mars-data folder PATH --out DIR --sample-rate HZ",
+    "mars-data tokens": "mars-data tokens DATASET --model MODEL --out DIR",
     "mars-train tokenizer": "mars-train tokenizer --data DIR",
     "mars-train var": "mars-train var --tokenizer MODEL",
     "mars-eval train-classifier": "mars-eval train-classifier --task TASK --classifier KIND --data DATASET",

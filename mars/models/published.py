@@ -126,11 +126,11 @@ def _tokenizer(scales: Sequence[int], size: int, dim: int, **settings: object) -
 def _sides(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The sides of the grids whose tokens the buffer of levels counts."""
     if _LEVELS not in state:
-        raise CheckpointError(f"state dict lacks the buffer {_LEVELS}; give `scales`")
+        raise CheckpointError(f"state dict lacks the buffer {_LEVELS}; give scales")
     counts = torch.bincount(state[_LEVELS].flatten().long()).tolist()
     sides = tuple(math.isqrt(count) for count in counts)
     if [side * side for side in sides] != counts:
-        raise CheckpointError(f"state dict: {_LEVELS} counts {counts} tokens, which are no square grids; give `scales`")
+        raise CheckpointError(f"state dict: {_LEVELS} counts {counts} tokens, which are no square grids; give scales")
     return sides
 
 

@@ -52,7 +52,7 @@ SHARES = {"tokenizer": 0.5, "var": 0.8}  # of the time that is left when the sta
 # Measured on three collections of 36 to 46 sounds; see docs/own-sounds.md. A rate that stays and the running average
 # of the weights in place of a falling rate: so a stage may end at any step.
 SETTINGS: dict[StageName, dict[str, Any]] = {
-    "tokenizer": {"lr": 1e-3, "validate_every": 20, "patience": 5},
+    "tokenizer": {"lr": 1e-3, "validate_every": 10, "patience": 6},
     "var": {"lr": 3e-4, "validate_every": 5, "patience": 6},
 }
 
