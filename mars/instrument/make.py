@@ -246,7 +246,7 @@ def _write(
         for key in sorted(chosen, key=lambda k: (k[1] or 0, k[0])):
             pitch, velocity = key
             of_layer = sorted(p for p, v in chosen if v == velocity)
-            every = max((b - a for a, b in itertools.pairwise(of_layer)), default=1)
+            every = min((b - a for a, b in itertools.pairwise(of_layer)), default=1)
             stem = f"{pitch:03d}" + (f"-v{velocity:03d}" if velocity is not None else "")
             sample, candidate = samples[key], chosen[key]
             region = sfz.Region(

@@ -114,6 +114,32 @@ def test_what_cannot_be_an_instrument_is_refused(model, tmp_path):
     assert "want velocities from 1 to 127" in done.output
 
 
+def test_of_the_candidates_those_of_one_timbre_and_in_tune_are_taken(model, tmp_path, monkeypatch):
+    """Candidates 0 and 1 are hollow at some pitches and bright at others; at one pitch all are a third too high."""
+    t = torch.arange(64_000) / 16_000
+
+    def drawn(self, n, *, conditions, **_):
+        for index, condition in enumerate(conditions):
+            pitch = condition["pitch"] + 4 * (condition["pitch"] == 63) + 0.2
+            bright = (index + condition["pitch"]) % 2 == 0
+            partials = [(h, 1 / h if bright or h == 1 else 1e-3) for h in range(1, 7)]
+            frequency = 440 * 2 ** ((pitch - 69) / 12)
+            sound = 0.2 * sum(level * torch.sin(2 * torch.pi * h * frequency * t) for h, level in partials)
+            yield Note(index, sound, torch.zeros(1), torch.zeros(1), condition, 16_000)
+
+    monkeypatch.setattr(type(model), "iterate", drawn)
+    made = make(model, tmp_path / "a", "a", HORN, [57, 60, 63, 66], [100], tries=2)
+    assert made.left_out == ["D#4 at velocity 100"]
+    assert made.neighbours < 3
+    assert made.detuned == pytest.approx(20, abs=1)
+    assert made.looped == made.notes == 3
+    found = regions(tmp_path / "a")
+    assert [region["tune"] for region in found] == ["-20"] * 3
+    assert [(region["lokey"], region["hikey"]) for region in found] == [("56", "58"), ("59", "63"), ("64", "67")]
+    chosen = [region["candidate"] for region in json.loads((tmp_path / "a/instrument.json").read_text())["regions"]]
+    assert chosen[0] != chosen[1] == chosen[2]  # as the pitches are odd, even, even
+
+
 def test_a_note_of_another_pitch_is_no_candidate():
     tone = 0.3 * torch.sin(2 * torch.pi * 440 * torch.arange(48_000) / 16_000).float()
 
