@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL | str:
     """Return the library, or the reason why there is none."""
     path = _path()
     if path is None:
-        return "not built: this installation found no C++17 compiler (install mars again where there is one)"
+        return "not in this installation: install the wheel that has them, or from source where a C++17 compiler is"
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:

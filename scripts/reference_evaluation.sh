@@ -8,5 +8,5 @@ SOUNDFONT=${SOUNDFONT:-/usr/share/sounds/sf2/FluidR3_GM.sf2}
 DATA=${DATA:-datasets/fluid}
 
 [ -d "$DATA" ] || mars-data soundfont "$SOUNDFONT" --notes 14000 --seed 0 --out "$DATA"
-mars-eval reconstruct --data "$DATA" --preset tiny --out evaluations/reference-reconstruction
-mars-eval generate -n 1814 --data "$DATA" --train "$DATA" --preset tiny --out evaluations/reference-generation
+mars-eval reconstruct --data "$DATA" --classifiers tiny --out evaluations/reference-reconstruction
+mars-eval generate -n 1814 --data "$DATA" --train "$DATA" --classifiers tiny --out evaluations/reference-generation

@@ -13,4 +13,4 @@ mars-train var --data datasets/fluid --tokenizer runs/pretrained-tokenizer --out
   --set train.steps=3400 --set train.batch_size=16 --set train.log_every=50 --set train.validate_every=400 \
   --set train.save_every=400 --max-steps 1600  # from there on the loss on held-out instruments rises
 python scripts/package_model.py runs/pretrained-tokenizer runs/pretrained-var mars/assets/models/notes
-mars-eval reconstruct --data datasets/fluid --preset tiny --out evaluations/pretrained
+mars-eval reconstruct --data datasets/fluid --classifiers tiny --out evaluations/pretrained

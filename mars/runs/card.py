@@ -93,7 +93,8 @@ def made(
     sections[named] = "\n".join(
         [
             f"Preset {config.preset}, step {step:,} of {train.steps:,}, {train.notes_per_step} notes a step, "
-            f"seed {record['seed']}, mars {mars.__version__}.",
+            f"seed {record['seed']}, mars {mars.__version__}."
+            + (f" Begun with the weights of the model {record['init_hash'][:12]}." if record.get("init_hash") else ""),
             *(
                 []
                 if figures

@@ -29,6 +29,8 @@ def export(
         CheckpointError: the run has no model yet, or that is damaged.
         OSError: it cannot be written.
     """
+    if not (run / "run.json").is_file() and (run / "var" / "run.json").is_file():
+        run = run / "var"  # of a fine-tuning, whose folder holds both runs
     read_record(run)
     if out.exists():
         raise ConfigError(f"`out` {out} exists; name a new folder")

@@ -18,6 +18,7 @@ from mars.data import Dataset
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
+from mars.runs.export import export
 from mars.runs.log import read_log
 from mars.train import finetune as module
 from tests.train.conftest import SMALL
@@ -84,6 +85,9 @@ def test_a_folder_becomes_a_model_and_a_page(base, tmp_path):
     )
     (note,) = made.generate(1, instrument="low")
     assert note.condition["instrument"] == "low"
+    exported = load(export(Path("own"), Path("handed on"))[0].parent)
+    assert torch.equal(exported.generate(1, instrument="low")[0].ids, note.ids)
+    assert exported.card.count(f"Begun with the weights of the model {load(base).hash[:12]}.") == 2
 
 
 def test_the_same_call_goes_on_and_another_is_refused(base, tmp_path, monkeypatch):
