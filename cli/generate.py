@@ -209,7 +209,10 @@ def _generate(
         print_json({"folder": str(out), **counts, "seconds": seconds, **asdict(timing)})
         return
     before = f" ({there} were there)" if there else ""
-    parts = ", ".join(f"{part.replace('_', '-')} {spent:.1f}" for part, spent in asdict(timing).items())
+    spent = {part.replace("_", "-"): value for part, value in asdict(timing).items()}
+    if spent["compiling"] < 0.05:  # of a first call on a GPU alone
+        del spent["compiling"]
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in spent.items())
     result(f"{n} notes in {printable(str(out))}{before}: {seconds:.1f} s ({parts})")
     result(f"listen: {printable(str(out / PAGE))}")
 

@@ -191,7 +191,16 @@ def var(**options: Any) -> None:
 
 @main.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
-@click.option("--from", "base", default="notes", show_default=True, metavar="MODEL", help="Model to start from.")
+@click.option(
+    "--model",
+    "--from",
+    "base",
+    cls=grammar.Renamed,
+    default="notes",
+    show_default=True,
+    metavar="PATH|NAME",
+    help="Model to start from.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for everything; default: a new one under runs/.")
 @click.option(
     "--time", "max_time", default="10m", show_default=True, callback=grammar.seconds, help="For all of it, e.g. 90s."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -141,6 +142,25 @@ def select(op: str, table: Mapping[str, _Entry], backend: str) -> _Entry:
     return table[backend]
 
 
+_compiling = 0.0  # seconds
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Count the seconds of the `with` block as those that a first call takes to import and to compile its kernels."""
+    global _compiling
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _compiling += time.perf_counter() - began
+
+
+def compiling_seconds() -> float:
+    """Return how long this process has imported and compiled kernels so far, as their first calls make it."""
+    return _compiling
+
+
 def deferred(module: str, name: str) -> Callable[..., Any]:
     """Return a function of a module that is imported at its first call, as `import mars` must not need Triton."""
     function: Callable[..., Any] | None = None
@@ -148,7 +168,8 @@ def deferred(module: str, name: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         nonlocal function
         if function is None:
-            function = getattr(importlib.import_module(module), name)
+            with compiling():
+                function = getattr(importlib.import_module(module), name)
         return function(*arguments)
 
     return call

@@ -6,13 +6,18 @@ with what its machine code must keep to. tests/kernels/test_compiled.py compiles
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mars.kernels import _backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read, like this, when Triton is imported
 ARCHITECTURES = (80, 89, 90, 120)  # compute capabilities: A100; RTX 40 and Ada; H100 and H200; RTX 50
 
 
@@ -77,7 +82,8 @@ def launch(
     if aligned and (run := _prepared.get(key)) is not None:
         run(*pointers, *numbers, *constants)
         return None
-    compiled = kernel[grid](*pointers, *numbers, *constants, num_warps=warps, num_stages=stages)
+    with _backend.compiling() if aligned and not INTERPRETED else nullcontext():
+        compiled = kernel[grid](*pointers, *numbers, *constants, num_warps=warps, num_stages=stages)
     if aligned and compiled is not None:  # None: interpreted
         if len(_prepared) >= _MOST_PREPARED:
             _prepared.clear()

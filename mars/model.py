@@ -37,6 +37,7 @@ from mars.config import AudioConfig, Config
 from mars.data.sound import Given, waveform
 from mars.errors import CheckpointError, ConfigError
 from mars.files import read_text, sha256
+from mars.kernels import _backend
 from mars.labels import LABELS, LONGEST_WORD, Condition, Ranges, Words, condition_ids, label
 from mars.models.sampling import sample, tile_size, workers
 from mars.models.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class Timing:
     transformer: float = 0.0
     decoding: float = 0.0  # tokens to spectrogram
     griffin_lim: float = 0.0
+    compiling: float = 0.0  # importing and compiling kernels, in none of the above; on a CPU they are there already
 
     def add(self, transformer: float, decoding: float, griffin_lim: float, waited: float) -> None:
         """Share the seconds that were waited for some notes among their parts, as these took."""
@@ -68,6 +70,11 @@ class Timing:
         self.transformer += share * transformer
         self.decoding += share * decoding
         self.griffin_lim += share * griffin_lim
+
+
+def _clock() -> float:
+    """Seconds on a clock that stands still while kernels are imported and compiled."""
+    return time.perf_counter() - _backend.compiling_seconds()
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,7 +420,7 @@ class Model:
             chosen = [ranges.choose(requested, s) for s in streams]
             conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
             uniforms = torch.stack([torch.rand(var.starts[-1], generator=s, dtype=torch.float32) for s in streams])
-            began = time.perf_counter()
+            began = _clock()
             classes = condition_ids(conditions, var.config.condition, self.words).to(device)
             rows = [min(max(first + i - start, 0), n - 1) for i in range(size)]  # those of the tile's other notes: any
             ids, latent = sample(
@@ -429,11 +436,11 @@ class Model:
                 first=None if kept is None else kept[rows],
             )
             ids = ids.cpu()
-            sampled = time.perf_counter()
+            sampled = _clock()
             spectrograms = self._decoded(latent)
             _synchronise(device)
             tile = [_Decoded(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
-            return tile, sampled - began, time.perf_counter() - sampled
+            return tile, sampled - began, _clock() - sampled
 
         def notes() -> Iterator[Note]:
             firsts = range(start - start % size, start + n, size)
@@ -443,17 +450,18 @@ class Model:
                 pool = stack.enter_context(thread_pool(side_by_side)) if workers(var, device) > 1 else None
                 sampled_tiles = ahead(pool, sample_tile, firsts, max(step, 2 * side_by_side))
                 stack.enter_context(closing(sampled_tiles))  # before the pool, which waits for all that is left
-                resumed = time.perf_counter()
+                resumed, compiled = _clock(), _backend.compiling_seconds()
                 while batch := list(islice(sampled_tiles, step)):
-                    began = time.perf_counter()
+                    began = _clock()
                     done = finished([tile for tile, *_ in batch])
-                    ended = time.perf_counter()
+                    ended = _clock()
                     parts = [sum(tile[i] for tile in batch) / side_by_side for i in (1, 2)]
                     timing.add(*parts, ended - began, waited=ended - resumed)
+                    timing.compiling += _backend.compiling_seconds() - compiled
                     if progress is not None:
                         progress(done[-1].index + 1 - start, n)
                     yield from done
-                    resumed = time.perf_counter()
+                    resumed, compiled = _clock(), _backend.compiling_seconds()
 
         @torch.no_grad()
         def finished(tiles: list[list[_Decoded]]) -> list[Note]:

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import mars
-from mars.cli import data, evaluate, generate, train
+from mars.cli import data, evaluate, generate, instrument, train
 from mars.cli.options import Renamed
 from mars.cli.root import main
 from mars.config import preset_names
@@ -48,9 +48,10 @@ def test_every_command_has_a_version_and_an_explanation(name):
     assert ALL[name].help
 
 
-def test_the_four_are_commands_of_mars():
-    assert {"data", "train", "generate", "eval", "export"} == set(main.commands)
-    for name, command in {"data": data, "train": train, "generate": generate, "eval": evaluate}.items():
+def test_the_others_are_commands_of_mars():
+    assert {"data", "train", "generate", "instrument", "eval", "export"} == set(main.commands)
+    others = {"data": data, "train": train, "generate": generate, "eval": evaluate, "instrument": instrument}
+    for name, command in others.items():
         assert main.commands[name] is command.main
 
 
@@ -64,7 +65,7 @@ def test_an_option_means_one_thing():
                 choices = ",".join(map(str, getattr(option.type, "choices", ())))
                 for spelt in option.opts[:1] if isinstance(option, Renamed) else option.opts:
                     kinds[spelt][f"{kind} {choices}".strip()].append(name)
-    told = {"--split", "--json", "--seed", "--pitch", "--instrument"}  # see docs/commands.md
+    told = {"--velocity", "--split", "--json", "--seed", "--pitch", "--instrument"}  # see docs/commands.md
     found = {spelt: dict(kinds) for spelt, kinds in kinds.items() if len(kinds) > 1 and spelt not in told}
     assert not found, f"{found}: one name, several kinds of value"
 

@@ -1,4 +1,5 @@
-"""The multi-scale quantiser (Tian et al. 2024, Algorithm 1) in Triton: two kernels per scale beside the search's own.
+"""The multi-scale quantiser (Tian et al. 2024, Algorithm 1) in Triton: two kernels per scale beside the search's own,
+and one before them.
 
 Maps are (B, H, W, D) inside, so that the residual at the full grid is what is searched. Bicubic weights are computed
 where they are needed, from exact fractions; the sums over codes are small products in full float32. Nothing waits for
@@ -16,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mars.kernels._triton import Compilation, cdiv, launch
-from mars.kernels.multiscale_quantize import reference
 from mars.kernels.multiscale_quantize.problem import Problem
 from mars.kernels.nearest_code import PackedCodebook
+from mars.kernels.nearest_code.triton import scratch_size
 
 _BLOCK_X = 16  # cells of a row that one program of `_update_kernel` computes
 
@@ -159,6 +160,26 @@ def _update_kernel(
     tl.store(after_ptr + place, tl.where(kept, total + change, total), mask=inside)
 
 
+@triton.jit(do_not_specialize=("scales", "Q", "B", "zeros"))
+def _prepare_kernel(
+    weight_ptr, bias_ptr, taps_ptr, mixed_bias_ptr, keep_ptr, zeros_ptr, ratio, scales, Q, D, B, zeros,
+    BLOCK: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """The convolutions as `reference.fold` writes them, (Q, 9, D, D) of weight (Q, D, D, 9), and their bias; zeros, for
+    the searches; and, with ALL, all scales for each sample to keep."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n, d, tap, q = i % D, i // D % D, i // (D * D) % 9, i // (D * D * 9)
+    inside = q < Q
+    tap_value = tl.load(weight_ptr + ((q * D + n) * D + d) * 9 + tap, mask=inside, other=0.0) * ratio
+    tap_value += tl.where((n == d) & (tap == 4), 1 - ratio, 0.0)
+    tl.store(taps_ptr + i, tap_value, mask=inside)
+    tl.store(mixed_bias_ptr + i, tl.load(bias_ptr + i, mask=i < Q * D, other=0.0) * ratio, mask=i < Q * D)
+    if ALL:
+        tl.store(keep_ptr + i, tl.zeros([BLOCK], tl.int64) + scales, mask=i < B)
+    tl.store(zeros_ptr + i, tl.zeros([BLOCK], tl.int64), mask=i < zeros)
+
+
+_PREPARE_BLOCK, _PREPARE_WARPS = 1024, 4
 _AREA_TILES = (4, 16)  # BLOCK_X
 _UPDATE_TILES = ((16, 16), (16, 32), (32, 16))  # BLOCK_J, BLOCK_D
 _AREA_D, _AREA_WARPS, _UPDATE_WARPS = 32, 1, 8
@@ -185,12 +206,13 @@ def _quantize(problem: Problem) -> tuple[Tensor, Tensor]:
     batch, dim, height, width = f.shape
     codebook = problem.codebook.contiguous()
     packed = PackedCodebook(codebook, problem.metric, "triton")
-    taps, bias = reference.fold(problem.weight, problem.ratio), (problem.bias * problem.ratio).contiguous()
-    keep = f.new_full((batch,), len(scales), dtype=torch.int64) if keep is None else keep.long().contiguous()
+    sizes_of_scratch = [scratch_size(batch * h * w) for h, w in scales]
+    taps, bias, keep, zeros = _prepared(problem, sum(sizes_of_scratch))
     residual = f.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     totals = f.new_empty((len(scales), *f.shape))
     ids = []
-    for k, ((h, w), q) in enumerate(zip(scales, problem.phi_index, strict=True)):
+    steps = zip(scales, problem.phi_index, zeros.split(sizes_of_scratch), strict=True)
+    for k, ((h, w), q, scratch) in enumerate(steps):
         sizes = (height, width, dim, h, w)
         rows = residual.view(-1, dim)
         if (h, w) != (height, width):
@@ -199,7 +221,8 @@ def _quantize(problem: Problem) -> tuple[Tensor, Tensor]:
                 grid = (len(rows), cdiv(dim, _AREA_D))
                 constants = _area_tile(width, w), _AREA_D
                 launch(_area_kernel, grid, (residual, rows), sizes, constants, warps=_AREA_WARPS, stages=1)
-        ids.append(packed.search(rows).view(batch, h * w))
+        shared = (scratch,) if packed.backend == "triton" else ()  # else codes too long for the kernels
+        ids.append(packed.search(rows, *shared).view(batch, h * w))
         if batch:
             block_j, block_d = _update_tile(dim, w)
             launch(
@@ -214,9 +237,41 @@ def _quantize(problem: Problem) -> tuple[Tensor, Tensor]:
     return torch.cat(ids, dim=1), totals
 
 
+def _prepared(problem: Problem, zeros: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the convolutions and their bias as `_update_kernel` reads them, the scales to keep, and so many zeros."""
+    f, keep, (Q, D) = problem.f, problem.keep, problem.bias.shape
+    weight, bias = problem.weight.contiguous(), problem.bias.contiguous()
+    kept = f.new_empty(len(f), dtype=torch.int64) if keep is None else keep.long().contiguous()
+    results = f.new_empty(Q, 9, D, D), f.new_empty(Q, D), kept, f.new_empty(zeros, dtype=torch.int64)
+    launch(
+        _prepare_kernel,
+        (cdiv(max(weight.numel(), len(f), zeros), _PREPARE_BLOCK),),
+        (weight, bias, *results),
+        (float(problem.ratio), len(problem.scales), Q, D, len(f), zeros),
+        (_PREPARE_BLOCK, keep is None),
+        warps=_PREPARE_WARPS,
+        stages=1,
+    )
+    return results
+
+
 def _configs() -> Iterator[Compilation]:
     maps = {f"{name}_ptr": "*fp32" for name in ("codebook", "taps", "bias", "residual", "before", "after", "rows")}
     types = maps | {"ids_ptr": "*i64", "keep_ptr": "*i64"} | dict.fromkeys(("k", "H", "W", "D", "h", "w"), "i32")
+    for everything in (False, True):
+        yield Compilation(
+            kernel=_prepare_kernel,
+            tile=f"{_PREPARE_BLOCK}{' all scales' if everything else ''}",
+            signature={
+                **dict.fromkeys(("weight_ptr", "bias_ptr", "taps_ptr", "mixed_bias_ptr"), "*fp32"),
+                **dict.fromkeys(("keep_ptr", "zeros_ptr"), "*i64"),
+                "ratio": "fp32",
+                **dict.fromkeys(("scales", "Q", "D", "B", "zeros"), "i32"),
+            },
+            constants={"BLOCK": _PREPARE_BLOCK, "ALL": everything},
+            warps=_PREPARE_WARPS,
+            stages=1,
+        )
     tiles: list[tuple[Any, int, dict[str, int]]] = [
         (_area_kernel, _AREA_WARPS, {"BLOCK_X": block_x, "BLOCK_D": _AREA_D}) for block_x in _AREA_TILES
     ]

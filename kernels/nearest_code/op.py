@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mars.kernels import _backend, _native
 from mars.kernels._direct import unobserved
-from mars.kernels.nearest_code import native, packing, reference
+from mars.kernels.nearest_code import native, reference
 
 Metric = Literal["l2", "cosine"]
 _TRITON_DIM = 256  # a row of x is held in registers
@@ -89,6 +89,7 @@ def _unit(codebook: Tensor, metric: str) -> Tensor:
     return F.normalize(codebook, dim=-1) if metric == "cosine" else codebook
 
 
+_pack = _backend.deferred("mars.kernels.nearest_code.triton_packing", "pack")
 _IMPLEMENTATIONS = {
     "reference": _Implementation(
         lambda codebook, metric: (codebook.clone(), metric), lambda x, packed: reference.nearest_code(x, *packed)
@@ -97,7 +98,7 @@ _IMPLEMENTATIONS = {
         lambda codebook, metric: native.Packed(_unit(codebook, metric), metric == "cosine"), native.search
     ),
     "triton": _Implementation(
-        lambda codebook, metric: packing.pack(_unit(codebook, metric), biased=metric == "l2"),
+        lambda codebook, metric: _pack(_unit(codebook, metric), metric == "l2"),
         _backend.deferred("mars.kernels.nearest_code.triton", "search"),
     ),
 }
@@ -113,12 +114,12 @@ class PackedCodebook:
         self.shape, self.device, self.metric, self.backend = codebook.shape, codebook.device, metric, backend
         self._packed = pack(codebook, metric)
 
-    def search(self, x: Tensor) -> Tensor:
-        """Return int64 (N,) for x (N, D); see `nearest_code`."""
+    def search(self, x: Tensor, *shared: Tensor) -> Tensor:
+        """Return int64 (N,) for x (N, D); see `nearest_code`. shared: what a caller keeps ready for the kernel."""
         _check(x, self.shape, self.device)
         if torch.compiler.is_compiling():
             raise RuntimeError("nearest_code: a packed codebook cannot be compiled; give the codebook (V, D) itself")
-        return self._search(_plain(_with_memory(x)), self._packed)
+        return self._search(_plain(_with_memory(x)), self._packed, *shared)
 
     def __copy__(self) -> Self:
         return self

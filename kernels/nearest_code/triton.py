@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mars.kernels._triton import ARCHITECTURES, Compilation, cdiv, launch
-from mars.kernels.nearest_code import packing
+from mars.kernels.nearest_code import packing, triton_packing
 from mars.kernels.nearest_code.packing import Packed
 
 _GROUP, _TILE, _NONE = tl.constexpr(packing.GROUP), tl.constexpr(packing.TILE), tl.constexpr(packing.NONE)
@@ -60,30 +60,31 @@ def _filter_tile(depth: int, capability: int) -> _FilterTile:
 
 
 _SPLITS = (1, 2, 4, 8, 16)
+_FEW_ROWS = 2048  # up to which one kernel does the whole search
 _RERANK = {"rows": 4, "warps": 4, "stages": 3}
 _EXACT = {"rows": 64, "columns": 64, "depth": 16, "warps": 8, "stages": 2}
 
 
-def search(x: Tensor, packed: Packed) -> Tensor:
+def search(x: Tensor, packed: Packed, zeros: Tensor | None = None) -> Tensor:
     """Return the nearest code of each row, the lowest index on ties.
 
     x is float32 (N, D), contiguous. A row with a NaN or an infinity gets 0; a code with one, or with a bias beyond
     float32, is never chosen unless all are (then 0). Returns int64 (N,). Nothing waits for the GPU.
+    zeros: int64 (scratch_size(N),), to be written to; made here if not given.
     """
-    products = len(x) * packed.rounded.numel()
-    # Below, launches and memory decide, not arithmetic.
-    run = search_exact if packed.size <= 2048 or products <= 1 << 27 else search_filtered
-    return run(x, packed)
+    # Of few rows or codes launches and memory decide, not arithmetic.
+    few = len(x) <= _FEW_ROWS or packed.size <= 2048
+    return (search_exact if few else search_filtered)(x, packed, zeros=zeros)
 
 
-def search_exact(x: Tensor, packed: Packed) -> Tensor:
+def search_exact(x: Tensor, packed: Packed, zeros: Tensor | None = None) -> Tensor:
     """Do what `search` does, without the filter."""
     ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    _exact(x, packed, ids, _scratch(x), None)
+    _exact(x, packed, ids, _scratch(x, zeros), None)
     return ids
 
 
-def search_filtered(x: Tensor, packed: Packed, splits: int | None = None) -> Tensor:
+def search_filtered(x: Tensor, packed: Packed, splits: int | None = None, zeros: Tensor | None = None) -> Tensor:
     """Do what `search` does, with the filter.
 
     splits: 1, 2, 4, 8 or 16, the programs that share the codes of a block of rows.
@@ -100,7 +101,7 @@ def search_filtered(x: Tensor, packed: Packed, splits: int | None = None) -> Ten
     upper = torch.empty(n, splits, 8, device=x.device)
     place = torch.empty(n, splits, 8, dtype=torch.int32, device=x.device)
     limits = torch.empty(n, splits, 2, device=x.device)
-    scratch = _scratch(x)
+    scratch = _scratch(x, zeros)
     listed = torch.empty(n, dtype=torch.int64, device=x.device)
     found = upper, place, limits
     launch(
@@ -144,12 +145,21 @@ class _Scratch(NamedTuple):
     count: Tensor  # of rows that are listed
 
 
-def _scratch(x: Tensor) -> _Scratch:
-    n = len(x)
-    keys, done = n + n % 2, cdiv(n, _EXACT["rows"])  # so that each part is aligned to 16 bytes
-    done += done % 2
-    zeros = torch.zeros(keys + done + 1, dtype=torch.int64, device=x.device)
-    return _Scratch(zeros, zeros[keys:], zeros[keys + done :])
+def _parts(rows: int) -> tuple[int, int]:
+    """Return the sizes of keys and counters, even, so that each part is aligned to 16 bytes."""
+    return rows + rows % 2, cdiv(rows, 2 * _EXACT["rows"]) * 2
+
+
+def scratch_size(rows: int) -> int:
+    """Return how many zeros a search of so many rows needs."""
+    return sum(_parts(rows)) + 2
+
+
+def _scratch(x: Tensor, zeros: Tensor | None) -> _Scratch:
+    keys, done = _parts(len(x))
+    if zeros is None:
+        zeros = torch.zeros(scratch_size(len(x)), dtype=torch.int64, device=x.device)
+    return _Scratch(zeros, zeros[keys:], zeros[keys + done :][:1])
 
 
 def _exact(x: Tensor, packed: Packed, ids: Tensor, scratch: _Scratch, listed: Tensor | None) -> None:
@@ -471,4 +481,4 @@ def _configs() -> tuple[Compilation, ...]:
     return tuple(out)
 
 
-CONFIGS = _configs()
+CONFIGS = (*_configs(), *triton_packing.CONFIGS)

@@ -149,6 +149,23 @@ def test_triton_is_the_reference(scales, dim, metric, keep):
 
 
 @needs_triton
+def test_triton_launches_few_kernels():
+    """The published model's: three pack the codebook, one prepares, and a scale takes two or three, filtered five."""
+    from mars.kernels.multiscale_quantize import triton
+    from mars.kernels.multiscale_quantize.problem import Problem
+    from tests.launches import launches
+
+    scales = [(n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
+    shapes = (32, 4, 16, 16), (4096, 4), (4, 4, 4, 3, 3), (4, 4)
+    problem = Problem(*(torch.randn(s) for s in shapes), [0, 0, 1, 1, 1, 2, 2, 2, 3, 3], scales, "l2", 0.5, None)
+    with running("triton"):
+        found = launches(lambda: triton.multiscale_quantize(problem))
+    assert found["_filter_kernel"] == 3
+    assert found["_update_kernel"] == 10
+    assert found.total() <= 41
+
+
+@needs_triton
 def test_triton_takes_an_empty_batch_and_reads_strided_maps_without_changing_them():
     scales = ((1, 2), (2, 3))
     f, *rest = arguments(scales, dim=3)

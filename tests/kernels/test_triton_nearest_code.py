@@ -23,8 +23,9 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from mars.kernels.nearest_code import packing
+from mars.kernels.nearest_code import packing, triton_packing
 from mars.kernels.nearest_code import triton as kernels
+from tests.launches import launches as launches_of
 
 # numpy's, where a GPU overflows in silence
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -272,13 +273,52 @@ def test_the_filters_limits_enclose_the_largest_score(inputs, launches):
 
 def test_search_takes_the_exact_kernel_for_small_problems_and_the_filter_for_large_ones(monkeypatch):
     taken = []
-    monkeypatch.setattr(kernels, "search_exact", lambda x, packed: taken.append("exact"))
-    monkeypatch.setattr(kernels, "search_filtered", lambda x, packed: taken.append("filtered"))
+    monkeypatch.setattr(kernels, "search_exact", lambda x, packed, zeros: taken.append("exact"))
+    monkeypatch.setattr(kernels, "search_filtered", lambda x, packed, zeros: taken.append("filtered"))
     packed = packing.pack(torch.randn(4096, 32), True)
-    kernels.search(torch.empty(1 << 10, 32), packed)
     kernels.search(torch.empty(1 << 11, 32), packed)
+    kernels.search(torch.empty((1 << 11) + 1, 32), packed)
     kernels.search(torch.empty(1 << 20, 32), packing.pack(torch.randn(2048, 32), True))
     assert taken == ["exact", "filtered", "exact"]
+
+
+def test_a_search_of_few_rows_is_one_kernel_and_packing_three():
+    x, codebook = gauss(2048, 4096, 8)
+    packed = packing.pack(codebook, True)
+    assert launches_of(lambda: kernels.search(x, packed)) == {"_exact_kernel": 1, "zeros": 1}
+    zeros = torch.zeros(kernels.scratch_size(len(x)), dtype=torch.int64)
+    assert launches_of(lambda: kernels.search(x, packed, zeros)) == {"_exact_kernel": 1}
+    assert launches_of(lambda: triton_packing.pack(codebook, True)).total() == 3
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["l2", "cosine"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packing_in_kernels_is_that_of_pytorch(shape, biased):
+    """But for bfloat16, which the interpreter cuts off, and the bounds on what that loses."""
+    _, codebook = gauss(*shape)
+    expected, actual = packing.pack(codebook, biased), triton_packing.pack(codebook, biased)
+    for name in ("codes", "bias", "order", "rounded_bias"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    torch.testing.assert_close(actual.shift, expected.shift)
+    cut = (actual.rounded.float() - expected.rounded.float()).abs()
+    assert (cut <= 2**-7 * expected.rounded.float().abs()).all()
+    assert (actual.bounds >= expected.bounds * 0.99).all()
+    assert (actual.bounds <= expected.bounds * 8).all()
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["l2", "cosine"])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_finds_the_code_of_the_definition_in_what_the_kernels_packed(inputs, biased):
+    x, codebook = inputs(24, 517, 6)
+    packed = triton_packing.pack(codebook, biased)
+    assert torch.equal(SEARCHES["split"](x, packed), nearest(x, codebook, biased))
+
+
+def test_very_large_codebooks_are_sorted(monkeypatch):
+    monkeypatch.setattr(triton_packing, "MOST", 100)
+    _, codebook = gauss(1, 130, 8)
+    assert "_place_kernel" not in launches_of(lambda: triton_packing.pack(codebook, True))
+    assert "_place_kernel" in launches_of(lambda: triton_packing.pack(codebook[:100], True))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 
 from mars import audio, config
 from mars.errors import CheckpointError, ConfigError
+from mars.kernels import _backend
 from mars.labels import condition_ids
 from mars.model import Model, Timing
 from mars.models import sampling
@@ -119,6 +121,24 @@ def test_tiles_side_by_side_have_the_bytes_of_one_thread(model, precision, threa
     assert threading.get_ident() not in {thread for thread, *_ in seen}
     assert torch.get_num_threads() == 3
     assert min(timing.transformer, timing.decoding, timing.griffin_lim) > 0
+
+
+def test_compiling_is_told_apart_from_what_it_delays(model, monkeypatch):
+    timing, step = Timing(), model.var.step
+    first = []
+
+    def slow(*arguments):
+        if not first:
+            with _backend.compiling():
+                time.sleep(0.5)
+            first.append(True)
+        return step(*arguments)
+
+    monkeypatch.setattr(model.var, "step", slow)
+    began = time.perf_counter()
+    listed(model, 1, timing=timing, iterations=0)
+    assert timing.compiling >= 0.5
+    assert timing.transformer + timing.decoding + timing.griffin_lim <= time.perf_counter() - began - 0.45
 
 
 def test_a_large_transformer_has_all_threads_for_each_tile(model, threads, monkeypatch):
