@@ -89,7 +89,15 @@ def nsynth(paths: tuple[Path, ...], out: Path, as_json: bool, **options: Any) ->
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Labels: the column file, any of pitch, velocity, family, source, instrument, and any others of your own.",
 )
-@click.option("--sample-rate", type=click.IntRange(1000, 384_000), default=16_000, show_default=True, help="Hz.")
+@click.option(
+    "--sample-rate",
+    "--rate",
+    "sample_rate",
+    type=click.IntRange(1000, 384_000),
+    default=16_000,
+    show_default=True,
+    help="Hz.",
+)
 @click.option("--seconds", type=click.FloatRange(0.1, 600), default=4.0, show_default=True, help="Cut or pad to this.")
 @click.option(
     "--shortest",

@@ -49,11 +49,11 @@ STEPS = 2000  # at most, far beyond where the held-out sounds of a small collect
 BATCH = 16  # notes
 ORIGINALS = 8  # sounds shown beside the new notes
 SHARES = {"tokenizer": 0.5, "var": 0.8}  # of the time that is left when the stage begins
-# Measured on three collections of 36 to 46 sounds; see docs/own-sounds.md. A rate that stays and the running average
-# of the weights in place of a falling rate: so a stage may end at any step.
+# Rates by short trials (docs/own-sounds.md). A rate that stays and the running average of the weights in place of a
+# falling rate: so a stage may end at any step.
 SETTINGS: dict[StageName, dict[str, Any]] = {
     "tokenizer": {"lr": 1e-3, "validate_every": 10, "patience": 6},
-    "var": {"lr": 3e-4, "validate_every": 5, "patience": 6},
+    "var": {"lr": 1e-3, "validate_every": 5, "patience": 6},
 }
 
 
