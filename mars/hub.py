@@ -14,7 +14,7 @@ from pathlib import Path
 from mars.errors import CheckpointError, ConfigError, MarsError, needed
 
 FILES = ("*.json", "*.safetensors", "README.md")  # that a model consists of; others in a repository are not fetched
-_NAME = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def download(name: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -66,5 +66,5 @@ def _told(problem: str, error: type[MarsError]) -> Iterator[None]:
         yield
     except (HTTPError, HFValidationError, OSError) as found:
         cause = found.__cause__ if isinstance(found.__cause__, HTTPError) else found
-        first = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise error(f"{problem}: {first.strip()}") from found
+        lines = [line.strip() for line in str(cause).splitlines() if not line.startswith("For more information")]
+        raise error(f"{problem}: {' '.join(filter(None, lines)) or type(cause).__name__}") from found

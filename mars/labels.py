@@ -244,6 +244,22 @@ def vocabularies(attributes: Iterable[str], columns: Columns, words: Words) -> d
     }
 
 
+def grown(attributes: Iterable[str], words: Words, new: Words) -> dict[str, list[str]]:
+    """Return the words of a model with these conditions that learns more: first its own in their order, then the new.
+
+    Args:
+        words: of the model.
+        new: of what it learns; see `vocabularies`.
+    """
+    found = {name: list(known) for name, known in words.items()}
+    for name, learned in new.items():
+        had = label(name).values(words) if name in attributes else ()
+        more = [word for word in learned if word not in had]
+        if more or name in words or label(name).open:
+            found[name] = [*had, *more]
+    return found
+
+
 def sizes(attributes: Iterable[str], words: Words) -> dict[str, int]:
     """How many classes each condition of a model with these words has, without that of the unknown."""
     return {name: len(label(name).classes(words)) for name in attributes}
@@ -349,6 +365,10 @@ class Ranges:
         if label(name).levels:
             return any(_values(entry, name) for entry in self.notes)
         return value is not None and any(entry.get(name) == value for entry in self.notes)
+
+    def holding(self, requested: Mapping[str, Any]) -> Sequence[Entry]:
+        """Return the training notes that hold as much as can be of what is requested; a pitch is (lowest, highest)."""
+        return self._narrowed({**dict.fromkeys(self.names), **requested})[0]
 
     def untrained(self, condition: Mapping[str, Any]) -> str | None:
         """Return the first label of a condition that no training note had together with those before it, or None.

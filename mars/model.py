@@ -51,6 +51,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 Sound: TypeAlias = "Given | Note"  # what `Model.tokenize` takes
 DEFAULT = "notes"  # the packaged model
 CODING: Precision = "float32"  # of encoding and decoding
+SOUND = 7  # the same of the phases of tokens that are only made to sound
 STREAM = 4  # tells the random streams of notes from those of training with the same seed
 
 
@@ -134,7 +135,7 @@ class Model:
         revision: str | None = None,
         token: str | None = None,
     ) -> Model:
-        """A model from this machine, as `load` finds it, or else from the Hugging Face Hub.
+        """Load a model from this machine, as `load` finds it, or else from the Hugging Face Hub.
 
         Args:
             name: what `load` takes, or "user/name" of the Hub, which needs the package huggingface_hub and is kept in
@@ -148,13 +149,13 @@ class Model:
         return load(name if name is None or exists(name) else hub.download(str(name), revision, token), device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """`save`, under the name that others have for it: `from_pretrained` takes the folder."""
+        """Save the model as `save` does: the name that other libraries have for it."""
         self.save(path)
 
     def push_to_hub(
         self, name: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
     ) -> str:
-        """Send the model to the Hugging Face Hub as "user/name", made if need be; its address there.
+        """Upload the model to the Hugging Face Hub as "user/name", made if need be, and return its address there.
 
         Args:
             private: of a new repository; None: what the account says.
@@ -170,7 +171,7 @@ class Model:
             return hub.upload(Path(folder) / "model", name, private=private, token=token, revision=revision)
 
     def to(self, device: str | torch.device) -> Model:
-        """The model itself, its weights moved to a device: auto, cpu, cuda, cuda:1, mps, …. Raises `ConfigError`."""
+        """Move the weights to a device (auto, cpu, cuda, cuda:1, mps, …) and return the model. Raises `ConfigError`."""
         device = pick_device(device)
         for part in (self.tokenizer, self.var):
             if part is not None:
@@ -178,8 +179,7 @@ class Model:
         return self
 
     def __repr__(self) -> str:
-        parts = {"tokenizer": self.tokenizer, "transformer": self.var}
-        sizes = (f"{n} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for n, m in parts.items() if m is not None)
+        sizes = (f"{name} {count / 1e6:.1f} M" for name, count in self.parameters.items())
         sound = (
             f"{self.config.audio.samples / self.config.audio.sample_rate:.3g} s at {self.config.audio.sample_rate} Hz"
         )
@@ -188,6 +188,12 @@ class Model:
 
     def _repr_html_(self) -> str:
         return html.markdown(self.card) if self.card else f"<p>{escape(repr(self))}</p>"
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The numbers of parameters of "tokenizer" and, if there is one, "transformer"."""
+        parts = {"tokenizer": self.tokenizer, "transformer": self.var}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
 
     @property
     def device(self) -> torch.device:
@@ -275,7 +281,7 @@ class Model:
         return self._decoded(self.tokenizer.quantizer.latent(x.to(self.device)))
 
     def _tokens(self, what: str, ids: Array, lengths: Sequence[int], wanted: str, rows: int | None = None) -> Tensor:
-        """Tokens int64 (B, one of lengths), B `rows` if given; raises `ConfigError` for anything else."""
+        """Check tokens and return them as int64 (B, one of lengths), B being `rows` if given. Raises `ConfigError`."""
         size = self.config.tokenizer.codebook_size
         wanted = f"{what}: want {wanted}, integers 0..{size - 1}"
         x = tensor(what, ids, wanted.removeprefix(f"{what}: want "))
@@ -351,7 +357,8 @@ class Model:
                 of so many scales, as `config.tokenizer.starts` has them. With all tokens nothing is drawn.
             cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
                 none, at half the cost. Without effect if the model has no condition.
-            top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
+            top_k: draw among so many of the likeliest tokens.
+            top_p: of these, draw among the likeliest whose probabilities add up to this.
             temperature: below 1 likely tokens become likelier: notes that are purer and more alike.
             batch_size: notes finished together, rounded up to whole tiles; of no effect on the notes.
             iterations: of Griffin-Lim.
@@ -484,7 +491,7 @@ class Model:
 
     @torch.inference_mode()
     def tokenize(self, sound: Sound) -> Tensor:
-        """Tokens int64 (L,) of one sound, cut or padded with zeros to the model's length.
+        """Return the tokens int64 (L,) of one sound, cut or padded with zeros to the model's length.
 
         Args:
             sound: a note of this model, whose tokens are known; or what `mars.data.sound.waveform` takes: the path of a
@@ -501,7 +508,7 @@ class Model:
 
     @torch.inference_mode()
     def mix(self, a: Sound, b: Sound, amounts: Sequence[float]) -> Tensor:
-        """Tokens int64 (n, L) between two sounds: their latent maps in these proportions, quantised anew.
+        """Return tokens int64 (n, L) between two sounds: their latent maps in these proportions, quantised anew.
 
         amounts: (n,), 0 (all of a) to 1 (all of b); at both ends the tokens are those of the sound itself.
 
@@ -520,7 +527,7 @@ class Model:
         return mixed.cpu()
 
     def vary(self, sound: Sound, n: int = 1, *, keep: int | None = None, **settings: Unpack[Generation]) -> list[Note]:
-        """Notes like a sound: its first scales stay, the others are drawn anew.
+        """Return notes like a sound: its first scales stay, the others are drawn anew.
 
         Args:
             sound: see `tokenize`.
@@ -545,7 +552,7 @@ class Model:
         keep: int | None = None,
         **settings: Unpack[Generation],
     ) -> list[Note]:
-        """Notes between two sounds, one for each amount: see `mix`.
+        """Return notes between two sounds, one for each amount: see `mix`.
 
         Args:
             a, b: see `tokenize`.
@@ -561,11 +568,11 @@ class Model:
         return self._alike(self.mix(a, b, amounts)[:, : self.kept(scales if keep is None else keep)], [a, b], settings)
 
     def kept(self, keep: int) -> int:
-        """How many tokens the first `keep` scales have. Raises `ConfigError` if there are not so many."""
+        """Return how many tokens the first `keep` scales have. Raises `ConfigError` if there are not so many scales."""
         return self.config.tokenizer.starts[integer("keep", keep, 0, len(self.config.tokenizer.scales))]
 
     def _alike(self, tokens: Tensor, sounds: Sequence[Sound], settings: Mapping[str, Any]) -> list[Note]:
-        """Notes with these first tokens (n, t), labelled as the settings say, else as all the sounds are."""
+        """Return notes with these first tokens (n, t), labelled as the settings say, else as all the sounds are."""
         if settings.get("tokens") is not None:
             raise ConfigError("tokens are those of the sound; leave them out")
         if settings.get("conditions") is None:
@@ -634,6 +641,24 @@ def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> T
     """
     with autocast(waveforms.device, CODING):
         return tokenizer.encode(audio.multiplexed(waveforms, config))
+
+
+@torch.inference_mode()
+def decode_notes(
+    model: Model, ids: Tensor, wanted: range, *, seed: int = 0, iterations: int = 32
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the index and the waveform (samples,), at most full scale, of the wanted notes of tokens (notes, L).
+
+    A note depends on its tokens, its index and the seed alone: as in generation the network runs on whole tiles.
+    """
+    size = tile_size(model.device)
+    for first in range(wanted.start - wanted.start % size, wanted.stop, size):
+        tile = ids[first : first + size].to(torch.int64)
+        padded = torch.cat([tile, tile.new_zeros(size - len(tile), tile.shape[1])])
+        streams = [stream(seed, SOUND, index) for index in range(first, first + size)]
+        waveforms = audio.within_full_scale(model.decode(padded, iterations=iterations, seed=streams).cpu())
+        for index in range(max(first, wanted.start), min(first + size, wanted.stop)):
+            yield index, waveforms[index - first]
 
 
 def _rows(marked: Tensor) -> str:
@@ -708,7 +733,7 @@ def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
 
 
 def exists(name: str | Path | None) -> bool:
-    """Whether this machine has something of that name: a path, or a packaged model."""
+    """Return whether this machine has something of that name: a path, or a packaged model."""
     packaged = Path(str(resources.files("mars").joinpath("assets", "models")))
     return name is None or Path(name).exists() or (packaged / str(name)).is_dir()
 

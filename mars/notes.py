@@ -114,7 +114,7 @@ class NoteFolder:
         page: str = "",
         originals: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """A folder of notes `first`, `first` + 1, ….
+        """Describe a folder of notes `first`, `first` + 1, …; nothing is written yet.
 
         Args:
             origin: what and how they are made, for the listing.
@@ -132,7 +132,7 @@ class NoteFolder:
         self.missing: list[int] = []  # notes that are not there
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """Yield the missing notes as runs without a gap: (first, one past the last)."""
+        """Yield the missing notes as runs without a gap: (first, one past the last), from 0."""
         for _, pairs in groupby(enumerate(self.missing), lambda pair: pair[1] - pair[0]):
             stretch = [index for _, index in pairs]
             yield stretch[0], stretch[-1] + 1
@@ -156,19 +156,19 @@ class NoteFolder:
             if self.page and stale:
                 spectrogram = audio.spectrogram(torch.from_numpy(samples / np.float32(32768)), self.config)
                 (self.path / PICTURES).mkdir(exist_ok=True)
-                write_png(self.path / _picture(note["file"]), _pictured(spectrogram))
+                write_png(self.path / _picture(note["file"]), picture_of(spectrogram))
                 shown += [spectrogram] * (len(shown) < PICTURED)
         if self.page and stale:
             labels = [Path(file).stem for file in self.files[: len(shown)]]
-            sheet = contact_sheet(torch.stack(shown), labels, height=256, width=128, extent=_extent(self.config))
+            sheet = contact_sheet(torch.stack(shown), labels, height=256, width=128, extent=extent(self.config))
             write_png(self.path / PICTURE, sheet)
             html.write(self.path / PAGE, self._rendered())
         self._write_listing()
         return Filled(silent, full_scale)
 
     def _rendered(self) -> str:
-        """The page to listen to them."""
-        seconds, khz = _extent(self.config)
+        """Return the page to listen to them, as HTML."""
+        seconds, khz = extent(self.config)
         made = self.document
         known = {"Model": made.get("model"), "Seed": made.get("seed"), "Guidance": made.get("cfg")}
         sounds = [
@@ -186,7 +186,7 @@ class NoteFolder:
         originals = [
             listen.Sound(
                 html.data_uri("audio/flac", html.flac(audio.pcm(waveform), self.config.sample_rate)),
-                html.data_uri("image/png", png(_pictured(audio.spectrogram(waveform, self.config)))),
+                html.data_uri("image/png", png(picture_of(audio.spectrogram(waveform, self.config)))),
                 title,
             )
             for title, waveform in self.originals.items()
@@ -239,9 +239,9 @@ class NoteFolder:
         except (KeyError, TypeError, AttributeError):
             raise DataError(f"{file} is not one that mars wrote; name a new folder") from None
         for name, value in self.document.items():
-            found = plain if name == "notes" else there.get(name, _ADDED.get(name))
-            if found != value and name not in _FREE:
-                differs = "other notes" if name == "notes" else f"{name} {found}, not {value}"
+            earlier = plain if name == "notes" else there.get(name, _ADDED.get(name))
+            if earlier != value and name not in _FREE:
+                differs = "other notes" if name == "notes" else f"{name} {earlier}, not {value}"
                 raise ConfigError(f"{self.path} was begun with {differs}; name a new folder")
         return dict(there)
 
@@ -257,17 +257,18 @@ class NoteFolder:
 
 
 def _picture(file: str) -> str:
-    """Where the picture of a note's file is."""
+    """Return the path of the picture of a note's file, from the folder."""
     return f"{PICTURES}/{Path(file).stem}.png"
 
 
-def _pictured(spectrogram: Tensor) -> Picture:
+def picture_of(spectrogram: Tensor) -> Picture:
+    """Return the picture of a spectrogram (bins, frames) for a page to listen."""
     height, width = listen.SIZE
     return spectrogram_picture(spectrogram, frequency=listen.FREQUENCY, height=height, width=width)
 
 
-def _extent(config: AudioConfig) -> tuple[float, float]:
-    """Seconds across and kHz up a spectrogram."""
+def extent(config: AudioConfig) -> tuple[float, float]:
+    """Return the seconds across a spectrogram, and the kHz up it."""
     return config.frames * config.hop / config.sample_rate, config.bins * config.sample_rate / config.n_fft / 1000
 
 

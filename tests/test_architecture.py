@@ -20,7 +20,7 @@ FLOORS = (
     {"kernels", "labels", "config", "checkpoint", "hub"},
     {"audio", "data", "models", "pages"},
     {"notes", "model"},
-    {"runs", "evaluate"},
+    {"runs", "evaluate", "instrument"},
     {"train"},
     {"cli", "__main__"},
 )

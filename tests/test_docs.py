@@ -31,8 +31,15 @@ FENCE = re.compile(
     r"(?P<code>.*?)^ *```$",
     re.DOTALL | re.MULTILINE,
 )
-GROUPS = {"mars-train": "train", "mars-generate": "generate", "mars-data": "data", "mars-eval": "evaluate"}
-RUN = re.compile(r"(?:mars-\w+|-m mars\.cli\.\w+)\b")
+GROUPS = {
+    "mars-train": "train",
+    "mars-generate": "generate",
+    "mars-instrument": "instrument",
+    "mars-data": "data",
+    "mars-eval": "evaluate",
+    "mars": "root",
+}
+RUN = re.compile(r"(?:\bmars(?:-\w+)?|-m mars\.cli\.\w+)\b")
 
 
 def make_a_folder_of_notes(folder: str, count: int = 10) -> None:
@@ -68,7 +75,7 @@ def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
                 if word.startswith("mars.cli.") and words[at - 1] == "-m":
                     name = word.removeprefix("mars.cli.").replace("evaluate", "eval")
                     yield line + number, [f"mars-{name}", *words[at + 1 :]]
-                elif word in GROUPS:
+                elif word in GROUPS and not (word == "mars" and at and words[at - 1].startswith("--")):
                     yield line + number, words[at:]
                     break
 

@@ -70,6 +70,20 @@ def test_scripts_are_installed_and_explain_themselves(script, tmp_path):
     assert "Usage:" in run(Path(sysconfig.get_path("scripts")) / script, "--help", cwd=tmp_path)
 
 
+@pytest.mark.parametrize("extra", ["data", "eval", "crepe", "tensorboard", "hub", "flash-attn", "xformers"])
+def test_every_extra_is_in_the_documentation(extra):
+    page = (ROOT / "docs/installing.md").read_text(encoding="utf-8")
+    assert PROJECT["optional-dependencies"][extra]
+    assert f"`{extra}`" in page
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper():
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {PROJECT['version']}\n" in text
+    assert f"\nlicense: {PROJECT['license']}\n" in text
+    assert "arXiv:2509.26007" in text
+
+
 def test_import_is_light(tmp_path):
     code = "import sys, torch; had = set(sys.modules); import mars.models; print(*set(sys.modules) - had)"
     heavy = {
@@ -82,6 +96,8 @@ def test_import_is_light(tmp_path):
         "fluidsynth",
         "sklearn",
         "torchmetrics",
+        "huggingface_hub",
+        "markdown_it",
     }
     assert heavy.intersection(run(sys.executable, "-c", code, cwd=tmp_path).split()) == set()
 
@@ -145,6 +161,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(file) as archive:
         archive.extractall(folder / "content")
     return folder / "content"
+
+
+def test_a_wheel_without_kernels_is_for_any_machine(tmp_path):
+    """As `make wheel` makes it."""
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-C", "wheel.cmake=false", "--wheel-dir", tmp_path, ROOT)
+    (file,) = tmp_path.glob("*.whl")
+    assert file.name == f"mars_audio-{mars.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(file) as archive:
+        names = set(archive.namelist())
+    assert set(FILES) <= names
+    assert not [name for name in names if name.endswith((".so", ".dylib", ".dll"))]
 
 
 def test_wheel_holds_all_of_mars_and_nothing_else(wheel):

@@ -19,7 +19,7 @@ Given: TypeAlias = "str | Path | Array | tuple[Array, int]"
 
 
 def waveform(name: str, given: Given, config: AudioConfig) -> tuple[Tensor, frozenset[str]]:
-    """A sound as float32 (samples,) at the front end's rate and length, and what of `decode.CHANGES` was done to it.
+    """Return a sound as float32 (samples,) at the front end's rate and length, and which of `decode.CHANGES` it took.
 
     Args:
         name: what messages call it.
@@ -50,7 +50,7 @@ def waveform(name: str, given: Given, config: AudioConfig) -> tuple[Tensor, froz
 
 
 def _channels(name: str, samples: Array) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """A waveform as float32 (frames, channels)."""
+    """Return a waveform as float32 (frames, channels)."""
     wanted = "a path, a waveform (samples,) with full scale 1, or a waveform and its rate"
     x = tensor(name, samples, wanted)
     if not x.is_floating_point() or x.ndim not in (1, 2) or not x.numel():

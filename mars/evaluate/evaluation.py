@@ -101,9 +101,10 @@ def run(
     Args:
         pairs: the notes are reconstructions of the real ones, and pair up with them by name; otherwise they are taken
             for newly generated ones, whose mel errors are those against the nearest real note.
-        json_file, html_file: where to write the report, and a page of it with pictures and sounds.
+        json_file: where to write the report.
+        html_file: where to write a page of it with pictures and sounds.
         say: called with warnings; None: they go to the logger `mars`.
-        progress: called with what is being done, notes done and all of them.
+        progress: called with the task, the notes done and their total.
 
     Raises:
         MarsError: an option, a network, a set of notes or a place for the report cannot be used.
@@ -141,7 +142,7 @@ def reconstruct(
         n: so many of the notes, drawn with the seed; None: all.
         iterations: of Griffin-Lim.
         begun: called with the folder before the first note is made.
-        say: called with warnings.
+        say: called with warnings; None: they go to the logger `mars`.
         progress: called with what is being done, notes done and all of them.
 
     Raises:
@@ -187,7 +188,7 @@ def generate(
         top_p: as for `mars.model.Model.generate`.
         iterations: of Griffin-Lim.
         begun: called with the folder before the first note is made.
-        say: called with warnings.
+        say: called with warnings; None: they go to the logger `mars`.
         progress: called with what is being done, notes done and all of them.
 
     Raises:

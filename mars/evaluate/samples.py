@@ -23,8 +23,8 @@ def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor
         DataError: fewer than `minimum` samples, or some that are not finite.
     """
     if samples.ndim != len(shape) or not samples.is_floating_point():
-        wanted = f"floating-point ({', '.join(shape)})"
-        raise ConfigError(f"{name}: want {wanted}, got {samples.dtype} {tuple(samples.shape)}")
+        expected = f"floating-point ({', '.join(shape)})"
+        raise ConfigError(f"{name}: want {expected}, got {samples.dtype} {tuple(samples.shape)}")
     if len(samples) < minimum:
         raise DataError(f"{name}: want at least {minimum} {shape[0]}, got {len(samples)}; evaluate more of them")
     samples = samples.detach().cpu()

@@ -18,17 +18,18 @@ from mars.config import TokenizerConfig, VARConfig
 from mars.errors import CheckpointError
 from mars.kernels.nearest_code.op import Metric
 from mars.models.quantizer import Quantizer
-from mars.models.var import VAR
+from mars.models.var import VAR, key
 
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of the published models at 256 x 256 pixels
 
+_CLASS = f"condition.{key('class')}"
 # Published name: ours. Whole parts between dots, the longest first; what is not here has the same name in both.
 _NAMES = {
     "head_nm.ada_lin.1": "head_ada.1",
     "shared_ada_lin.1": "shared_ada.1",
     "ada_lin.1": "ada.1",
     "ada_gss": "offset",
-    "class_emb": "condition.class",
+    "class_emb": _CLASS,
     "pos_start": "start_position",
     "pos_1LC": "position",
     "lvl_embed": "level",
@@ -59,7 +60,7 @@ def read_transformer(state: Mapping[str, Tensor], scales: Sequence[int] | None =
     for name, tensor in state.items():
         if name.endswith("zero_k_bias") and bool(tensor.any()):
             raise CheckpointError(f"state dict: {name} is not 0, and keys have no bias here")
-    for name in ("condition.class.weight", "position", "embed.weight", "head.weight", "blocks.0.attn.log_scale"):
+    for name in (f"{_CLASS}.weight", "position", "embed.weight", "head.weight", "blocks.0.attn.log_scale"):
         if name not in tensors:
             raise CheckpointError(f"state dict lacks {_published(name)}; want the published VAR's transformer")
     codebook_size, width = tensors["head.weight"].shape
@@ -73,7 +74,7 @@ def read_transformer(state: Mapping[str, Tensor], scales: Sequence[int] | None =
         shared_adaln="shared_ada.1.weight" in tensors,
         drop_path=0.1 * depth / 24,  # the published rule; for further training
     )
-    var = VAR(config, tokenizer, classes={"class": len(tensors["condition.class.weight"]) - 1})
+    var = VAR(config, tokenizer, classes={"class": len(tensors[f"{_CLASS}.weight"]) - 1})
     _load(var, tensors)
     return var.eval()
 
@@ -125,11 +126,11 @@ def _tokenizer(scales: Sequence[int], size: int, dim: int, **settings: object) -
 def _sides(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The sides of the grids whose tokens the buffer of levels counts."""
     if _LEVELS not in state:
-        raise CheckpointError(f"state dict lacks the buffer {_LEVELS}; give `scales`")
+        raise CheckpointError(f"state dict lacks the buffer {_LEVELS}; give scales")
     counts = torch.bincount(state[_LEVELS].flatten().long()).tolist()
     sides = tuple(math.isqrt(count) for count in counts)
     if [side * side for side in sides] != counts:
-        raise CheckpointError(f"state dict: {_LEVELS} counts {counts} tokens, which are no square grids; give `scales`")
+        raise CheckpointError(f"state dict: {_LEVELS} counts {counts} tokens, which are no square grids; give scales")
     return sides
 
 

@@ -129,7 +129,7 @@ class Tokenizer(nn.Module):
         if isinstance(config, Config):
             shape, config = config.audio.shape, config.tokenizer
         if shape is None:
-            raise ConfigError("a tokenizer's own settings do not say what it reads; give its `shape` (C, F, T)")
+            raise ConfigError("a tokenizer's own settings do not say what it reads; give its shape (C, F, T)")
         t = config
         self.channels, *grid = shape
         if grid[0] % t.patch[0] or grid[1] % t.patch[1]:

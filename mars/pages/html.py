@@ -27,7 +27,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data: fi
 
 
 def document(title: str, parts: Iterable[str], footer: str, script: str = "") -> str:
-    """A page of parts, HTML, those that are empty left out, above a footer, HTML.
+    """Return a page of HTML parts, without the empty ones, above a footer in HTML.
 
     script: source of scripts that may run, as a policy names it; none otherwise.
     """

@@ -49,7 +49,7 @@ def render(
     footer: str,
     originals: Sequence[Sound] = (),
 ) -> str:
-    """The page as HTML.
+    """Return the page as HTML.
 
     Args:
         known: facts at its top.
@@ -72,7 +72,7 @@ def render(
 
 
 def _figure(sound: Sound) -> str:
-    """Picture, axes and player of a sound."""
+    """Return the picture, axes and player of a sound."""
     family = "" if sound.family is None else f' data-family="{escape(sound.family)}"'
     pitch = "" if sound.pitch is None else f' data-pitch="{sound.pitch}"'
     detail = f"<small>{escape(sound.detail)}</small>" if sound.detail else ""
@@ -90,7 +90,7 @@ def _link(source: str) -> str:
 
 
 def _filter(sounds: Iterable[Sound]) -> str:
-    """What chooses among the sounds; nothing where they are all of one kind."""
+    """Return the selects that choose among the sounds, without those that have nothing to choose."""
     families = sorted({sound.family for sound in sounds if sound.family is not None})
     pitches = sorted({sound.pitch for sound in sounds if sound.pitch is not None})
     parts = []
@@ -113,7 +113,7 @@ def _select(name: str, label: str, texts: Sequence[str], values: Sequence[Any], 
 
 
 def _axes(seconds: float, khz: float, bins: int) -> str:
-    """Ticks and names of the axes around a picture."""
+    """Return the ticks and names of the axes around a picture."""
     bottom, right = _HEIGHT - _BELOW, _WIDTH - _RIGHT
     x = Axis(0, seconds, _LEFT, right)
     parts = []
@@ -130,5 +130,5 @@ def _axes(seconds: float, khz: float, bins: int) -> str:
 
 
 def _octaves(khz: float) -> list[float]:
-    """0, and the frequencies an octave apart below the highest, kHz."""
+    """Return 0, and the frequencies an octave apart up to the highest, kHz."""
     return [0.0, *(khz / 2**octave for octave in range(5, -1, -1))]

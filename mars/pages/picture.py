@@ -99,7 +99,7 @@ def spectrogram_picture(
 
 
 def height_of(share: float, bins: int, frequency: Frequency = "linear") -> float:
-    """How high in a picture a frequency is drawn, 0 (its bottom) to 1, as `spectrogram_picture` does it.
+    """Return how high in a picture a frequency is drawn, 0 (its bottom) to 1, as `spectrogram_picture` does it.
 
     share: of the highest frequency of the spectrogram, 0 to 1. bins: of the spectrogram.
     """

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from mars.errors import CheckpointError
 from mars.models.published import read_quantizer, read_transformer
-from mars.sampling import sample
+from mars.models.sampling import sample
 from tests import reference_var
 from tests.reference_var import ReferenceVAR
 

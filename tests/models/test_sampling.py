@@ -371,3 +371,36 @@ def test_numbers_that_are_not_finite_are_refused(part):
 
 def test_the_models_own_method(model):
     assert identical(model.generate(1, iterations=1)[0], listed(model, 1)[0])
+
+
+def test_first_scales_are_kept_and_the_others_drawn(model):
+    starts = model.config.tokenizer.starts
+    (given,) = listed(model, 1, seed=5)
+    for keep, start in enumerate(starts):
+        tokens = given.ids[:start].expand(10, -1)
+        notes = listed(model, 10, start=3, tokens=tokens, cfg=1.0)
+        assert all(torch.equal(note.ids[:start], given.ids[:start]) for note in notes)
+        assert len({tuple(note.ids.tolist()) for note in notes}) == (10 if keep < len(starts) - 1 else 1)
+        assert identical(notes[7], listed(model, 1, start=10, tokens=tokens[:1], cfg=1.0)[0])
+    assert torch.equal(notes[0].spectrogram(), given.spectrogram())
+
+
+def test_the_scales_that_are_kept_may_be_none(model):
+    none = torch.zeros(3, 0, dtype=torch.int64)
+    assert all(map(identical, listed(model, 3), listed(model, 3, tokens=none)))
+
+
+def test_a_low_temperature_takes_the_likeliest(model):
+    likeliest = listed(model, 2, top_k=1)
+    assert all(map(identical, likeliest, listed(model, 2, temperature=1e-6)))
+    assert all(map(identical, listed(model, 2), listed(model, 2, temperature=1.0)))
+    assert not identical(listed(model, 1)[0], listed(model, 1, temperature=5.0)[0])
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="temperature must be above 0"):
+            model.generate(1, temperature=wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (1,)])
+def test_first_tokens_that_are_of_no_scale_are_refused(model, shape):
+    with pytest.raises(ConfigError, match=r"tokens: want tokens \(1, one of 0, 1, "):
+        model.generate(1, tokens=torch.zeros(shape, dtype=torch.int64))

@@ -70,8 +70,8 @@ def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
     """
     least = WINDOW + (FRAMES - 1) * HOP if framing == "torchvggish" else SAMPLE_RATE
     if waveform.ndim != 2 or waveform.shape[1] < least or not waveform.is_floating_point():
-        wanted = f"floating-point (B, samples >= {least})"
-        raise ConfigError(f"vggish.examples: want {wanted}, got {waveform.dtype} {tuple(waveform.shape)}")
+        expected = f"floating-point (B, samples >= {least})"
+        raise ConfigError(f"vggish.examples: want {expected}, got {waveform.dtype} {tuple(waveform.shape)}")
     if framing == "torchvggish":
         return log_mel(waveform).unfold(1, FRAMES, FRAMES).mT.float()
     peak = waveform.amax(1, keepdim=True)  # of the signed signal, as published
