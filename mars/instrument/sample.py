@@ -77,8 +77,11 @@ def _loop(x: Samples, rate: int) -> tuple[int, int] | None:
     target = x[end - window : end + window]
     if len(target) < 2 * window:
         return None
-    found = np.lib.stride_tricks.sliding_window_view(x, 2 * window)[starts - window]
-    alike = (found @ target) / np.maximum(np.linalg.norm(found, axis=1) * np.linalg.norm(target), 1e-12)
+    size = 1 << (len(x) + 2 * window).bit_length()
+    products = np.fft.irfft(np.fft.rfft(x, size) * np.fft.rfft(target, size).conj(), size)[starts - window]
+    energy = np.concatenate([[0.0], np.square(x).cumsum()])
+    norms = np.sqrt(np.maximum(energy[starts + window] - energy[starts - window], 0)) * np.linalg.norm(target)
+    alike = products / np.maximum(norms, 1e-12)
     alike[~steady] = -1
     if alike.max() < ALIKE:
         return None
@@ -89,8 +92,10 @@ def _loop(x: Samples, rate: int) -> tuple[int, int] | None:
 
 def _envelope(x: Samples, window: int) -> npt.NDArray[np.float64]:
     """Return the root mean square around every sample, as long as x."""
-    power = np.convolve(np.square(x), np.full(window, 1 / window), "same")
-    return np.sqrt(np.maximum(power[: len(x)], 0))
+    energy = np.concatenate([[0.0], np.square(x).cumsum()])
+    places = np.arange(len(x))
+    low, high = np.maximum(places - window // 2, 0), np.minimum(places - window // 2 + window, len(x))
+    return np.sqrt(np.maximum(energy[high] - energy[low], 0) / window)
 
 
 def _rise(count: int) -> npt.NDArray[np.float64]:

@@ -148,6 +148,7 @@ def finetune(
                 device=device,
                 threads=threads,
                 init=base,
+                alone=False,
                 console=console,
                 **options,
             )
@@ -160,6 +161,7 @@ def finetune(
         condition = _conditions(trained, dataset, console)
         second = first and stage("var", tokenizer=out / "tokenizer" / "best", condition=condition)
         if first is None or second is None:
+            console.print(f"stopped; the same again with `out` {out} goes on", markup=False)
             return out
         made = model.load(out / "var" / "best", device)
         made.save(out / "model")
@@ -284,7 +286,7 @@ def _learned(log: Log, stage: StageName, max_time: float | None) -> Learned:
         )
     best_step, best = min(values, key=lambda pair: (pair[1], pair[0]))
     near = [value for step, value in log.series(training) if step <= best_step and value is not None][-3:]
-    return Learned(metric, values[0][1], best, best_step, statistics.mean(near) if near else None, values[-1][0])
+    return Learned(metric, values[0][1], best, best_step, statistics.mean(near) if near else None, log.step)
 
 
 def _notes(made: model.Model, dataset: Dataset, path: Path, count: int, seed: int, console: Console) -> Judged:

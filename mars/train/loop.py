@@ -62,6 +62,7 @@ def run(
     console: Console | None = None,
     names: Sequence[str] | None = None,
     watch: Watch | None = None,
+    alone: bool = True,
 ) -> int:
     """Train to the configured number of steps, or until `max_steps`, a signal, or as long as `max_time` seconds allow.
 
@@ -69,7 +70,8 @@ def run(
 
     After SIGTERM, SIGINT or SIGUSR1 in any process the step is finished and saved; `max_time` leaves time for that.
     `names` are the notes' names, for `diverged.json`. Without a `watch` the run has a log but shows nothing else of
-    itself. Returns the number of steps done, over all sessions.
+    itself; unless `alone`, it is part of something larger, which says how to go on after a stop. Returns the number of
+    steps done, over all sessions.
 
     Raises:
         Diverged: ten steps in a row, or the weights to be saved, were not finite.
@@ -190,8 +192,8 @@ def run(
             console.print(f"ended at step {done:,}: the held-out notes have been best at step {position.best.step:,}")
         elif done < train.steps:
             where = f"; saved in {folder.path}" if done else ""
-            ahead = f"start the same again with `out` {folder.path} to go on"
-            console.print(f"stopped at step {done:,} of {train.steps:,}{where}; {ahead}")
+            ahead = f"; start the same again with `out` {folder.path} to go on" if alone else ""
+            console.print(f"stopped at step {done:,} of {train.steps:,}{where}{ahead}")
     world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
 

@@ -62,6 +62,7 @@ def train(
     init: str | Path | None = None,
     shard: bool = False,
     next_command: Callable[[Path], str] | None = None,
+    alone: bool = True,
     console: Console | None = None,
 ) -> Path:
     """Train a tokenizer, or a VAR on the tokens of one, and return the run folder.
@@ -78,6 +79,7 @@ def train(
         init: run, model or packaged model whose weights this stage starts from; None: random ones.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
         next_command: gives the command to type after the run at a path has ended, which is then printed.
+        alone: whether to say how to go on after a stop.
         console: where messages go; None: to the logger `mars`.
 
     Raises:
@@ -181,6 +183,7 @@ def train(
             console=console,
             names=dataset.names,
             watch=watch,
+            alone=alone,
         )
     if watch.complete and next_command is not None:
         console.print(f"next: {next_command(run.path)}", markup=False)

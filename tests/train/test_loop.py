@@ -322,6 +322,18 @@ def go(tmp_path, output):
     return go
 
 
+def test_patience_ends_a_run_whose_held_out_notes_get_no_better(go, output):
+    settings = {"steps": 30, "validate_every": 2, "patience": 2}
+    stage, losses = Counter(**settings), iter((0.5, 0.4, 0.6, 0.3, 0.4, 0.5, 0.2))
+    stage.validate = lambda: {"val_loss": next(losses)}
+    assert go(stage) == 10  # best at step 6
+    assert "ended at step 10: the held-out notes have been best at step 6" in output.getvalue()
+    assert go(Counter(**settings)) == 10  # and it stays ended
+    never = Counter(**settings)
+    assert loop.run(never, RunFolder(go.path.parent), NOTES, seed=1, console=Console(file=output)) == 4
+    assert "best at step 0" in output.getvalue()  # the start is validated as well
+
+
 def steps_saved(path) -> list[int]:
     return sorted(int(p.name[5:]) for p in (path / "checkpoints").iterdir())
 

@@ -72,7 +72,7 @@ def test_published_logits_are_of_a_network_that_still_trains(dataset, pitch, mon
     audio = dataset.waveforms(range(50))
     names = tuple(map(str, range(50)))
     unknown = np.full(50, -1, np.int32)
-    notes = NoteSet("test", names, names, unknown, ({},) * 50, Record(), lambda rows: audio[list(rows)])
+    notes = NoteSet("test", names, names, unknown, ({},) * 50, Record(), lambda rows, *_: audio[list(rows)])
     found = classifier.logits_vinay2022(made, notes)
     network = copy.deepcopy(made.network).train()
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_git_blob_is_gits(tmp_path):
         (["train-classifier", "--task", "timbre"], "'timbre' is not one of"),
         (["train-classifier", "--task", "pitch", "--data", "nowhere"], "nowhere does not exist"),
         (["train-classifier", "--task", "pitch", "--max-time", "soon"], "want a time such as 90s"),
-        (["import-sony"], "give --pitch FILE, --instrument FILE or both"),
+        (["import-sony"], "give --pitch-network FILE, --instrument-network FILE or both"),
     ],
     ids=str,
 )

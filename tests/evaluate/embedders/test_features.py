@@ -28,7 +28,7 @@ def notes(*values: float) -> NoteSet:
         pitch=unknown,
         labels=({},) * len(values),
         record=Record(),
-        _read=lambda rows: audio[list(rows)],
+        _read=lambda rows, *_: audio[list(rows)],
     )
 
 
