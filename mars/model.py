@@ -455,8 +455,9 @@ class Model:
                     began = _clock()
                     done = finished([tile for tile, *_ in batch])
                     ended = _clock()
-                    parts = [sum(tile[i] for tile in batch) / side_by_side for i in (1, 2)]
-                    timing.add(*parts, ended - began, waited=ended - resumed)
+                    transformer = sum(seconds for _, seconds, _ in batch) / side_by_side
+                    decoding = sum(seconds for *_, seconds in batch) / side_by_side
+                    timing.add(transformer, decoding, ended - began, waited=ended - resumed)
                     timing.compiling += _backend.compiling_seconds() - compiled
                     if progress is not None:
                         progress(done[-1].index + 1 - start, n)

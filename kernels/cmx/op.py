@@ -62,7 +62,8 @@ def spectrogram_cmx(spectrum: Tensor, factors: tuple[int, int], epsilon: float, 
     Raises ValueError.
     """
     if direct(spectrum):
-        return _compute_spectrogram_cmx(spectrum, *map(index, factors), epsilon, scale)
+        r_f, r_t = map(index, factors)
+        return _compute_spectrogram_cmx(spectrum, r_f, r_t, epsilon, scale)
     return torch.ops.mars.spectrogram_cmx(spectrum, *factors, epsilon, scale)
 
 

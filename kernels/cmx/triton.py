@@ -332,12 +332,11 @@ def _copy(x: Tensor, y: Tensor, r_f: int, r_t: int, inverse: bool) -> None:
     x, y = x.view(_INTEGERS[size]), y.view(_INTEGERS[size])
     if r_t in _SPLITS:
         tile = _row_tile(r_t, size)
-        grid, numbers = (cdiv(rows, tile[1]), cdiv(columns, tile[2])), (rows, bins, columns, r_f)
-        launch(_cmx_kernel, grid, (x, y), numbers, (*tile, inverse), warps=_WARPS, stages=_STAGES)
+        grid = cdiv(rows, tile[1]), cdiv(columns, tile[2])
+        launch(_cmx_kernel, grid, (x, y), (rows, bins, columns, r_f), (*tile, inverse), warps=_WARPS, stages=_STAGES)
     else:
-        numbers = rows * frames, bins, columns, r_f, r_t
-        grid = (cdiv(rows * frames, _BLOCK),)
-        launch(_general_cmx_kernel, grid, (x, y), numbers, (_BLOCK, inverse), warps=_WARPS, stages=_STAGES)
+        numbers, programs = (rows * frames, bins, columns, r_f, r_t), (cdiv(rows * frames, _BLOCK),)
+        launch(_general_cmx_kernel, programs, (x, y), numbers, (_BLOCK, inverse), warps=_WARPS, stages=_STAGES)
 
 
 def spectrogram_cmx(z: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:

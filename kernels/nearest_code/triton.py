@@ -116,7 +116,7 @@ def search_filtered(x: Tensor, packed: Packed, splits: int | None = None, zeros:
     launch(
         _rerank_kernel,
         (cdiv(n, _RERANK["rows"]),),
-        (x, packed.codes, packed.bias, packed.order, *found, ids, listed, scratch.count),
+        (x, packed.codes, packed.bias, packed.order, *found, ids, listed, scratch.number),
         (n, d),
         (splits, _RERANK["rows"]),
         warps=_RERANK["warps"],
@@ -142,7 +142,7 @@ class _Scratch(NamedTuple):
 
     keys: Tensor  # of each row, the best so far
     done: Tensor  # of each block of rows, the programs that have ended
-    count: Tensor  # of rows that are listed
+    number: Tensor  # of rows that are listed
 
 
 def _parts(rows: int) -> tuple[int, int]:
@@ -175,7 +175,7 @@ def _exact(x: Tensor, packed: Packed, ids: Tensor, scratch: _Scratch, listed: Te
     launch(
         _exact_kernel,
         (min(_EXACT_PROGRAMS, blocks * chunks),),
-        (x, packed.codes, packed.bias, packed.order, rows, scratch.count, scratch.keys, scratch.done, ids),
+        (x, packed.codes, packed.bias, packed.order, rows, scratch.number, scratch.keys, scratch.done, ids),
         (n, d, tiles, each, chunks),
         (listed is not None, _EXACT["rows"], _EXACT["columns"], _EXACT["depth"]),
         warps=_EXACT["warps"],

@@ -28,7 +28,7 @@ _BLOCKS = 8  # whose sums are read at a time
 
 def _tile(depth: int) -> tuple[int, int]:
     """Return the codes of a program, of padded D values, and how many lengths it compares with at a time."""
-    rows = min(packing.TILE, 2048 // depth)
+    rows = min(64, 2048 // depth)
     return rows, 4096 // rows
 
 

@@ -123,10 +123,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it)."""
     if _widened(q):
-        wide = (x.float() for x in (do, q, k, v))
-        *widened, dgain = backward(*wide, head_scale, weights.float(), lengths, scale)
-        dq, dk, dv = (x.to(q.dtype) for x in widened)
-        return dq, dk, dv, dgain
+        dtype = q.dtype
+        do, q, k, v, weights = (x.float() for x in (do, q, k, v, weights))
+        dq, dk, dv, dgain = backward(do, q, k, v, head_scale, weights, lengths, scale)
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), dgain
     gradients = _backward(do, q, k, v, head_scale, weights, backends.groups(lengths), scale)
     if backends.hiding(lengths) and not backends.finite(*gradients[:3]):
         return _backward(do, q, k, v, head_scale, weights[:0], backends.groups(lengths, least=1), scale)

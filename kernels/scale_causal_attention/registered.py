@@ -216,7 +216,8 @@ def _hybrid_gradients(ctx: Any, do: Tensor | None, unused: None) -> tuple[Tensor
     if do is None:
         return (None,) * 7
     run = _hybrid_attention_backward if direct(do) else hybrid_attention_backward
-    dq, dk, dv, dgain = run(do, *ctx.saved_tensors, ctx.lengths, ctx.scale)
+    saved: tuple[Any, ...] = (*ctx.saved_tensors, ctx.lengths, ctx.scale)
+    dq, dk, dv, dgain = run(do, *saved)
     return dq, dk, dv, dgain if ctx.needs_input_grad[3] else None, None, None, None
 
 
@@ -259,7 +260,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: S
     if not unobserved(*tensors):
         return fused_attention(*tensors, lengths, scale)[0]
     if differentiated(*tensors):
-        return _Fused.apply(*tensors, lengths, scale)
+        out: Tensor = _Fused.apply(*tensors, lengths, scale)  # type: ignore[no-untyped-call]
+        return out
     return _fused_attention(*tensors, lengths, scale)[0]
 
 
@@ -272,5 +274,6 @@ def hybrid_of(
     if not unobserved(*tensors):
         return hybrid_attention(*tensors, lengths, scale, keep)[0]
     if differentiated(*tensors):
-        return _Hybrid.apply(*tensors, lengths, scale, keep)
+        out: Tensor = _Hybrid.apply(*tensors, lengths, scale, keep)  # type: ignore[no-untyped-call]
+        return out
     return _hybrid_attention(*tensors, lengths, scale, keep)[0]

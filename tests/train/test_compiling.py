@@ -11,6 +11,7 @@ import torch
 import torch._inductor.config
 from rich.console import Console
 
+from mars import kernels
 from mars.config import override
 from mars.errors import ConfigError
 from mars.models.tokenizer import Tokenizer
@@ -22,7 +23,9 @@ from mars.train.compiling import compile_blocks
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage
+from tests.kernels.test_ops import NO_TRITON
 
+needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 CPU = torch.device("cpu")
 
 
@@ -38,6 +41,22 @@ def make(kind: str, smoke, notes, mode: str):
 
 def compiled(stage) -> bool:
     return any(block._compiled_call_impl is not None for block in stage.blocks())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("kind", ["tokenizer", "var"])
+def test_a_block_is_one_graph(kind, backend, smoke, notes):
+    """Traced and not compiled; "triton" takes the attention that CUDA has."""
+    torch.compiler.reset()
+    stage = make(kind, smoke, notes, "off")
+    graphs = []
+    for block in stage.blocks():
+        block.compile(dynamic=False, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with kernels.use(backend):
+        stage.dry_run()
+    assert graphs
+    torch.compiler.reset()
 
 
 @pytest.fixture
