@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test types bench evaluation reliability sanitize pretrained venv clean
+.PHONY: demo test types docs bench evaluation reliability sanitize pretrained venv clean
 
 demo: $(VENV)/.mars
 	$(BIN)/mars-generate -n 64
@@ -18,10 +18,17 @@ test: $(VENV)/.mars-dev
 	$(MAKE) types
 	$(BIN)/pytest -rs tests benchmarks --benchmark-disable
 
-types: $(VENV)/.mars-dev
-	rm -rf build/types && mkdir -p build/types/mars
-	cd build/types/mars && ln -s ../../../mars/* ../../../kernels ../../../cli .
+types: $(VENV)/.mars-dev build/types
 	$(BIN)/mypy
+
+docs: $(VENV)/.mars-dev build/types  # the site, from docs/ and the docstrings, into build/site
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
+
+build/types: FORCE  # the package put together as an install has it, for tools that read it
+	rm -rf $@ && mkdir -p $@/mars
+	cd $@/mars && ln -s ../../../mars/* ../../../kernels ../../../cli .
+
+FORCE:
 
 bench: $(VENV)/.mars-dev
 	$(BIN)/pytest benchmarks --benchmark-only
@@ -61,5 +68,5 @@ $(VENV)/.mars: $(VENV)/.mars-torch $(BUILT_FROM)
 	touch $@
 
 $(VENV)/.mars-dev: $(VENV)/.mars-torch $(BUILT_FROM)
-	$(BIN)/pip install -e '.[data,test,lint,bench]'
+	$(BIN)/pip install -e '.[data,test,lint,bench,docs]'
 	touch $@ $(VENV)/.mars

@@ -42,8 +42,8 @@ def agreeing(ids: Tensor, wanted: Tensor) -> Tensor:
 
 
 def same(found: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor]) -> None:
-    (ids, totals), (wanted, sums) = found, ours
-    agree = agreeing(ids, wanted)
+    (ids, totals), (expected, sums) = found, ours
+    agree = agreeing(ids, expected)
     torch.testing.assert_close(totals[:, agree], sums[:, agree], rtol=1e-4, atol=1e-4)
 
 
@@ -60,8 +60,8 @@ def bench_quantize(benchmark: Any, place: Place, name: str, metric: Any) -> None
 
         return quantize
 
-    ids, wanted = run("auto")()[0], run("reference")()[0]
-    benchmark.extra_info |= {"tokens": ids.numel(), "tokens that differ": int((ids != wanted).sum())}
+    ids, expected = run("auto")()[0], run("reference")()[0]
+    benchmark.extra_info |= {"tokens": ids.numel(), "tokens that differ": int((ids != expected).sum())}
     (batch, dim, *_), tokens = args[0].shape, sum(h * w for h, w in args[-1])
     flop = 2.0 * batch * (tokens * dim * len(args[1]) + tokens * 9 * dim**2)
     contenders = {
@@ -78,14 +78,14 @@ def bench_gradient(benchmark: Any, place: Place, name: str) -> None:
     f, *weights, phi_index, scales = arguments(name, sized(benchmark, 32 * 680), place.device)
     weights = [w.requires_grad_() for w in weights]
     ids, ours = multiscale_quantize(f, *weights, phi_index, scales)
-    wanted, plain = reference.multiscale_quantize(Problem(f, *weights, phi_index, scales, "l2", 0.5, None))
-    factors = torch.randn_like(ours) * agreeing(ids, wanted)[:, None, None, None]  # the others' gradients are 0
+    expected, plain = reference.multiscale_quantize(Problem(f, *weights, phi_index, scales, "l2", 0.5, None))
+    factors = torch.randn_like(ours) * agreeing(ids, expected)[:, None, None, None]  # the others' gradients are 0
 
     def run(totals: Tensor) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(totals, weights, factors, retain_graph=True)
 
-    def close(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-        for a, b in zip(found, wanted, strict=True):
+    def close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
 
     contenders = {"ours": Contender(run(ours)), "PyTorch's autograd": Contender(run(plain), check=close)}

@@ -87,7 +87,7 @@ def bench_attention(benchmark: Any, place: Place, preset: str, dtype: torch.dtyp
             contenders[name] = Contender(run, flop=flop, bytes=bytes_, check=close)
     for name, attend in OTHERS.items():
         contenders[name] = Contender(step(normalised_first(attend)), flop=flop, bytes=bytes_, check=close)
-    wanted = 1.3 if dtype == torch.float32 else 1.8 if normalised else 2.0
-    targets = {"dense": wanted} if place.device == "cpu" and preset == "paper" else {}
+    expected = 1.3 if dtype == torch.float32 else 1.8 if normalised else 2.0
+    targets = {"dense": expected} if place.device == "cpu" and preset == "paper" else {}
     benchmark.extra_info |= {"dtype": str(dtype)}
     race(benchmark, place, contenders, targets=targets)

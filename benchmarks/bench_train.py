@@ -84,8 +84,8 @@ def tokenizer_steps(config: Config, data: Dataset, device: torch.device) -> tupl
     stage = TokenizerStage(config, data, device, seed=0)
     notes = np.arange(config.train.tokenizer.batch_size)
     width = max(64 * config.tokenizer.width // 768, 4)
-    model, averaged, twin = (copy.deepcopy(m) for m in (stage.model, stage.averaged, stage.averaged))
-    other = published.TokenizerStep(config, model, Discriminator(config.audio.channels, width).to(device), averaged)
+    model, ema, twin = (copy.deepcopy(m) for m in (stage.model, stage.ema, stage.ema))
+    other = published.TokenizerStep(config, model, Discriminator(config.audio.channels, width).to(device), ema)
 
     def ours() -> float:
         return float(stage.step(0, [stage.batch(notes)], [torch.Generator().manual_seed(0)])["loss"])

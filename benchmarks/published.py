@@ -188,8 +188,8 @@ class VARStep:
 class TokenizerStep:
     """The published step of the tokenizer, before its discriminator has joined."""
 
-    def __init__(self, config: Config, model: Tokenizer, discriminator: Discriminator, averaged: Tokenizer) -> None:
-        self.config, self.model, self.discriminator, self.averaged = config, model, discriminator, averaged
+    def __init__(self, config: Config, model: Tokenizer, discriminator: Discriminator, ema: Tokenizer) -> None:
+        self.config, self.model, self.discriminator, self.ema = config, model, discriminator, ema
         self.device = model.mask.device
         train = config.train.tokenizer
         settings = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
@@ -228,7 +228,7 @@ class TokenizerStep:
         self.d_optimizer.step()
         self.d_optimizer.zero_grad()
         with torch.no_grad():
-            for mean, p in zip(self.averaged.parameters(), model.parameters(), strict=True):
+            for mean, p in zip(self.ema.parameters(), model.parameters(), strict=True):
                 mean.mul_(train.ema).add_(p, alpha=1 - train.ema)
         _ = loss.item(), vq.item()
         return loss.detach()

@@ -1,4 +1,4 @@
-"""Command lines: parse, check, hand over."""
+"""The command lines: they parse and check arguments, and call the library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import import_module
 
 
 def _start(name: str) -> None:
-    """Run a command; a Ctrl-C while it is imported gets its one line too."""
+    """Import and run a command; a Ctrl-C during the import is reported in one line too."""
     try:
         main = import_module(f"mars.cli.{name}").main
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The console of a command: what the library says there names options, not the arguments of Python."""
+"""The console of a command, on which the library's messages name options instead of Python arguments."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def _in_options(line: Any) -> Any:
 
 
 def console(*, stderr: bool = True) -> CommandConsole:
-    """Made by the command, and handed to what speaks: lines are not wrapped."""
+    """Return a console for the library's messages; lines are not wrapped."""
     return CommandConsole(stderr=stderr, soft_wrap=True)

@@ -21,7 +21,7 @@ _LINE_EVERY = 30.0  # s between lines where there is no terminal
 
 @contextmanager
 def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a callback (notes done, notes expected): a bar on a terminal, else a line now and then."""
+    """Yield a callback (notes done, notes expected): a bar on a terminal, else a line now and then."""
     from mars import terminal
 
     with terminal.progress(terminal.console(), unit="notes", line_every=_LINE_EVERY) as tell:
@@ -41,7 +41,7 @@ def _pitches(_: click.Context, __: click.Parameter, value: str) -> tuple[int, in
 
 
 def _packing(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every reader has."""
+    """Return the options that every reader has."""
     out = click.option("--out", type=FOLDER, required=True, help="The new dataset; must not exist.")
     allow = click.option(
         "--allow-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True,

@@ -1,4 +1,4 @@
-"""What a user's mistake looks like: one line, the way out, and an exit code."""
+"""How errors are shown: one line with what to do, and an exit code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Failure(click.ClickException):
 
 
 def one_line(message: str) -> str:
-    """A message as one line that is safe for a terminal, whatever names and other libraries put into it."""
+    """Return a message as one line that is safe for a terminal, whatever characters it holds."""
     return printable(" ".join(filter(None, (line.strip() for line in message.splitlines()))))
 
 
@@ -70,7 +70,7 @@ def user_errors() -> Iterator[None]:
 def whole_imports() -> Iterator[None]:
     """Let a Ctrl-C wait for the end of an import, or of a callback of soundfile; a second one does not wait.
 
-    In the middle of these, code in C takes it for another error, or prints it and goes on.
+    There C code would take a KeyboardInterrupt for another error, or print it and go on.
     """
     main = threading.current_thread() is threading.main_thread()
     if sys.platform == "win32" or not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -110,8 +110,8 @@ def _called_from_c(frame: FrameType) -> bool:
     )
 
 
-class _Told:
-    """A command all of whose errors are told by `user_errors`, those of its arguments too."""
+class _ReportsErrors:
+    """A mix-in for Click commands that reports every error, those of the arguments too, through `user_errors`."""
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         with user_errors():
@@ -131,9 +131,9 @@ class _Told:
             return super().invoke(context)  # type: ignore[misc]
 
 
-class Command(_Told, click.Command):
-    """`click.Command`, told."""
+class Command(_ReportsErrors, click.Command):
+    """A `click.Command` whose errors are reported by `user_errors`."""
 
 
-class Group(_Told, click.Group):
-    """`click.Group`, told; its commands need not be."""
+class Group(_ReportsErrors, click.Group):
+    """A `click.Group` whose errors, and those of its commands, are reported by `user_errors`."""

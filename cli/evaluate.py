@@ -74,7 +74,7 @@ PRODUCING = (
 
 
 def _with(*groups: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of the groups."""
+    """Return the options of the groups."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for option in reversed([option for group in groups for option in group]):
@@ -166,8 +166,8 @@ def compare(reports: tuple[Path, ...]) -> None:
         if len(files) < 2:
             raise click.UsageError("give two reports or more: the files that --json names")
         names = [file.name for file in files]
-        found = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
-        table.print_comparison(found, terminal.console(stderr=False), terminal.console())
+        contents = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
+        table.print_comparison(contents, terminal.console(stderr=False), terminal.console())
 
 
 @main.command()
@@ -255,7 +255,7 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
 
 
 def _options(given: dict[str, Any]) -> Options:
-    """The options of SCORING and SPLIT as the library takes them; the threads are set here."""
+    """Return the options of SCORING and SPLIT as the library takes them; the threads are set here."""
     from mars.evaluate import Options
     from mars.runtime import set_threads
 
@@ -265,7 +265,7 @@ def _options(given: dict[str, Any]) -> Options:
 
 
 def _say(message: str) -> None:
-    """Tell a warning, with the flags of the arguments that it names."""
+    """Print a warning, with the flags of the arguments that it names."""
     click.echo(printable(in_options(message)), err=True)
 
 
@@ -285,7 +285,7 @@ def _print(result: Result) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar for each thing that is done, on a terminal."""
+    """Yield a callback that shows a progress bar for each task, on a terminal."""
     from mars import terminal
 
     with terminal.progress(terminal.console()) as tell:

@@ -104,9 +104,9 @@ def _generate(
 
     set_threads(threads)
     model = load(name, device)
-    asked = {label: settings[label] for label in LABELS}
-    drawn = {key: value for key, value in settings.items() if key not in asked}
-    conditions = model.choose(n, **asked, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
+    requested = {label: settings[label] for label in LABELS}
+    drawn = {key: value for key, value in settings.items() if key not in requested}
+    conditions = model.choose(n, **requested, seed=settings["seed"], allow_untrained=settings["allow_untrained"])
     model.iterate(n, conditions=conditions, **drawn)  # for its checks, before anything is written
     files = [f"{stem(i, n, condition)}.wav" for i, condition in enumerate(conditions)]
     made = {**model.record, "model": str(name or DEFAULT), "n": n, **settings}

@@ -1,4 +1,4 @@
-"""What a command line says of values: how times, sizes and runs are written, and which option an argument is.
+"""The grammar of option values (times, sizes, runs), and the option that each Python argument has.
 
 The library takes typed values, and its messages name an argument, or a command that helps, in backquotes; `in_options`
 puts what a user of the command would type in their place.
@@ -26,40 +26,40 @@ _NAMED = re.compile("`([a-z][a-z_ -]*)`")
 
 
 def in_options(text: str) -> str:
-    """A text of the library with the options of the running command in place of the arguments that it names."""
+    """Replace the Python arguments that a text of the library names by the options of the running command."""
     context = click.get_current_context(silent=True)
     if context is None:
         return text
     options = {p.name: max(p.opts, key=len) for p in context.command.params if isinstance(p, click.Option)}
-    return _NAMED.sub(lambda found: options.get(found[1]) or TYPED.get(found[1]) or found[0], text)
+    return _NAMED.sub(lambda match: options.get(match[1]) or TYPED.get(match[1]) or match[0], text)
 
 
 def seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """The seconds of a time such as 90s, 40m or 2h, or of a plain number of seconds."""
+    """Parse the seconds of a time such as 90s, 40m or 2h, or of a plain number of seconds."""
     if value is None:
         return None
     units = {"s": 1, "m": 60, "h": 3600}
     number, unit = (value[:-1], units[value[-1]]) if value[-1:] in units else (value, 1)
     try:
-        found = float(number) * unit
+        result = float(number) * unit
     except ValueError:
-        found = -1
-    if not 0 < found < float("inf"):
+        result = -1
+    if not 0 < result < float("inf"):
         raise click.BadParameter(f"want a time such as 90s, 40m or 2h, got {value!r}")
-    return found
+    return result
 
 
 def size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """The bytes of a size such as 32GB (10^9 each) or 24GiB (2^30)."""
+    """Parse the bytes of a size such as 32GB (10^9 each) or 24GiB (2^30)."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d*)?) ?([MGT])(i?)B", value)
-    count = float(found[1]) * (1024 if found[3] else 1000) ** ("MGT".index(found[2]) + 2) if found else 0
+    match = re.fullmatch(r"(\d+(?:\.\d*)?) ?([MGT])(i?)B", value)
+    count = float(match[1]) * (1024 if match[3] else 1000) ** ("MGT".index(match[2]) + 2) if match else 0
     if not 0 < count < 1 << 60:
         raise click.BadParameter(f"want a size such as 32GB or 24GiB, got {value!r}")
     return int(count)
 
 
 def resume(_: click.Context, __: click.Parameter, value: str) -> str | Path:
-    """One of the words auto and never, or else the path of a run."""
+    """Parse the words auto and never, or else the path of a run."""
     return value if value in ("auto", "never") else Path(value)

@@ -69,29 +69,32 @@ OPTIONS = (
 
 
 def training_options(function: F) -> F:
-    """The options that both stages share."""
+    """Return the options that both stages share."""
     for option in reversed(OPTIONS):
         function = option(function)
     return function
 
 
 def planned(stage: StageName, options: dict[str, Any]) -> bool:
-    """Print the plan if it is asked for; takes its options out of `options`."""
-    wanted, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
-    if not wanted:
+    """Print the plan if `--plan` was given, and return whether it was; its options are removed from `options`."""
+    show_plan, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
+    if not show_plan:
         if memory is not None or as_json:
             raise ConfigError(f"{'--json' if memory is None else '--memory'} goes with --plan")
         return False
     if options["device"] == "mps":
         raise ConfigError("--plan --device mps: only for cuda (which auto means here) and cpu")
+    from mars.runtime import set_threads
     from mars.train import plan
-    from mars.train.start import settings_of
+    from mars.train.start import settings_of, words_of
 
+    set_threads(options["threads"])
     used = ("preset", "overrides", "out", "resume", "tokenizer")
     settings = settings_of(stage, **{name: options[name] for name in used if name in options})
     device: plan.Device = "cpu" if options["device"] == "cpu" else "cuda"
-    found = plan.Planner(settings, stage, device).plan(32 * 10**9 if memory is None else memory)
-    click.echo(json.dumps(dataclasses.asdict(found), indent=1) if as_json else plan.report(found, before="--set "))
+    words = words_of(settings, options["data"]) if stage == "var" else {}
+    result = plan.Planner(settings, stage, device, words=words).plan(32 * 10**9 if memory is None else memory)
+    click.echo(json.dumps(dataclasses.asdict(result), indent=1) if as_json else plan.report(result, before="--set "))
     return True
 
 
@@ -109,13 +112,13 @@ def _train(stage: StageName, options: dict[str, Any]) -> None:
                 stage,
                 **options,
                 began=began,
-                following=lambda run: _following(stage, run, options["data"]),
+                next_command=lambda run: _following(stage, run, options["data"]),
                 console=console(),
             )
 
 
 def _following(stage: StageName, run: Path, data: Path | None) -> str:
-    """The command that goes on with what was trained: whole, to be copied."""
+    """Return the complete command to run after this training, to be copied."""
     if stage == "var":
         return shlex.join(["mars-generate", "-n", "64", "--model", str(run)])
     notes = [] if data is None else ["--data", str(data)]
@@ -155,11 +158,11 @@ def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
     from mars.runs import compare
 
     with user_errors():
-        found = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
+        summaries = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
     if as_json:
-        click.echo(json.dumps(found, indent=1))
-    elif found:
-        click.echo(compare.table(found))
+        click.echo(json.dumps(summaries, indent=1))
+    elif summaries:
+        click.echo(compare.table(summaries))
     else:
         click.echo("no runs; train one: mars-train tokenizer", err=True)
 

@@ -21,7 +21,8 @@ Letters: B samples, N rows, V codes, D values of a code or of a head, L tokens o
 Each has a definition in plain PyTorch, and faster kernels in C++ for a CPU ("native") and in Triton for CUDA. The
 fastest that the machine has is taken by default. MARS_KERNELS=reference, native or triton asks for one, as does
 `use` for a block of Python; one that cannot run here is then an error. MARS_ATTENTION does the same for the attention,
-which has more of them. `python -m mars.kernels` lists what this machine has, and says why not the rest.
+which has more of them; both are read once, when mars is imported. `python -m mars.kernels` lists what this machine has,
+and says why not the rest.
 
 A vector quantiser with the straight-through gradient, for example, is:
 

@@ -31,9 +31,9 @@ def main() -> None:
     library = _native.library()
     if not isinstance(library, str):
         have = _native.levels()
-        lacking = [level for level in _native.LEVELS if level not in have]
+        missing = [level for level in _native.LEVELS if level not in have]
         write(f"instruction set: {_native.level()} (of {', '.join(have)}")
-        write(f"; this processor lacks {', '.join(lacking)})\n" if lacking else ")\n")
+        write(f"; this processor lacks {', '.join(missing)})\n" if missing else ")\n")
         write(f"threads: {_native.threads()}\n")
 
 

@@ -80,8 +80,8 @@ def missing(backend: Backend, device: str) -> str | None:
     if backend == "native":
         if device != "cpu":
             return "native kernels run on the CPU"
-        found = _native.library()
-        return found if isinstance(found, str) else None
+        library = _native.library()
+        return library if isinstance(library, str) else None
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install triton"

@@ -56,13 +56,13 @@ def library() -> ctypes.CDLL | str:
     if not hasattr(lib, "mars_abi"):
         return f"{path} is another library than that of mars"
     lib.mars_abi.restype = _I32
-    if (found := lib.mars_abi()) != ABI:
-        return f"{path} has ABI {found}, want {ABI}: install mars again"
+    if (abi := lib.mars_abi()) != ABI:
+        return f"{path} has ABI {abi}, want {ABI}: install mars again"
     for name, (restype, argtypes) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = restype, argtypes
-    if wanted := os.environ.get("MARS_NATIVE_LEVEL"):
-        _set_level(lib, wanted)
+    if level := os.environ.get("MARS_NATIVE_LEVEL"):
+        _set_level(lib, level)
     return lib
 
 

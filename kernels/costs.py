@@ -109,7 +109,7 @@ def _fused_backward_workspace(do: Tensor, q: Tensor, *_: Any) -> int:
 def _hybrid_workspace(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
 ) -> int:
-    if keep and hybrid.kept(q, lengths):
+    if keep and hybrid.saved_numel(q, lengths):
         return _slabs(q, lengths)
     parts = 2 * q.nbytes if len(backends.groups(lengths)) > 1 else q.nbytes
     return parts if head_scale is None else max(parts, 8 * q.numel()) + 2 * q.nbytes

@@ -1,4 +1,4 @@
-"""Arguments of the Python interface: what is taken for a number or a tensor, and one error for what is not."""
+"""Checks of the arguments of the Python interface: numbers and tensors, with one kind of error for others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array: TypeAlias = "Tensor | npt.NDArray[Any]"
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number, of Python or NumPy.
+    """Return a whole number of Python or NumPy as an `int`.
 
     Raises:
         ConfigError: it is not one from `least` to `most`.
@@ -27,14 +27,14 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
-        wanted = f"at least {least}" if most is None else f"{least}..{most}"
+        expected = f"at least {least}" if most is None else f"{least}..{most}"
         kind = "" if number is not None else "a whole number, "
-        raise ConfigError(f"{name} must be {kind}{wanted}, got {value!r:.80}")
+        raise ConfigError(f"{name} must be {kind}{expected}, got {value!r:.80}")
     return number
 
 
 def number(name: str, value: Any) -> float:
-    """A number, of Python or NumPy; NaN and infinity are some.
+    """Return a number of Python or NumPy as a `float`; NaN and infinity are allowed.
 
     Raises:
         ConfigError: it is not one.
@@ -47,11 +47,11 @@ def number(name: str, value: Any) -> float:
     raise ConfigError(f"{name} must be a number, got {value!r:.80}")
 
 
-def tensor(name: str, x: Array, wanted: str) -> Tensor:
-    """A tensor, or a NumPy array as one: its own copy, whatever its byte order and strides.
+def tensor(name: str, x: Array, expected: str) -> Tensor:
+    """Return a tensor, or a NumPy array as a tensor: a copy, whatever its byte order and strides.
 
     Raises:
-        ConfigError: it is something else, or of a dtype that PyTorch does not have; `wanted` is in the message.
+        ConfigError: it is something else, or of a dtype that PyTorch does not have; `expected` is in the message.
     """
     import torch  # late: settings and labels are checked without it
 
@@ -61,5 +61,5 @@ def tensor(name: str, x: Array, wanted: str) -> Tensor:
         try:
             return torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C"))
         except TypeError:
-            raise ConfigError(f"{name}: want {wanted}, got a NumPy array of {x.dtype}") from None
-    raise ConfigError(f"{name}: want {wanted}, as a tensor or a NumPy array, got {type(x).__name__}")
+            raise ConfigError(f"{name}: want {expected}, got a NumPy array of {x.dtype}") from None
+    raise ConfigError(f"{name}: want {expected}, as a tensor or a NumPy array, got {type(x).__name__}")

@@ -30,7 +30,7 @@ from mars.runtime import thread_pool
 
 
 def stft(waveform: Tensor, config: AudioConfig) -> Tensor:
-    """Short-time Fourier transform with a periodic Hann window.
+    """Compute the short-time Fourier transform with a periodic Hann window.
 
     waveform: (..., samples), full scale 1; shorter or longer than config.samples is padded with zeros or cut.
     Returns complex64 (..., n_fft / 2 + 1, frames), scaled as `torch.stft` does.
@@ -48,7 +48,7 @@ def stft(waveform: Tensor, config: AudioConfig) -> Tensor:
 
 
 def istft(spectrum: Tensor, config: AudioConfig) -> Tensor:
-    """Waveform (..., samples) whose `stft` is nearest in least squares to (..., n_fft / 2 + 1, frames).
+    """Return the waveform (..., samples) whose `stft` is nearest in least squares to (..., n_fft / 2 + 1, frames).
 
     Griffin and Lim 1984, eq. 6; exact for a spectrum that `stft` made.
     """
@@ -63,7 +63,7 @@ def istft(spectrum: Tensor, config: AudioConfig) -> Tensor:
 
 
 def spectrogram(waveform: Tensor, config: AudioConfig) -> Tensor:
-    """Normalised log magnitude (..., bins, frames) in [-1, 1], low bins first, of a waveform (..., samples).
+    """Compute the normalised log magnitude (..., bins, frames) in [-1, 1], low bins first, of (..., samples).
 
     x = 2 (20 log10(m + e) - min_db) / (max_db - min_db) - 1 with e = 10^(min_db / 20), clipped at +1. As e is
     added and not a floor, silence is exactly -1 and `magnitudes` recovers every m below max_db, zero
@@ -83,18 +83,18 @@ def magnitudes(spectrogram: Tensor, config: AudioConfig) -> Tensor:
 
 
 def multiplexed(waveform: Tensor, config: AudioConfig) -> Tensor:
-    """CMX tensor (..., C, F, T), of shape config.shape, of the spectrogram of a waveform (..., samples)."""
+    """Return the CMX tensor (..., C, F, T), of shape config.shape, of the spectrogram of a waveform (..., samples)."""
     return kernels.spectrogram_cmx(_kept_bins(waveform, config), config.cmx, *_normalisation(config))
 
 
 def demultiplexed(x: Tensor, config: AudioConfig) -> Tensor:
-    """Spectrogram (..., bins, frames) held by a CMX tensor (..., C, F, T)."""
+    """Return the spectrogram (..., bins, frames) held by a CMX tensor (..., C, F, T)."""
     _check_shape("audio.demultiplexed", x, *config.shape)
     return kernels.inverse_cmx(x, config.cmx)
 
 
 def demultiplexed_magnitudes(x: Tensor, config: AudioConfig) -> Tensor:
-    """`magnitudes` (..., n_fft / 2 + 1, frames) of the spectrogram held by a CMX tensor (..., C, F, T)."""
+    """Return `magnitudes` (..., n_fft / 2 + 1, frames) of the spectrogram held by a CMX tensor (..., C, F, T)."""
     _check_shape("audio.demultiplexed_magnitudes", x, *config.shape)
     x = _as_float32("audio.demultiplexed_magnitudes", x)
     return kernels.inverse_spectrogram_cmx(x, config.cmx, *_normalisation(config), _dropped_bins(config))
@@ -107,7 +107,7 @@ def griffin_lim(
     momentum: float = 0.99,
     generators: Sequence[torch.Generator] | torch.Generator | int | None = None,
 ) -> Tensor:
-    """Waveform (..., samples) whose STFT has about these magnitudes (..., n_fft / 2 + 1, frames).
+    """Return a waveform (..., samples) whose STFT has about these magnitudes (..., n_fft / 2 + 1, frames).
 
     Fast Griffin-Lim (Perraudin, Balazs and Sondergaard 2013), momentum as in `librosa.griffinlim`: 0 is the
     algorithm of 1984. Each note starts from uniformly random phases, drawn from
@@ -148,7 +148,7 @@ def griffin_lim(
 
 
 def within_full_scale(waveforms: Tensor) -> Tensor:
-    """Waveforms (B, samples), those beyond full scale made quieter until they just reach it.
+    """Scale those of waveforms (B, samples) that go beyond full scale down until they just reach it.
 
     Griffin-Lim overshoots at times. A note is made quieter rather than clipped, and never louder.
     """
@@ -168,7 +168,7 @@ def write_wav(path: Path | str, waveform: Tensor, sample_rate: int) -> None:
 
 
 def pcm(waveform: Tensor) -> NDArray[np.int16]:
-    """16-bit samples (n,) of a waveform (n,), full scale 1.
+    """Return the 16-bit samples (n,) of a waveform (n,) whose full scale is 1.
 
     They are rounded to a multiple of 1 / 32768 (ties to even) and clipped to [-1, 1 - 1 / 32768].
 
@@ -194,7 +194,7 @@ def _fast_griffin_lim(
     iterations: int,
     momentum: float,
 ) -> Tensor:
-    """Padded signal (notes, length) of magnitude (notes, bins, frames), turns (notes, frames, bins)."""
+    """Return the padded signal (notes, length) of magnitude (notes, bins, frames), turns (notes, frames, bins)."""
     magnitude = magnitude.mT.contiguous()  # frames before bins, as the FFTs want them
     spectrum = torch.polar(magnitude, 2 * math.pi * phases)
     target = magnitude.to(torch.complex64)  # a product of one dtype runs faster than of two
@@ -217,7 +217,7 @@ def _fast_griffin_lim(
 
 
 def _synthesise(spectrum: Tensor, window: Tensor, gain: Tensor, hop: int, out: Tensor | None = None) -> Tensor:
-    """Least-squares padded signal (notes, length) of a spectrum (notes, frames, bins), in `out` if given.
+    """Return the least-squares padded signal (notes, length) of a spectrum (notes, frames, bins), in `out` if given.
 
     Overlap-add in slices of hop samples: slice k of all frames lands on one run of whole blocks, so that any
     hop, a divisor of n_fft or not, costs ceil(n_fft / hop) multiply-adds. out: (notes, length / hop, hop).
@@ -234,7 +234,7 @@ def _synthesise(spectrum: Tensor, window: Tensor, gain: Tensor, hop: int, out: T
 
 
 def _gain(config: AudioConfig, device: torch.device) -> Tensor:
-    """What overlap-add is multiplied by, (padded length,): 1 / summed squared windows, 0 outside the note.
+    """Return the factor on overlap-add, (padded length,): 1 / the summed squared windows, and 0 outside the note.
 
     The zeros are what is known of the signal there; Griffin-Lim imposes them in every iteration.
     """
@@ -248,13 +248,13 @@ def _gain(config: AudioConfig, device: torch.device) -> Tensor:
 
 
 def _note(signal: Tensor, config: AudioConfig) -> Tensor:
-    """The note's own samples (..., samples), a view of the padded signal (..., padded length)."""
+    """Return the note's own samples (..., samples), a view of the padded signal (..., padded length)."""
     start = config.n_fft // 2
     return signal[..., start : start + config.samples]
 
 
 def _padded_length(config: AudioConfig) -> int:
-    """Samples under all frames, in whole hops; `unfold` then finds exactly config.frames frames."""
+    """Return the samples under all frames, a whole number of hops: `unfold` then finds exactly config.frames frames."""
     return (config.frames - 1 + math.ceil(config.n_fft / config.hop)) * config.hop
 
 
@@ -265,7 +265,7 @@ def _window(config: AudioConfig, device: torch.device) -> Tensor:
 def _phases(
     config: AudioConfig, generators: Sequence[torch.Generator] | torch.Generator | int | None, note: int
 ) -> Tensor:
-    """Random phases of a note, (frames, n_fft / 2 + 1), as fractions of a turn, on the device of its generator."""
+    """Draw a note's phases (frames, n_fft / 2 + 1), as fractions of a turn, on the device of its generator."""
     generator: torch.Generator | None
     if isinstance(generators, int):
         generator = torch.Generator().manual_seed(generators)
@@ -278,19 +278,19 @@ def _phases(
 
 
 def _dropped_bins(config: AudioConfig) -> tuple[int, int]:
-    """How many of the n_fft / 2 + 1 bins are left out below and above those kept."""
+    """Return how many of the n_fft / 2 + 1 bins are left out below and above those kept."""
     below = 1 if config.drop == "dc" else 0
     return below, config.n_fft // 2 + 1 - below - config.bins
 
 
 def _kept_bins(waveform: Tensor, config: AudioConfig) -> Tensor:
-    """`stft` without the bins that are left out: complex64 (..., bins, frames)."""
+    """Return `stft` without the bins that are left out: complex64 (..., bins, frames)."""
     below, _ = _dropped_bins(config)
     return stft(waveform, config)[..., below : below + config.bins, :]
 
 
 def _normalisation(config: AudioConfig) -> tuple[float, float]:
-    """(e, scale) such that x = scale * log(m / e + 1) - 1."""
+    """Return (e, scale) such that x = scale * log(m / e + 1) - 1."""
     epsilon = 10 ** (config.min_db / 20)
     return epsilon, 40 / (math.log(10) * (config.max_db - config.min_db))
 

@@ -61,7 +61,7 @@ def _json(document: Any) -> bytes:
 
 
 def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
-    """A safetensors file in parts: the length of its header, the header, and one tensor after another.
+    """Yield a safetensors file in parts: the length of its header, the header, and one tensor after another.
 
     So no more than one tensor at a time is copied from a GPU. The widest dtypes come first, which aligns all.
     """
@@ -81,7 +81,7 @@ def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
 def replace_directory(
     path: Path, tensors: Mapping[str, Tensors], documents: Mapping[str, Any], texts: Mapping[str, str] | None = None
 ) -> None:
-    """`write_directory`, in place of what is there; the old one goes only when the new one is complete.
+    """Do what `write_directory` does, replacing a directory that is there only when the new one is complete.
 
     Killed between its two renames, it leaves nothing at `path`: see `current` and `recover`.
     """
@@ -103,28 +103,28 @@ def replace_directory(
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that no reader takes what is left of it for the whole."""
+    """Remove a directory so that no reader takes a partly removed one for the whole."""
     doomed = path.with_name(f"{_DOOMED}{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def current(path: Path) -> Path:
-    """Where the directory `path` is: under another name if its writer was killed while replacing it."""
+    """Return the path of the directory `path`: another name if its writer was killed while replacing it."""
     places = (path, path.with_name(f"{_NEW}{path.name}"), path.with_name(f"{_OLD}{path.name}"))
     return next((p for p in places if p.exists()), path)
 
 
 def recover(folder: Path) -> None:
-    """Put the directories of `folder` right after a writer was killed, and drop what it left unfinished.
+    """Restore the directories of `folder` after a writer was killed, and remove what it left unfinished.
 
     Only for the one process that may write there.
     """
     for prefix in (_NEW, _OLD):
-        for found in folder.glob(f"{prefix}*"):
-            path = found.with_name(found.name.removeprefix(prefix))
+        for copy in folder.glob(f"{prefix}*"):
+            path = copy.with_name(copy.name.removeprefix(prefix))
             if not path.exists():
-                found.rename(path)
+                copy.rename(path)
     for prefix in (_WRITING, _NEW, _OLD, _DOOMED):
         for leftover in folder.glob(f"{prefix}*"):
             shutil.rmtree(leftover)
@@ -161,7 +161,7 @@ def verify(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON document at `path`.
+    """Read the JSON document at `path`.
 
     Raises:
         CheckpointError: it is missing, not a regular file, too large, or not JSON.
@@ -170,7 +170,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
         CheckpointError: it is missing or damaged, or holds numbers of a kind that mars does not write, such as float8.
@@ -180,7 +180,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_shapes(module: nn.Module, path: Path) -> None:
-    """See that the safetensors file at `path` holds the tensors of `module`, by its header alone.
+    """Check by its header alone that the safetensors file at `path` holds the tensors of `module`.
 
     The module may be on the meta device, so that no memory is taken for a configuration that its weights belie.
 
@@ -217,7 +217,7 @@ def load_weights(
 ) -> None:
     """Copy `tensors` into `module`: the same names and shapes, any float dtype.
 
-    Of each tensor goes there what `part(tensor, own)` gives, as where `module` is spread over processes.
+    `part(tensor, own)` gives what is copied of each tensor, for a `module` that is sharded over processes.
 
     Raises:
         CheckpointError: naming the first tensor that does not fit.
@@ -238,10 +238,12 @@ def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    for name in sorted(wanted.keys() ^ found.keys()):
-        side = "lacks" if name in wanted else "has an unknown"
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    for name in sorted(expected.keys() ^ actual.keys()):
+        side = "lacks" if name in expected else "has an unknown"
         raise CheckpointError(f"{source} {side} tensor {name}; it belongs to another configuration")
-    for name, shape in found.items():
-        if shape != wanted[name]:
-            raise CheckpointError(f"{source}: tensor {name} has shape {shape}, the configuration wants {wanted[name]}")
+    for name, shape in actual.items():
+        if shape != expected[name]:
+            raise CheckpointError(
+                f"{source}: tensor {name} has shape {shape}, the configuration wants {expected[name]}"
+            )

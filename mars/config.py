@@ -230,7 +230,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0  # global norm; 0: off
-    ema: float = 0.999  # decay of the averaged weights, which are the ones exported
+    ema: float = 0.999  # decay of the EMA (exponential moving average) of the weights, which are the ones exported
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the device has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the transformer blocks; auto: on CUDA
     workers: int = 1  # threads that make batches ahead of the steps; 0: each batch when its step wants it
@@ -334,7 +334,7 @@ class Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain JSON values."""
+    """Return the config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -375,7 +375,7 @@ def from_document(kind: type[T], document: Any, where: object, error: type[MarsE
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`; ConfigError if it is not one."""
+    """Return `value` as the annotated type `kind`. Raises `ConfigError` if it is not one."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
@@ -405,7 +405,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """`value` as the first of the types that it can be."""
+    """Return `value` as the first of the types that it can be."""
     if value is None and types.NoneType in kinds:
         return None
     *others, last = (kind for kind in kinds if kind is not types.NoneType)
@@ -438,12 +438,12 @@ def _presets() -> dict[str, Any]:
 
 
 def preset_names() -> list[str]:
-    """Names of the presets."""
+    """Return the names of the presets."""
     return list(_presets())
 
 
 def preset(name: str, overrides: Sequence[str] = (), stage: str | None = None) -> Config:
-    """The preset `name` with `key=value` overrides, e.g. `tokenizer.width=128` or `audio.cmx=8,4`.
+    """Return the preset `name` with `key=value` overrides, e.g. `tokenizer.width=128` or `audio.cmx=8,4`.
 
     With `stage` ("tokenizer" or "var"), `train.KEY` means `train.<stage>.KEY`. Steps asked for replace epochs.
 
@@ -457,7 +457,7 @@ def preset(name: str, overrides: Sequence[str] = (), stage: str | None = None) -
 
 
 def override(config: Config, overrides: Sequence[str], stage: str | None = None) -> Config:
-    """`config` with `key=value` overrides; see `preset`."""
+    """Return `config` with `key=value` overrides; see `preset`."""
     if not overrides:
         return config
     values = to_dict(config)
@@ -480,7 +480,7 @@ def override(config: Config, overrides: Sequence[str], stage: str | None = None)
 
 
 def _parse(text: str) -> Any:
-    """A TOML value; `8,4` is a list, a bare word a string and `family,pitch` a list of them."""
+    """Parse a TOML value: `8,4` is a list, a bare word a string and `family,pitch` a list of strings."""
     words = json.dumps([word.strip() for word in text.split(",")] if "," in text else text)
     for candidate in (text, f"[{text}]", words):
         try:

@@ -67,13 +67,13 @@ class World:
         )
 
     def share(self, count: int) -> range:
-        """Which of `count` micro-batches this process takes: its contiguous block."""
+        """Return which of `count` micro-batches this process takes: its contiguous block."""
         assert count % self.size == 0
         each = count // self.size
         return range(self.rank * each, (self.rank + 1) * each)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """`module` with gradients averaged over the processes in its backward pass; call what this returns."""
+        """Wrap `module` so that its backward pass averages gradients over the processes; call what this returns."""
         if self.size == 1:
             return module
         where = [self.device.index] if self.device.type == "cuda" else None
@@ -84,7 +84,7 @@ class World:
             )
 
     def sync(self, wrapped: nn.Module, last: bool) -> None:
-        """Before a micro-batch's forward pass: whether its backward pass averages what has been accumulated."""
+        """Set, before a micro-batch's forward pass, whether its backward pass averages the accumulated gradients."""
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.require_backward_grad_sync = last
 
@@ -102,12 +102,12 @@ class World:
             fully_shard(part, mesh=mesh)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; a barrier too."""
+        """Return whether the flag is set in any process; a barrier too."""
         if self.size == 1:
             return flag
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
     def barrier(self) -> None:
         """Wait for the other processes."""
@@ -120,11 +120,11 @@ class World:
         return tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the processes."""
+        """Average over the processes."""
         return tensor if self.size == 1 else self.all_reduce(tensor.clone()) / self.size
 
     def means(self, metrics: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
-        """Means over the processes of the scalar tensors among the metrics; numbers are the same everywhere."""
+        """Average the scalar tensors among the metrics over the processes; numbers are the same everywhere."""
         names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
         if self.size == 1 or not names:
             return dict(metrics)
@@ -132,7 +132,7 @@ class World:
         return {**metrics, **dict(zip(names, values.unbind(), strict=True))}
 
     def broadcast(self, own: T) -> T:
-        """Broadcast a JSON value from the main process: what it gave as `own`, in every process."""
+        """Return in every process the JSON value that the main process passed as `own`."""
         if self.size == 1:
             return own
         data = torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8)
@@ -143,25 +143,25 @@ class World:
         return json.loads(bytes(data.tolist()))
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors; sharded ones are gathered on the CPU of the main process, and left out in the others."""
-        found = {}
+        """Return the tensors, sharded ones gathered on the CPU of the main process, and left out in the others."""
+        gathered = {}
         for name, tensor in tensors.items():
             if _sharded(tensor):
                 full = tensor.full_tensor()  # type: ignore[attr-defined]  # one at a time, so that memory stays low
                 if self.main:
-                    found[name] = full.detach().cpu()
+                    gathered[name] = full.detach().cpu()
             else:
-                found[name] = tensor
-        return found
+                gathered[name] = tensor
+        return gathered
 
     @staticmethod
     def local(tensor: Tensor) -> Tensor:
-        """`tensor`, or of a sharded one the part that this process holds, as a view."""
+        """Return `tensor`, or of a sharded one the part that this process holds, as a view."""
         return tensor.to_local() if _sharded(tensor) else tensor  # type: ignore[attr-defined]
 
     @staticmethod
     def part(full: Tensor, like: Tensor) -> Tensor:
-        """`full`, or where `like` is sharded this process's part of it, on the same device."""
+        """Return `full`, or where `like` is sharded this process's part of it, on the same device."""
         if not _sharded(like):
             return full
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -180,7 +180,7 @@ _joined = False  # whether this process has ever been one of several
 
 
 def join(device: torch.device) -> World:
-    """This process's place among those that torchrun started; without torchrun it is alone, on `device`.
+    """Join the processes that torchrun started, and return this one's place; without torchrun it is alone, on `device`.
 
     CUDA processes take the GPU of their local rank and talk over NCCL, CPU processes over gloo.
 

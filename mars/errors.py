@@ -1,4 +1,4 @@
-"""Everything that can be wrong with what a user asks for, and the exit code of each.
+"""The errors that a user can meet, and the exit code of each.
 
 A message is one line: what was wanted, what was got, what to do.
 """
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 
 class MarsError(Exception):
-    """Any of them."""
+    """The base class of all errors of mars."""
 
     code: ClassVar[int] = 1
 
@@ -51,13 +51,13 @@ class Diverged(MarsError, RuntimeError):
 
 
 class KernelError(MarsError, RuntimeError):
-    """An implementation of the ops that was asked for and cannot run here."""
+    """An implementation of the ops was asked for by name and cannot run here."""
 
     code = 2
 
 
 class MissingPackage(ConfigError):
-    """A package that something asked for needs, and that is not installed."""
+    """An optional package is not installed that the requested action needs."""
 
 
 class LostProcess(MarsError, RuntimeError):
@@ -72,7 +72,7 @@ class DiskError(MarsError, OSError):
 
 @contextmanager
 def needed(purpose: str, *packages: str) -> Iterator[None]:
-    """Import in the block what a purpose needs of packages that need not be installed.
+    """Import optional packages in the block, and turn a missing one into an error that names it and the purpose.
 
     Raises:
         MissingPackage: one is not; it names the packages themselves, for no index holds mars and its extras.

@@ -1,4 +1,4 @@
-"""Files that are whole and on the disk, without PyTorch."""
+"""Reading and writing files whole and durably, without PyTorch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEEPEST = 64  # lists and objects inside one another; more would exhaust the sta
 
 
 class Entry(TypedDict):
-    """What a manifest says of a file."""
+    """An entry of a manifest: a file's size and sha256."""
 
     sha256: str
     bytes: int
@@ -32,7 +32,7 @@ class Entry(TypedDict):
 def write_atomically(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Write data to path by way of a temporary file beside it, so that no reader sees half a file.
 
-    With `durable` it outlasts a power failure too.
+    With `durable` the file also survives a power failure.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -64,7 +64,7 @@ def write_new(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Make the folder `name` in `parent`, or `name-2`, `name-3` and so on where that is taken: nobody else gets it."""
+    """Make the folder `name` in `parent`, or `name-2`, `name-3` … if taken; no two processes get the same one."""
     parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -92,27 +92,38 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         yield file
 
 
+def read_limited(path: Path, largest: int = LARGEST) -> bytes:
+    """Read a regular file as bytes.
+
+    Raises:
+        OSError: it is missing, no regular file, cannot be read, or is over `largest` bytes (`errno.EFBIG`).
+    """
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size  # room is made for as much as is asked for
+        data = file.read(min(size, largest) + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"over {largest:,} bytes", str(path))
+    return data
+
+
 def read_bytes(path: Path, error: type[MarsError], largest: int = LARGEST) -> bytes:
-    """The content of a regular file.
+    """Read a regular file as bytes.
 
     Raises:
         MarsError: of the kind `error`: it is missing, cannot be read, or is over `largest` bytes.
     """
     try:
-        with opened(path) as file:
-            size = os.fstat(file.fileno()).st_size  # room is made for as much as is asked for
-            content = file.read(min(size, largest) + 1)
+        return read_limited(path, largest)
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
     except OSError as problem:
+        if problem.errno == errno.EFBIG:
+            raise error(f"{path} is {problem.strerror}, the most that such a file may have") from None
         raise error(f"{path} cannot be read: {problem.strerror or problem}") from None
-    if len(content) > largest:
-        raise error(f"{path} is over {largest:,} bytes, the most that such a file may have")
-    return content
 
 
 def read_text(path: Path, error: type[MarsError], largest: int = LARGEST) -> str:
-    """The UTF-8 text in a regular file. Raises as `read_bytes`."""
+    """Read a regular file as UTF-8 text. Raises as `read_bytes`."""
     try:
         return read_bytes(path, error, largest).decode()
     except UnicodeDecodeError as problem:
@@ -120,7 +131,7 @@ def read_text(path: Path, error: type[MarsError], largest: int = LARGEST) -> str
 
 
 def read_json(path: Path, error: type[MarsError], largest: int = LARGEST) -> Any:
-    """The JSON document in a regular file. Raises as `read_bytes` and `parse_json`."""
+    """Read a regular file as JSON. Raises as `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, error, largest), str(path), error)
 
 
@@ -146,7 +157,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, par
 
 
 def parse_json(text: bytes | str, where: str, error: type[MarsError]) -> Any:
-    """Strict JSON: no NaN, no infinity, no key twice, at most `DEEPEST` lists and objects inside one another.
+    """Parse strict JSON: no NaN, no infinity, no key twice, at most `DEEPEST` lists and objects inside one another.
 
     Raises:
         MarsError: of the kind `error`, naming `where`.
@@ -173,7 +184,7 @@ def _too_deep(where: str, error: type[MarsError]) -> MarsError:
 
 
 def sha256(path: Path) -> str:
-    """Hex sum of a regular file. Raises `OSError`."""
+    """Return the sha256 of a regular file in hexadecimal. Raises `OSError`."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -194,7 +205,7 @@ def sync(path: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the files below a directory, 0 where there is none; what vanishes meanwhile counts as nothing."""
+    """Return the bytes of all files below a directory, 0 if there is none; files that vanish meanwhile count as 0."""
     total = 0
     for file in path.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -203,7 +214,7 @@ def size_of(path: Path) -> int:
 
 
 def probe(folder: Path) -> None:
-    """Write, flush, rename and remove a small file in folder: what a checkpoint needs.
+    """Write, flush, rename and remove a small file in folder, to see early that a checkpoint can be written.
 
     Raises:
         OSError: one of these cannot be done.

@@ -8,8 +8,8 @@ An open label has no words of its own: its words are those of the dataset, and o
 learns are stored with it (`Model.words`, `labels.json`). Words that are given for a label always go before those of the
 table, so that own words for `family` need a dataset that has them and nothing here. A further label, as of another
 column of a CSV, is one more entry of `LABELS`: open, or with its words or levels; datasets that were packed before
-give -1 for it. Beside the entry, a field of `Labels`, and where it may be asked for an argument of `Ranges.asked` and
-`Model.iterate` and an option of `mars-generate`.
+give -1 for it. Beside the entry, a field of `Labels`, and where it may be requested an argument of `Ranges.requested`,
+one of `Model.iterate` and an option of `mars-generate`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from mars.arguments import integer
 from mars.errors import BadFileError, ConfigError
-from mars.text import one_line
+from mars.text import is_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -62,21 +62,21 @@ class Label:
         return not self.words and not self.levels
 
     def values(self, words: Words) -> Sequence[Any]:
-        """What the numbers 0, 1, … of a column stand for."""
+        """Return the values that the numbers 0, 1, … of a column stand for."""
         return words.get(self.name) or self.words or (range(128) if self.levels else ())
 
     def classes(self, words: Words) -> Sequence[Any]:
-        """The values that a model tells apart; its class for the unknown follows them."""
+        """Return the values that a model tells apart; its class for the unknown follows them."""
         return self.levels or self.values(words)
 
     def nearest(self, value: Any) -> Any:
-        """The value that a model takes it for."""
+        """Return the value nearest to `value` among those that a model tells apart."""
         return min(self.levels, key=lambda v: abs(v - value)) if self.levels else value
 
     def read(self, cell: str) -> str | int:
-        """The number that a cell of a CSV means, or the word of an open label. Raises `ValueError`."""
+        """Return the number that a cell of a CSV means, or the word of an open label. Raises `ValueError`."""
         if self.open:
-            if not one_line(cell):
+            if not is_one_line(cell):
                 raise ValueError(f"{self.name} {cell!r} has characters that cannot be printed; rename it")
             return cell
         if self.words:
@@ -88,12 +88,12 @@ class Label:
         return int(cell)
 
     def listed(self, value: Any) -> Any:
-        """The value in a listing of notes, None where it is none of the label's. Raises `ValueError` for nonsense."""
+        """Parse a value in a listing of notes; None: it is none of the label's. Raises `ValueError` if malformed."""
         if value is None:
             return None
         if self.levels and not (type(value) is int and 0 <= value < 128):
             raise ValueError(f"want a {self.name} 0..127 or null, got {value!r:.40}")
-        if self.open and not (isinstance(value, str) and one_line(value)):
+        if self.open and not (isinstance(value, str) and is_one_line(value)):
             raise ValueError(f"want a name or null as {self.name}, got {value!r:.40}")
         return value if not self.words or value in self.words else None
 
@@ -114,7 +114,7 @@ _NAME = re.compile(rf"({'|'.join(FAMILIES)})_({'|'.join(SOURCES)})_(\d{{3}})-(\d
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What is known of a note besides its sound, as a dataset keeps it; `UNKNOWN` where nobody said."""
+    """The labels of a note as a dataset stores them, numbers or words; `UNKNOWN` for one that is not known."""
 
     instrument: str
     family: int = UNKNOWN
@@ -125,16 +125,16 @@ class Labels:
     @property
     def known(self) -> Condition:
         """The values of those that are known."""
-        found = {name: getattr(self, name) for name in LABELS}
+        values = {name: getattr(self, name) for name in LABELS}
         return {
             name: value if isinstance(value, str) else LABELS[name].values({})[value]
-            for name, value in found.items()
+            for name, value in values.items()
             if value not in ("", UNKNOWN)
         }
 
 
 def labels_of(name: str) -> Labels | None:
-    """The labels that an NSynth name like `bass_electronic_018-060-075` states; None for any other name."""
+    """Parse the labels in an NSynth name like `bass_electronic_018-060-075`; None for any other name."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -147,8 +147,8 @@ def labels_of(name: str) -> Labels | None:
 
 
 def labels_in(entry: Mapping[str, Any]) -> Labels:
-    """The labels in an entry of NSynth's examples.json. Raises `BadFileError`."""
-    found: dict[str, Any] = {}
+    """Read the labels in an entry of NSynth's examples.json. Raises `BadFileError`."""
+    values: dict[str, Any] = {}
     for name, label in LABELS.items():
         if label.entry is None:
             continue
@@ -161,31 +161,31 @@ def labels_in(entry: Mapping[str, Any]) -> Labels:
         elif label.words and entry.get(f"{label.entry}_str", label.words[value]) != label.words[value]:
             got = entry[f"{label.entry}_str"]
             raise BadFileError(f"examples.json: want {label.entry}_str {label.words[value]!r}, got {got!r:.40}")
-        found[name] = value
-    return Labels(**found)
+        values[name] = value
+    return Labels(**values)
 
 
 def described(condition: Condition) -> str:
-    """A condition in words: "acoustic brass, pitch 60, velocity 100"; empty where nothing is known."""
+    """Describe a condition in words: "acoustic brass, pitch 60, velocity 100"; empty where nothing is known."""
     kind = " ".join(condition[name] for name in ("source", "family") if condition.get(name) is not None)
     others = (f"{k} {v}" for k, v in condition.items() if v is not None and k not in ("source", "family"))
     return ", ".join(filter(None, (kind, *others)))
 
 
-def learnt(attributes: Iterable[str], columns: Columns, words: Words) -> dict[str, list[str]]:
-    """The words that a model with these conditions learns, of those of the dataset: what the training notes have."""
+def vocabularies(attributes: Iterable[str], columns: Columns, words: Words) -> dict[str, list[str]]:
+    """Return for each open condition the dataset's words that occur in the training notes: what a model learns."""
     return {
         name: [words[name][i] for i in np.unique(columns[name]) if i != UNKNOWN] for name in attributes if name in words
     }
 
 
 def sizes(attributes: Iterable[str], words: Words) -> dict[str, int]:
-    """How many classes each condition of a model with these words has, without that of the unknown."""
+    """Return how many classes each condition of a model with these words has, without that of the unknown."""
     return {name: len(LABELS[name].classes(words)) for name in attributes}
 
 
 def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str], words: Words | None = None) -> Tensor:
-    """int64 (B, attributes): the class of each attribute, for a model with these words."""
+    """Return int64 (B, attributes): the class of each attribute, for a model with these words."""
     places = {name: _places(name, words or {}) for name in attributes}
     rows = [[places[name][c[name]] for name in attributes] for c in conditions]
     import torch
@@ -194,7 +194,7 @@ def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str], wo
 
 
 def column_ids(columns: Columns, attributes: Sequence[str], of: Words, words: Words) -> Tensor:
-    """int64 (N, attributes): the class of each attribute of the notes of a dataset.
+    """Return int64 (N, attributes): the class of each attribute of the notes of a dataset.
 
     What the model has no word for is unknown to it.
 
@@ -213,12 +213,12 @@ def column_ids(columns: Columns, attributes: Sequence[str], of: Words, words: Wo
 
 
 def _places(name: str, words: Words) -> dict[Any, int]:
-    """The class of each value, and of None."""
+    """Return the class of each value of a label, and of None."""
     return {value: i for i, value in enumerate((*LABELS[name].classes(words), None))}
 
 
 def entries(columns: Columns, attributes: Iterable[str], words: Words) -> list[dict[str, Any]]:
-    """What training notes hold, for each family and source and, where they are conditions, each value of open labels.
+    """Summarise training notes for each family and source and, where they are conditions, each value of open labels.
 
     count; pitch: the 5th and 95th percentile; pitch_range: the lowest and the highest; velocity: the levels. Unknown
     pitches are -1.
@@ -226,26 +226,26 @@ def entries(columns: Columns, attributes: Iterable[str], words: Words) -> list[d
     names = ("family", "source", *(name for name in attributes if LABELS[name].open))
     pitch, velocity = columns["pitch"], columns["velocity"]
     kinds, kind = np.unique(np.stack([columns[name] for name in names], axis=1), axis=0, return_inverse=True)
-    found = []
+    result = []
     for k, numbers in enumerate(kinds.tolist()):
-        alike = kind.reshape(-1) == k
-        pitches = pitch[alike & (pitch >= 0)]
+        matching = kind.reshape(-1) == k
+        pitches = pitch[matching & (pitch >= 0)]
         low, high = np.percentile(pitches, (5, 95)).astype(int).tolist() if len(pitches) else (-1, -1)
         lowest, highest = (int(pitches.min()), int(pitches.max())) if len(pitches) else (-1, -1)
         values = (
             LABELS[name].values(words)[number] if number >= 0 else None
             for name, number in zip(names, numbers, strict=True)
         )
-        found.append(
+        result.append(
             {
                 **dict(zip(names, values, strict=True)),
-                "count": int(alike.sum()),
+                "count": int(matching.sum()),
                 "pitch": [low, high],
                 "pitch_range": [lowest, highest],
-                "velocity": sorted({level(int(v)) for v in set(velocity[alike & (velocity >= 0)].tolist())}),
+                "velocity": sorted({level(int(v)) for v in set(velocity[matching & (velocity >= 0)].tolist())}),
             }
         )
-    return found
+    return result
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class Ranges:
         return *CLOSED, *self.opened
 
     def takes(self, name: str, value: Any) -> bool:
-        """Whether the model has the condition and was trained on some: of a family or source, on this one."""
+        """Return whether the model has this condition and was trained on it; of a family or source: on this value."""
         if name not in self.attributes:
             return False
         if not self.notes:
@@ -283,7 +283,7 @@ class Ranges:
         return value is not None and any(entry.get(name) == value for entry in self.notes)
 
     def untrained(self, condition: Condition) -> str | None:
-        """The first label of a condition that no training note had together with those before it; None if all had.
+        """Return the first label of a condition that no training note had together with those before it, or None.
 
         None too if the lowest and highest pitch are not known.
         """
@@ -292,7 +292,7 @@ class Ranges:
         pitch = condition["pitch"]
         return self._narrowed({**condition, "pitch": None if pitch is None else (pitch, pitch)})[1]
 
-    def asked(
+    def requested(
         self,
         *,
         pitch: int | tuple[int, int] | None = None,
@@ -302,7 +302,7 @@ class Ranges:
         instrument: str | None = None,
         allow_untrained: bool = False,
     ) -> Condition:
-        """What a caller wants, checked, as `choose` takes it: the pitch as (lowest, highest), the velocity as a level.
+        """Check requested labels, and return them as `choose` takes them: pitch (lowest, highest), velocity a level.
 
         allow_untrained: take a pitch or a velocity that was out of the range of the training notes, and labels that
             occurred in them, but never together.
@@ -319,39 +319,39 @@ class Ranges:
                 )
             if value is not None and not LABELS[name].levels:
                 self._check_word(name, value)
-        wanted: Condition = {name: None if given[name] is None else str(given[name]) for name in self.names}
-        wanted["pitch"] = None if pitch is None else _limits(pitch)
-        wanted["velocity"] = None if velocity is None else level(_midi("velocity", velocity))
+        condition: Condition = {name: None if given[name] is None else str(given[name]) for name in self.names}
+        condition["pitch"] = None if pitch is None else _limits(pitch)
+        condition["velocity"] = None if velocity is None else level(_midi("velocity", velocity))
         for name, value in (("pitch", pitch), ("velocity", velocity)):
             if value is not None and not self.takes(name, value):
                 raise ConfigError(f"{name} {value}: the model was trained on notes of unknown {name}; leave it out")
         if not allow_untrained:
-            self._check(wanted)
-        return wanted
+            self._check(condition)
+        return condition
 
     def accepted(self, condition: Condition, *, allow_untrained: bool = False) -> Condition:
-        """A condition as a note of this model has it: all of `names`, None where it says nothing.
+        """Return a condition as a note of this model has it: all of `names`, None where it says nothing.
 
         Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
 
         Raises:
-            ConfigError: a value is out of range, or the model was not trained on it; see `asked`.
+            ConfigError: a value is out of range, or the model was not trained on it; see `requested`.
         """
         if not isinstance(condition, Mapping):
             raise ConfigError(f"want a mapping of {', '.join(LABELS)} as condition, got {condition!r:.80}")
         if unknown := condition.keys() - LABELS.keys():
             names = ", ".join(sorted(map(str, unknown)))
             raise ConfigError(f"{condition}: want {', '.join(LABELS)} in a condition, got {names}")
-        kept = {name: condition.get(name) if name in self.attributes else None for name in self.names}
+        known = {name: condition.get(name) if name in self.attributes else None for name in self.names}
         try:
-            if kept["pitch"] is not None:
-                kept["pitch"] = _midi("pitch", kept["pitch"])
-            return self.asked(**kept, allow_untrained=allow_untrained) | {"pitch": kept["pitch"]}
+            if known["pitch"] is not None:
+                known["pitch"] = _midi("pitch", known["pitch"])
+            return self.requested(**known, allow_untrained=allow_untrained) | {"pitch": known["pitch"]}
         except ConfigError as error:
             raise ConfigError(f"{condition}: {error}") from None
 
-    def choose(self, asked: Condition, generator: torch.Generator) -> Condition:
-        """The condition of one note; draws as many numbers whatever is asked: three, and one more with open labels.
+    def choose(self, requested: Condition, generator: torch.Generator) -> Condition:
+        """Draw the condition of one note; always takes three random numbers, and a fourth with open labels.
 
         What is left open is one of the families, the source most common in it, any of their instruments where that is
         a condition, one of its usual pitches and any of its velocities, among the notes that hold what is asked for if
@@ -360,14 +360,14 @@ class Ranges:
         import torch
 
         draws = torch.rand(4 if self.opened else 3, generator=generator, dtype=torch.float32).tolist()
-        family, source, pitch, velocity = (asked[name] for name in CLOSED)
+        family, source, pitch, velocity = (requested[name] for name in CLOSED)
         entry: Entry | None = None
         if self.notes:
-            alike, _ = self._narrowed(asked)
+            matching, _ = self._narrowed(requested)
             families = LABELS["family"].values(self.words)
-            known = sorted({e["family"] for e in alike if e["family"]}, key=families.index) or [None]
+            known = sorted({e["family"] for e in matching if e["family"]}, key=families.index) or [None]
             family = family or _pick(known, draws[0])
-            entry = self._one_of([e for e in alike if e["family"] == family], draws[-1])
+            entry = self._one_of([e for e in matching if e["family"] == family], draws[-1])
             source = source or (entry and entry["source"])
             for usual in (_span(*entry["pitch"]), _values(entry, "pitch")) if entry else ():
                 within = usual if pitch is None else _overlap(usual, pitch)
@@ -380,17 +380,17 @@ class Ranges:
             pitch = _pick(range(pitch[0], pitch[1] + 1), draws[1])
         chosen = {"family": family, "source": source, "pitch": pitch, "velocity": velocity}
         for name in self.opened:
-            value = asked[name]
+            value = requested[name]
             chosen[name] = entry.get(name) if value is None and entry is not None else value
         return {name: value if name in self.attributes else None for name, value in chosen.items()}
 
-    def _one_of(self, alike: Sequence[Entry], uniform: float) -> Entry | None:
-        """Of the entries of a family one with the source most common in it; several have one where labels are open."""
+    def _one_of(self, matching: Sequence[Entry], uniform: float) -> Entry | None:
+        """Return one of a family's entries with its most common source; with open labels several have that source."""
         counts: dict[str | None, int] = {}
-        for entry in alike:
+        for entry in matching:
             counts[entry["source"]] = counts.get(entry["source"], 0) + entry["count"]
         common = max(counts, key=lambda source: counts[source], default=None)
-        return _pick([e for e in alike if e["source"] == common], uniform) if alike else None
+        return _pick([e for e in matching if e["source"] == common], uniform) if matching else None
 
     def _check_word(self, name: str, value: Any) -> None:
         """Raise an error if the model does not know the word, or was trained on no note with it."""
@@ -403,25 +403,27 @@ class Ranges:
             others = some([word for word in known if word in trained])
             raise ConfigError(f"{name} {value}: the model was trained on none; it knows {others or 'no other'}")
 
-    def _narrowed(self, asked: Condition) -> tuple[Sequence[Entry], str | None]:
-        """The training notes that hold as much as can be of what is asked for, and the first label that none has."""
-        alike, lacking = self.notes, None
+    def _narrowed(self, requested: Condition) -> tuple[Sequence[Entry], str | None]:
+        """Return the training notes that match as many requested labels as can be, and the first that none has."""
+        matching, missing = self.notes, None
         for name in ("family", "source", *self.opened, "pitch", "velocity"):
-            if asked[name] is not None:
-                holding = [e for e in alike if _holds(e, name, asked[name])]
-                lacking = lacking if holding or lacking else name
-                alike = holding or alike
-        return alike, lacking
+            if requested[name] is not None:
+                holding = [e for e in matching if _holds(e, name, requested[name])]
+                missing = missing if holding or missing else name
+                matching = holding or matching
+        return matching, missing
 
-    def _check(self, asked: Condition) -> None:
+    def _check(self, requested: Condition) -> None:
         """Raise an error if no training notes hold all that is asked for."""
-        alike, name = self._narrowed(asked)
+        matching, name = self._narrowed(requested)
         if not self.notes or name is None:
             return
-        low, high = asked["pitch"] or (None, None)
-        value = asked[name] if name != "pitch" else f"{low}-{high}" if low != high else low
-        of = " ".join(asked[k] for k in ("source", "family", *self.opened) if asked[k] is not None and k != name)
-        values = sorted({v for e in alike for v in _values(e, name)})
+        low, high = requested["pitch"] or (None, None)
+        value = requested[name] if name != "pitch" else f"{low}-{high}" if low != high else low
+        of = " ".join(
+            requested[k] for k in ("source", "family", *self.opened) if requested[k] is not None and k != name
+        )
+        values = sorted({v for e in matching for v in _values(e, name)})
         trained = f"{values[0]}-{values[-1]}" if name == "pitch" else some(values)
         raise ConfigError(
             f"{name} {value}: the notes{of and f' ({of})'} that the model was trained on are known to have {trained}; "
@@ -430,7 +432,7 @@ class Ranges:
 
 
 def _values(entry: Entry, name: str) -> Sequence[Any]:
-    """What the notes of an entry have as `name`, as far as it is known."""
+    """Return the known values of label `name` of the notes of an entry."""
     if name == "pitch":
         return _span(*entry.get("pitch_range", entry["pitch"]))
     if name == "velocity":
@@ -439,13 +441,13 @@ def _values(entry: Entry, name: str) -> Sequence[Any]:
 
 
 def _holds(entry: Entry, name: str, value: Any) -> bool:
-    """Whether the notes of an entry have this label; of pitches (lowest, highest) any of these."""
+    """Return whether notes of an entry have this value of label `name`; of a range of pitches, any of it."""
     values = _values(entry, name)
     return bool(_overlap(values, value)) if name == "pitch" else value in values
 
 
 def _span(low: int, high: int) -> range:
-    """All from low to high; none where they are not known (-1)."""
+    """Return all from low to high; none where they are not known (-1)."""
     return range(low, high + 1) if low >= 0 else range(0)
 
 
@@ -454,7 +456,7 @@ def _overlap(pitches: Sequence[int], limits: tuple[int, int]) -> range:
 
 
 def _limits(pitch: int | tuple[int, int]) -> tuple[int, int]:
-    """(lowest, highest) of a pitch or of a range of them."""
+    """Return (lowest, highest) of a pitch or of a range of them."""
     if isinstance(pitch, tuple | list):
         if len(pitch) == 2 and _midi("pitch", pitch[0]) <= _midi("pitch", pitch[1]):
             return _midi("pitch", pitch[0]), _midi("pitch", pitch[1])
@@ -468,16 +470,16 @@ def _midi(name: str, value: Any) -> int:
 
 
 def level(velocity: int) -> int:
-    """The velocity that a model takes it for."""
+    """Return the velocity of VELOCITIES that is nearest."""
     return int(LABELS["velocity"].nearest(velocity))
 
 
 def some(words: Sequence[Any]) -> str:
-    """Words for a message, which says how many it leaves out."""
+    """List values for a message, the first few and how many more there are."""
     more = f" and {len(words) - _LISTED:,} more" if len(words) > _LISTED else ""
     return ", ".join(map(str, words[:_LISTED])) + more
 
 
 def _pick(items: Sequence[Any], uniform: float) -> Any:
-    """The item at `uniform` in [0, 1)."""
+    """Return the item at `uniform` in [0, 1)."""
     return items[min(int(uniform * len(items)), len(items) - 1)]

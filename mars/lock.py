@@ -1,4 +1,4 @@
-"""Folders that one process has for itself: the system forgets its lock when it ends, however that happens."""
+"""Locks on folders: one process holds a folder, and the system releases its lock however the process ends."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ else:
 
 @contextmanager
 def claim(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Keep other trainers out of `folder`.
+    """Lock `folder` against other trainers while the block runs.
 
-    Gives whether the folder is locked: not every network file system can; `say` then gets a warning.
+    Yields whether the folder is locked, which not every network file system can do; `say` then gets a warning.
 
     Raises:
         ConfigError: another process has it; the message names process and host.
@@ -56,7 +56,7 @@ def claim(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """A new, empty folder beside `path`, to fill and rename to `path`; what is still there at the end is removed.
+    """Yield a new, empty folder beside `path`, to fill and rename to `path`; if it is still there it is removed.
 
     What processes that were killed have left of theirs goes first; see `sweep`.
 
@@ -84,7 +84,7 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the unfinished work in `folder` that no process has any more."""
+    """Remove unfinished work in `folder` whose process has ended."""
     for place in folder.glob("*".join(_SCRATCH)):
         with contextlib.suppress(OSError, ConfigError):
             if not (place / NAME).exists():  # its owner was killed before it had locked it, or is about to
@@ -97,7 +97,7 @@ def sweep(folder: Path) -> None:
 
 
 def _lock_new(place: Path) -> tuple[int, OSError | None]:
-    """`_lock` for a folder that is made if need be; whoever sweeps may have it, or remove it, for a moment."""
+    """Make `folder` if needed and `_lock` it, trying again while a process that sweeps holds or removes it."""
     tries = 20
     while True:
         place.mkdir(exist_ok=True)
@@ -111,13 +111,13 @@ def _lock_new(place: Path) -> tuple[int, OSError | None]:
 
 
 def _empty(place: Path) -> None:
-    for found in place.iterdir():
-        if found.name != NAME:
-            shutil.rmtree(found, ignore_errors=True)
+    for entry in place.iterdir():
+        if entry.name != NAME:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _remove(place: Path) -> None:
-    """The lock goes last: until then nobody else can have the folder."""
+    """Remove a folder, its lock last: until then no other process can lock it."""
     with contextlib.suppress(OSError):
         _empty(place)
         (place / NAME).unlink(missing_ok=True)
@@ -125,7 +125,7 @@ def _remove(place: Path) -> None:
 
 
 def _lock(folder: Path) -> tuple[int, OSError | None]:
-    """An open file that locks `folder` until it is closed, and why it does not where the file system has no locks.
+    """Open a file that locks `folder` until it is closed; and why it does not, if the file system has no locks.
 
     Raises:
         ConfigError: another process has it; the message names process and host.
@@ -161,7 +161,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """What the process that has the lock wrote; it may have taken it this very moment."""
+    """Return the process and host that hold the lock, as the holder wrote them."""
     for _ in range(100):
         with contextlib.suppress(FileNotFoundError):
             if text := path.read_text(encoding="utf-8", errors="replace").strip():
@@ -171,7 +171,7 @@ def _holder(path: Path) -> str:
 
 
 def held(folder: Path) -> bool | None:
-    """Whether a trainer has `folder`; None where that cannot be told."""
+    """Return whether a trainer has `folder`; None where that cannot be known."""
     if sys.platform == "win32" or not (folder / NAME).is_file():
         return None
     with (folder / NAME).open("rb") as file:

@@ -37,7 +37,7 @@ from mars.models.var import VAR
 from mars.notes import Note
 from mars.runtime import Precision, autocast, pick_device, stream
 from mars.sampling import sample, tile_size
-from mars.text import one_line
+from mars.text import is_one_line
 
 M = TypeVar("M", bound=torch.nn.Module)
 DEFAULT = "notes"  # the packaged model
@@ -55,7 +55,7 @@ class Timing:
 
 
 @dataclass(frozen=True, eq=False)
-class _Draft:
+class _Decoded:
     """A note without its waveform."""
 
     index: int
@@ -102,12 +102,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.tokenizer.mask.device
 
     @property
     def record(self) -> dict[str, Any]:
-        """What decides its notes beside the settings, for a listing of them."""
+        """What decides generated notes besides the settings: hash of the weights, versions, device, threads."""
         return {
             "mars": mars.__version__,
             "model_hash": self.hash,
@@ -118,51 +118,51 @@ class Model:
 
     @property
     def transformer(self) -> VAR:
-        """The second stage; raises `CheckpointError` where there is none."""
+        """The VAR. Raises `CheckpointError` if the model has none."""
         if self.var is None:
             raise CheckpointError("the model is a tokenizer only; train the second stage on it: `mars-train var`")
         return self.var
 
     @property
     def ranges(self) -> Ranges:
-        """What it can be asked for; raises `CheckpointError` where there is no second stage."""
+        """The labels that can be requested. Raises `CheckpointError` if the model has no VAR."""
         return Ranges(self.transformer.config.condition, self.notes, self.words)
 
     @torch.inference_mode()
     def encode(self, waveform: Array) -> Tensor:
-        """Tokens int64 (B, L) of waveforms (B, samples) in [-1, 1] at `config.audio.sample_rate`.
+        """Encode to tokens int64 (B, L) the waveforms (B, samples) in [-1, 1] at `config.audio.sample_rate`.
 
-        A NumPy array will do. Notes of another length are for the caller to cut, or to pad with zeros.
+        A NumPy array is accepted. Notes of another length must first be cut, or padded with zeros, by the caller.
 
         Raises:
             ConfigError: another shape, integers, NaN or infinity.
-            CheckpointError: the tokenizer's weights were made something else than float32.
+            CheckpointError: the tokenizer's weights are not float32 any more.
         """
-        wanted = f"waveforms (B, {self.config.audio.samples}), floating-point with full scale 1"
-        x = tensor("encode", waveform, wanted)
+        expected = f"waveforms (B, {self.config.audio.samples}), floating-point with full scale 1"
+        x = tensor("encode", waveform, expected)
         if not x.is_floating_point():
             hint = "" if x.is_complex() or x.dtype == torch.bool else "; divide 16-bit samples by 32768"
-            raise ConfigError(f"encode: want {wanted}, got {x.dtype}{hint}")
+            raise ConfigError(f"encode: want {expected}, got {x.dtype}{hint}")
         if x.ndim != 2:
             hint = "; give one note as waveform[None]" if x.ndim == 1 else "; mix channels to one, one note a row"
-            raise ConfigError(f"encode: want {wanted}, got shape {tuple(x.shape)}{hint}")
+            raise ConfigError(f"encode: want {expected}, got shape {tuple(x.shape)}{hint}")
         if x.shape[1] != self.config.audio.samples:
             do = "cut it" if x.shape[1] > self.config.audio.samples else "pad it with zeros"
-            raise ConfigError(f"encode: want {wanted}, got {x.shape[1]} samples; {do}")
+            raise ConfigError(f"encode: want {expected}, got {x.shape[1]} samples; {do}")
         if not bool(x.isfinite().all()):
-            raise ConfigError(f"encode: want {wanted}, got NaN or infinity in {_rows(~x.isfinite())}")
+            raise ConfigError(f"encode: want {expected}, got NaN or infinity in {_rows(~x.isfinite())}")
         self.check_weights()
         return tokens_of(self.tokenizer, x.to(self.device), self.config.audio)
 
     @torch.inference_mode()
     def decode(self, ids: Array, *, iterations: int = 32, seed: int | Sequence[torch.Generator] = 0) -> Tensor:
-        """Waveforms (B, samples) of tokens (B, L), a NumPy array or a tensor of integers.
+        """Decode tokens (B, L), a NumPy array or a tensor of integers, to waveforms (B, samples).
 
-        The phase is Griffin-Lim's, started at random from `seed`: a number, or a generator for each note.
+        Griffin-Lim finds the phases, from random ones of `seed`: a number, or a generator for each note.
 
         Raises:
             ConfigError: another shape, numbers that are no tokens, a setting out of range.
-            CheckpointError: the tokenizer's weights were made something else than float32.
+            CheckpointError: the tokenizer's weights are not float32 any more.
         """
         spectrograms = self.spectrogram(ids)
         iterations = integer("iterations", iterations, 0)
@@ -175,41 +175,41 @@ class Model:
 
     @torch.inference_mode()
     def spectrogram(self, ids: Array) -> Tensor:
-        """Spectrograms (B, bins, frames) in [-1, 1] of tokens (B, L), a NumPy array or a tensor of integers.
+        """Decode tokens (B, L), a NumPy array or a tensor of integers, to spectrograms (B, bins, frames) in [-1, 1].
 
         Raises:
             ConfigError: another shape, or numbers that are no tokens.
-            CheckpointError: the tokenizer's weights were made something else than float32.
+            CheckpointError: the tokenizer's weights are not float32 any more.
         """
         size, length = self.config.tokenizer.codebook_size, self.config.tokenizer.tokens
-        wanted = f"tokens (B, {length}), integers 0..{size - 1}"
-        x = tensor("decode", ids, wanted)
+        expected = f"tokens (B, {length}), integers 0..{size - 1}"
+        x = tensor("decode", ids, expected)
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise ConfigError(f"decode: want {wanted}, got {x.dtype}")
+            raise ConfigError(f"decode: want {expected}, got {x.dtype}")
         if x.ndim != 2 or x.shape[1] != length:
             hint = "; give one note as ids[None]" if x.shape == (length,) else ""
-            raise ConfigError(f"decode: want {wanted}, got shape {tuple(x.shape)}{hint}")
+            raise ConfigError(f"decode: want {expected}, got shape {tuple(x.shape)}{hint}")
         x = x.to(torch.int64)
         if bool((outside := (x < 0) | (x >= size)).any()):
-            raise ConfigError(f"decode: want {wanted}, got {int(x[outside][0])} in {_rows(outside)}")
+            raise ConfigError(f"decode: want {expected}, got {int(x[outside][0])} in {_rows(outside)}")
         self.check_weights()
         return self._decoded(self.tokenizer.quantizer.latent(x.to(self.device)))
 
     def _decoded(self, latent: Tensor) -> Tensor:
-        """Spectrograms (B, bins, frames) in [-1, 1] of the latent maps (B, D, H, W) of tokens."""
+        """Decode the latent maps (B, D, H, W) of tokens to spectrograms (B, bins, frames) in [-1, 1]."""
         with autocast(self.device, CODING):
             x = self.tokenizer.reconstruct(latent).clamp(-1, 1)
         return audio.demultiplexed(x, self.config.audio)
 
     def check_weights(self) -> None:
-        """Raise `CheckpointError` if somebody has made the weights something else than float32."""
+        """Raise `CheckpointError` if the weights have been converted from float32."""
         for name, part in (("tokenizer", self.tokenizer), ("var", self.var)):
             dtype = next((p.dtype for p in part.parameters() if p.dtype != torch.float32), None) if part else None
             if dtype is not None:
                 raise CheckpointError(f"{name}: want weights in float32, got {dtype}; go back: model.{name}.float()")
 
     def generate(self, n: int, **settings: Unpack[Generation]) -> list[Note]:
-        """New notes, all at once; the settings are those of `iterate`, with the same defaults."""
+        """Generate notes and return them all; the settings are those of `iterate`, with the same defaults."""
         return list(self.iterate(n, **settings))
 
     def iterate(
@@ -234,7 +234,7 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
         timing: Timing | None = None,
     ) -> Iterator[Note]:
-        """Notes `start` to `start + n - 1` of `seed`, in order.
+        """Generate notes `start` to `start + n - 1` of `seed`, in order, as an iterator.
 
         What is not given of the labels is drawn for each note from what the model was trained on (`model.notes`): any
         of its families, the source most common in it, any of their instruments, one of its usual pitches, any of its
@@ -246,12 +246,13 @@ class Model:
             velocity: counts as the nearest of `mars.labels.VELOCITIES`.
             instrument: one of `model.words["instrument"]`.
             allow_untrained: take what is out of the range that the model was trained on; see
-                `mars.labels.Ranges.asked`.
-            conditions: n of them, what each note is to be, in place of the labels; see
+                `mars.labels.Ranges.requested`.
+            conditions: n conditions, one for each note, instead of the labels; see
                 `mars.labels.Ranges.accepted`.
             cfg: guidance towards the condition on the last scale, growing linearly from 0 on the first. 0:
                 none, at half the cost. Without effect if the model has no condition.
-            top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
+            top_k: draw among so many of the likeliest tokens.
+            top_p: of these, draw among the likeliest whose probabilities add up to this.
             batch_size: notes finished together, rounded up to whole tiles; of no effect on the notes.
             iterations: of Griffin-Lim.
             precision: of the transformer: "auto" (bfloat16 where the device computes in it natively), "float32" or
@@ -274,7 +275,7 @@ class Model:
             raise ConfigError(f"top_p must be above 0 and at most 1 (no limit), got {top_p}")
         if precision not in get_args(Precision):
             raise ConfigError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r:.80}")
-        asked = ranges.asked(
+        requested = ranges.requested(
             pitch=pitch,
             family=family,
             source=source,
@@ -284,7 +285,7 @@ class Model:
         )
         given: dict[int, Condition] = {}
         if conditions is not None:
-            if any(value is not None for value in asked.values()):
+            if any(value is not None for value in requested.values()):
                 raise ConfigError(f"conditions say what each note is to be; leave out {', '.join(LABELS)}")
             if not isinstance(conditions, Sequence) or len(conditions) != n:
                 got = len(conditions) if isinstance(conditions, Sequence) else repr(conditions)[:80]
@@ -293,12 +294,12 @@ class Model:
             given = dict(enumerate(accepted, start))
         timing = timing or Timing()
         size = tile_size(device)
-        wanted = range(start, start + n)
+        indices = range(start, start + n)
 
-        def drafts(first: int) -> list[_Draft]:
-            """The tile of notes from `first`, whole even where fewer are wanted."""
+        def sample_tile(first: int) -> list[_Decoded]:
+            """Sample the tile of notes from `first`, always a whole one, even if fewer are requested."""
             streams = [stream(seed, STREAM, index) for index in range(first, first + size)]
-            chosen = [ranges.choose(asked, s) for s in streams]
+            chosen = [ranges.choose(requested, s) for s in streams]
             conditions = [given.get(first + i, condition) for i, condition in enumerate(chosen)]
             uniforms = torch.stack([torch.rand(var.starts[-1], generator=s, dtype=torch.float32) for s in streams])
             began = time.perf_counter()
@@ -319,36 +320,36 @@ class Model:
             _synchronise(device)
             timing.transformer += sampled - began
             timing.decoding += time.perf_counter() - sampled
-            return [_Draft(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
+            return [_Decoded(first + i, s, conditions[i], ids[i], spectrograms[i]) for i, s in enumerate(streams)]
 
         def notes() -> Iterator[Note]:
             step = -(-batch_size // size) * size
             for first in range(start - start % size, start + n, step):
                 with torch.no_grad():
-                    tiles = [drafts(t) for t in range(first, min(first + step, start + n), size)]
+                    tiles = [sample_tile(t) for t in range(first, min(first + step, start + n), size)]
                     if device.type == "cpu":  # there Griffin-Lim treats each note by itself, whole tile or not
-                        tiles = [[d for tile in tiles for d in tile if d.index in wanted]]
+                        tiles = [[d for tile in tiles for d in tile if d.index in indices]]
                     began = time.perf_counter()
-                    finished = [note for tile in tiles for note in finish(tile) if note.index in wanted]
+                    finished = [note for tile in tiles for note in finish(tile) if note.index in indices]
                     timing.griffin_lim += time.perf_counter() - began
                 if progress is not None:
                     progress(finished[-1].index + 1 - start, n)
                 yield from finished
 
-        def finish(drafts: list[_Draft]) -> list[Note]:
-            """The same with waveforms."""
-            spectrograms = torch.stack([d.spectrogram for d in drafts])
+        def finish(tile: list[_Decoded]) -> list[Note]:
+            """Add the waveforms by Griffin-Lim to the notes of a tile."""
+            spectrograms = torch.stack([d.spectrogram for d in tile])
             magnitudes = audio.magnitudes(spectrograms, self.config.audio)
-            streams = [d.stream for d in drafts]
+            streams = [d.stream for d in tile]
             waveforms = audio.griffin_lim(magnitudes, self.config.audio, iterations, generators=streams).cpu()
-            for d, finite in zip(drafts, waveforms.isfinite().all(dim=1).tolist(), strict=True):
+            for d, finite in zip(tile, waveforms.isfinite().all(dim=1).tolist(), strict=True):
                 if not finite:
                     raise CheckpointError(
                         f"note {d.index} of seed {seed} is not finite; the model's weights are unusable"
                     )
             return [
                 Note(d.index, w, s, d.ids, d.condition)
-                for d, w, s in zip(drafts, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
+                for d, w, s in zip(tile, audio.within_full_scale(waveforms), spectrograms.cpu(), strict=True)
             ]
 
         return notes()
@@ -366,14 +367,14 @@ class Model:
         instrument: str | None = None,
         allow_untrained: bool = False,
     ) -> list[Condition]:
-        """The conditions that `iterate` chooses with these arguments, to be known before the notes.
+        """Return the conditions that `iterate` draws with these arguments, without generating the notes.
 
         Raises:
             CheckpointError, ConfigError: see `iterate`.
         """
         ranges = self.ranges
         n, seed, start = integer("n", n, 1), integer("seed", seed, 0), integer("start", start, 0)
-        asked = ranges.asked(
+        requested = ranges.requested(
             pitch=pitch,
             family=family,
             source=source,
@@ -381,7 +382,7 @@ class Model:
             instrument=instrument,
             allow_untrained=allow_untrained,
         )
-        return [ranges.choose(asked, stream(seed, STREAM, index)) for index in range(start, start + n)]
+        return [ranges.choose(requested, stream(seed, STREAM, index)) for index in range(start, start + n)]
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the model directory `path`, replacing one that is there.
@@ -402,7 +403,7 @@ class Model:
 
 @torch.inference_mode()
 def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> Tensor:
-    """Tokens int64 (B, L) of waveforms (B, samples) on the tokenizer's device, cut or padded to the front end's length.
+    """Encode waveforms (B, samples), cut or padded, on the tokenizer's device, to tokens int64 (B, L).
 
     This is what `Model.encode` computes, for a tokenizer without a model and waveforms that are known to be sound.
     """
@@ -411,7 +412,7 @@ def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> T
 
 
 def _rows(marked: Tensor) -> str:
-    """In which rows of (B, n) anything is marked, for a message."""
+    """List for a message the rows of (B, n) in which anything is marked."""
     rows = marked.any(dim=1).nonzero().flatten().tolist()
     return f"row {rows[0]}" + (f" and {len(rows) - 1} more" if rows[1:] else "")
 
@@ -421,7 +422,7 @@ def _state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _loaded(build: Callable[[], M], weights: Path, device: str | torch.device) -> M:
-    """The module with its weights, built only once a copy without memory has shown that these are its own."""
+    """Build the module with its weights, after a copy on the meta device has shown that they fit."""
     with torch.device("meta"):
         checkpoint.check_shapes(build(), weights)
     module = build()
@@ -460,30 +461,30 @@ def _ranges(path: Path, words: Words) -> list[dict[str, Any]]:
         config.from_document(_Range, entry, f"{path}: entry {i}", CheckpointError)
         for name, known in words.items():
             if (value := entry.get(name)) is not None and value not in known:
-                wanted = f"{name} must be null or one of labels.json"
-                raise CheckpointError(f"{path}: entry {i} cannot be used: {wanted}, got {value!r:.80}")
+                expected = f"{name} must be null or one of labels.json"
+                raise CheckpointError(f"{path}: entry {i} cannot be used: {expected}, got {value!r:.80}")
     return entries
 
 
 def _words(path: Path, attributes: Sequence[str]) -> dict[str, list[str]]:
-    """The words of the open conditions, which `labels.json` holds; models without such conditions have none."""
-    wanted = {name for name in attributes if LABELS[name].open}
-    if not wanted:
+    """Read the words of the open conditions from `labels.json`; models without such conditions have none."""
+    names = {name for name in attributes if LABELS[name].open}
+    if not names:
         return {}
-    found = checkpoint.read_json(path)
-    if not isinstance(found, dict) or not wanted <= found.keys() <= set(attributes):
-        raise CheckpointError(f"{path} must hold the words of {', '.join(sorted(wanted))}, got {found!r:.80}")
-    for name, words in found.items():
+    document = checkpoint.read_json(path)
+    if not isinstance(document, dict) or not names <= document.keys() <= set(attributes):
+        raise CheckpointError(f"{path} must hold the words of {', '.join(sorted(names))}, got {document!r:.80}")
+    for name, words in document.items():
         good = isinstance(words, list) and all(
-            isinstance(word, str) and 0 < len(word) <= LONGEST_WORD and one_line(word) for word in words
+            isinstance(word, str) and 0 < len(word) <= LONGEST_WORD and is_one_line(word) for word in words
         )
         if not good or len(set(words)) < len(words):
             raise CheckpointError(f"{path}: {name} must be a list of different words, each on one line")
-    return found
+    return document
 
 
 def locate(name: str | Path | None) -> Path:
-    """The model directory meant by a packaged name, a run folder or a model directory; None: the packaged default.
+    """Return the model directory of a packaged name, a run folder or a model directory; None: the packaged default.
 
     Raises:
         CheckpointError: there is no such model.
@@ -537,11 +538,11 @@ def load(name: str | Path | None = None, device: str | torch.device = "cpu") -> 
 
 
 def _data(path: Path) -> dict[str, str]:
-    """The fingerprints in `data.json`, or of a model without it what the run that it is in says."""
+    """Read the datasets' fingerprints from `data.json`, or for a model without it from the run that holds it."""
     if (path / "data.json").is_file():
-        found = checkpoint.read_json(path / "data.json")
-        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-            return found
+        document = checkpoint.read_json(path / "data.json")
+        if isinstance(document, dict) and all(isinstance(value, str) for value in document.values()):
+            return document
         raise CheckpointError(f"{path / 'data.json'} must hold the fingerprint of a dataset for each stage")
     record = path.parent / "run.json"
     run = checkpoint.read_json(record) if record.is_file() else None
@@ -551,6 +552,6 @@ def _data(path: Path) -> dict[str, str]:
 
 
 def _synchronise(device: torch.device) -> None:
-    """Wait until the device has finished, for the sake of `Timing`."""
+    """Wait until the device has finished, so that `Timing` is right."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""Generated notes: one of them, and a folder of them with a listing, which can be filled in several goes.
+"""Generated notes: one of them, and a folder of them with a listing, which can be filled in several sessions.
 
     0000-brass-060.wav ...   16-bit WAV files
     notes.json               with what and how they were made, and of each note its `file`, `condition` and `sha256`
@@ -53,7 +53,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Filled:
-    """What is in a folder that is whole."""
+    """The listing and the counts of a complete folder of notes."""
 
     silent: int  # notes
     full_scale: int  # notes that reach it, as those made quieter do
@@ -65,7 +65,7 @@ class NoteFolder:
     def __init__(
         self,
         path: Path,
-        made: Mapping[str, Any],
+        origin: Mapping[str, Any],
         files: Sequence[str],
         conditions: Sequence[Condition],
         config: AudioConfig,
@@ -77,12 +77,12 @@ class NoteFolder:
             for i, (file, condition) in enumerate(zip(files, conditions, strict=True))
         ]
         self.path, self.files, self.config, self.picture = path, files, config, picture
-        self.document: dict[str, Any] = json.loads(json.dumps({**made, "notes": notes}))  # as it is read
+        self.document: dict[str, Any] = json.loads(json.dumps({**origin, "notes": notes}))  # as it is read
         self.bytes = _HEADER + 2 * config.samples  # of each file
         self.missing: list[int] = []  # notes that are not there
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """The missing notes as stretches without a gap: the first, and one past the last."""
+        """Yield the missing notes as runs without a gap: (first, one past the last)."""
         for _, pairs in groupby(enumerate(self.missing), lambda pair: pair[1] - pair[0]):
             stretch = [index for _, index in pairs]
             yield stretch[0], stretch[-1] + 1
@@ -111,7 +111,7 @@ class NoteFolder:
         return Filled(silent, full_scale)
 
     def begin(self) -> None:
-        """Put right what a killed process left, find what is missing, list it all. Only with the folder locked."""
+        """Clean up after a killed process, find the missing notes and write the listing. The folder must be locked."""
         listed = self.check()
         for file in self.path.glob(".*.tmp"):
             if file.name[1:].rsplit(".", 2)[0] in {LISTING, PICTURE, *self.files}:
@@ -123,11 +123,11 @@ class NoteFolder:
             self._write_listing()
 
     def space(self, notes: int) -> int:
-        """Bytes that so many notes take, with their listing and picture."""
+        """Return the bytes that so many notes take, with their listing and picture."""
         return notes * (self.bytes + 1024) + (2**24 if self.picture else 2**20)
 
     def check(self) -> dict[str, Any] | None:
-        """The listing that is there; raises an error if it is not of this call, or anything else is in the folder."""
+        """Return the listing that is there. Raises an error if it is of another call, or other files are there."""
         listed = self._listed()
         known = {LISTING, *self.files, *[PICTURE] * self.picture} if listed is not None else set()
         for file in sorted(self.path.iterdir()):
@@ -145,9 +145,9 @@ class NoteFolder:
         except (KeyError, TypeError, AttributeError):
             raise DataError(f"{file} is not one that mars wrote; name a new folder") from None
         for name, value in self.document.items():
-            found = plain if name == "notes" else there.get(name)
-            if found != value and name not in _FREE:
-                differs = "other notes" if name == "notes" else f"{name} {found}, not {value}"
+            earlier = plain if name == "notes" else there.get(name)
+            if earlier != value and name not in _FREE:
+                differs = "other notes" if name == "notes" else f"{name} {earlier}, not {value}"
                 raise ConfigError(f"{self.path} was begun with {differs}; name a new folder")
         return dict(there)
 
@@ -164,7 +164,7 @@ class NoteFolder:
 
 @contextmanager
 def fill(folder: NoteFolder, say: Callable[[str], None] = warnings.warn) -> Iterator[NoteFolder]:
-    """Have a folder of notes for oneself, new or begun by the same call, to make what is missing and finish it.
+    """Lock a folder of notes, new or begun by the same call, while the block adds the missing ones; then finish it.
 
     Raises:
         ConfigError: it was begun with other settings, or another process has it.
@@ -189,6 +189,6 @@ def fill(folder: NoteFolder, say: Callable[[str], None] = warnings.warn) -> Iter
 
 
 def stem(index: int, n: int, condition: Condition) -> str:
-    """Name of a note's file, `0007-brass-060`; "any" for what is not known. n: all notes."""
+    """Return the name of a note's file, `0007-brass-060`; "any" for what is not known. n: all notes."""
     pitch = "any" if condition["pitch"] is None else f"{condition['pitch']:03d}"
     return f"{index:0{max(4, len(str(n - 1)))}d}-{condition['family'] or 'any'}-{pitch}"

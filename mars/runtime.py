@@ -23,16 +23,16 @@ MOST_THREADS = max(256, os.cpu_count() or 1)
 
 
 def stream(seed: int, *key: int) -> torch.Generator:
-    """A generator that depends on nothing but its arguments."""
+    """Return a generator whose state depends on nothing but the arguments."""
     mixed = np.random.SeedSequence([seed, *key]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
 
 
 def set_threads(threads: int | None) -> None:
-    """Compute with so many threads of the CPU; None: with as many as PyTorch chooses.
+    """Set the number of CPU threads; None: as many as PyTorch chooses.
 
     Raises:
-        ConfigError: that many would not start, or only wait for each other.
+        ConfigError: so many threads would not start, or would only wait for each other.
     """
     if threads is None:
         return
@@ -45,7 +45,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """The device of that name; "auto" takes CUDA, then MPS, then the CPU.
+    """Return the device called `name`; "auto" takes CUDA, then MPS, then the CPU.
 
     Raises:
         ConfigError: this machine has no such device.
@@ -65,7 +65,7 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host's on the device; a GPU gets it by way of pinned memory, and the host does not wait."""
+    """Copy a CPU tensor to the device; to a GPU through pinned memory, without making the host wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -76,23 +76,23 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
+    """Return whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return any(bool(found.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        capabilities = torch.cpu.get_capabilities()
+        return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """The device, or the CPU in place of MPS, which has no float64."""
+    """Return the device, or the CPU in place of MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextmanager
 def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads, each of which computes on one thread: as many notes at once as workers."""
+    """Yield a thread pool in which each worker computes on one thread, for as many notes at once as workers."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -103,7 +103,7 @@ def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Computes with float32 in float32, whatever was set: no TF32, no bfloat16, and cuDNN the same way every time."""
+    """Compute float32 in the block without TF32 or bfloat16, whatever was set, and with deterministic cuDNN."""
     cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -123,7 +123,7 @@ def free_space(path: Path, needed: int) -> None:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that tensors held during `run()`, above what they held before it.
+    """Return the most bytes that tensors held during `run()`, above what they held before it.
 
     On a CPU every allocation of PyTorch's is counted, those inside an operation too, so `run` takes longer than usual;
     what was held before counts as held throughout.
@@ -150,7 +150,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def process_peak(device: torch.device) -> int | None:
-    """The most bytes so far: of tensors on a CUDA device, else of the process in RAM; None where it is not known."""
+    """Return the peak bytes so far: of tensors on a CUDA device, else of the process in RAM; None: not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

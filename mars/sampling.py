@@ -20,7 +20,7 @@ TILE_ACCELERATOR = 32
 
 
 def tile_size(device: torch.device) -> int:
-    """Notes that the network runs on at once."""
+    """Return how many notes the network runs on at once."""
     return TILE if device.type == "cpu" else TILE_ACCELERATOR
 
 
@@ -81,7 +81,7 @@ def sample(
 
 
 def draw(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Tokens int64 (B, n) from logits (B, n, V), inverting the distribution at uniforms (B, n) in [0, 1).
+    """Draw tokens int64 (B, n) from logits (B, n, V), inverting the distribution at uniforms (B, n) in [0, 1).
 
     Kept are the top_k likeliest tokens and, with these adding up to 1, the fewest of them that reach top_p.
 

@@ -1,4 +1,4 @@
-"""What is shown on a terminal: paths and names stay what they are, whatever is in them."""
+"""Consoles and progress bars: paths and names are shown as they are, whatever characters they hold."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mars.text import printable
 
 
 class PlainConsole(Console):
-    """A console to which a string is text: not markup, not emoji, not numbers to colour, not escape sequences."""
+    """A console that prints strings as plain text, without markup, emoji, highlighting or escape sequences."""
 
     def render_str(self, text: str, *, style: Any = "", **_: Any) -> Text:
         return Text("\n".join(map(printable, text.split("\n"))), style)
 
 
 def console(*, stderr: bool = True, soft_wrap: bool = False, quiet: bool = False) -> Console:
-    """A `PlainConsole`."""
+    """Return a `PlainConsole`."""
     return PlainConsole(stderr=stderr, soft_wrap=soft_wrap, quiet=quiet)
 
 
 class PlainColumn(TextColumn):
-    """A column of a progress bar whose text is taken as it is."""
+    """A column of a progress bar whose text is shown without markup."""
 
     def __init__(self, text_format: str) -> None:
         super().__init__(text_format, markup=False)
@@ -37,17 +37,17 @@ class PlainColumn(TextColumn):
 
 
 class Tell(Protocol):
-    """Takes how far something is: what it is, how much is done and of how much (0: unknown), and what else to show."""
+    """A callback that shows progress: the task, how much is done, the total (0: unknown), and further text."""
 
     def __call__(self, what: str, done: int, total: int, info: str = "", /) -> None: ...
 
 
 @contextmanager
 def progress(console: Console, *, unit: str = "", line_every: float = 0, transient: bool = False) -> Iterator[Tell]:
-    """A bar on a terminal for each thing that the function this gives is told of.
+    """Yield a callback that shows a progress bar on a terminal for each task that it is called with.
 
     Args:
-        unit: what is counted; how many there are a second is then shown after the bar.
+        unit: what is counted; the rate per second is then shown after the bar.
         line_every: where there is no terminal, a line after so many seconds; 0: none.
         transient: the bars go away at the end.
     """

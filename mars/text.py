@@ -9,7 +9,7 @@ _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # they
 
 
 def printable(text: str) -> str:
-    r"""Text with every character that is not for print as Python escapes it: `\x1b`, `\n`, `\u202e`.
+    r"""Escape every unprintable character of text as Python does: `\x1b`, `\n`, `\u202e`.
 
     So no name can move the cursor, colour what follows, start a line or turn it round. Spaces of all kinds and the
     joiners of letters stay; a byte of a file's name that is no UTF-8 shows as `\xe9`.
@@ -25,8 +25,8 @@ def _shown(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def one_line(name: str) -> bool:
-    """Whether a name can stand on a line of text: any Unicode but controls, ends of lines and turns of direction."""
+def is_one_line(name: str) -> bool:
+    """Return whether text is one plain line: no control characters, line ends or changes of direction."""
     return not any(
         unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _TURNS for c in name
     )

@@ -13,13 +13,13 @@ from benchmarks.contenders import COPY, PRODUCT
 
 def main(path: Path) -> None:
     results = json.loads(path.read_text())
-    found = [b for b in results["benchmarks"] if "contenders" in b["extra_info"]]
-    if not found:
+    result = [b for b in results["benchmarks"] if "contenders" in b["extra_info"]]
+    if not result:
         sys.exit(f"{path}: no results; run pytest benchmarks --benchmark-only first")
-    about = found[0]["extra_info"]
+    about = result[0]["extra_info"]
     machine = ", ".join(str(about[key]) for key in ("cpu", "gpu") if key in about)
     print(f"{results['datetime'][:10]}, {machine}, torch {about['torch']}. Medians (smallest to largest).\n")
-    for group, members in groupby(found, key=lambda b: b["group"]):
+    for group, members in groupby(result, key=lambda b: b["group"]):
         print(f"**{group}**\n")
         print("| case | contender | ms | times the first | target | rate |\n|---|---|---|---|---|---|")
         for benchmark in members:
@@ -53,18 +53,18 @@ def print_case(benchmark: dict[str, Any]) -> None:
             notes.append(f"{max(ceilings):.2f} of the roofline")
         if c["peak_memory"]:
             notes.append(f"peak {c['peak_memory'] / 2**20:.0f} MiB")
-        wanted = "" if target is None else f"≥ {target:.3g}"
+        target_ = "" if target is None else f"≥ {target:.3g}"
         if c is first and "rate" in info["targets"]:
             last = list(contenders.values())[-1]
             rate = "flop" if c["flop"] else "bytes"
             fraction = c[rate] / c["median"] / (last[rate] / last["median"])
             notes.append(f"{fraction:.2f} of the last")
-            wanted = f"≥ {info['targets']['rate']:.3g} of the last's rate"
+            target_ = f"≥ {info['targets']['rate']:.3g} of the last's rate"
         if c is first and "memory" in info["targets"]:
             share = c["peak_memory"] / list(contenders.values())[-1]["peak_memory"]
             notes.append(f"{share:.2f} of the last's")
-            wanted = f"≤ {info['targets']['memory']:.3g} of the last's memory"
-        print(f"| {case} | {name} | {ms} | {ratio:.3g} | {wanted} | {', '.join(notes)} |")
+            target_ = f"≤ {info['targets']['memory']:.3g} of the last's memory"
+        print(f"| {case} | {name} | {ms} | {ratio:.3g} | {target_} | {', '.join(notes)} |")
         case = ""
 
 

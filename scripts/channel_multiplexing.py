@@ -44,7 +44,7 @@ def train(config: Config, dataset: Dataset, seed: int) -> TokenizerStage:
 def mel_errors(stage: TokenizerStage) -> tuple[float, float]:
     """Mel MSE and MAE of held-out notes against what Griffin-Lim makes of their own low bins."""
     settings = stage.config.audio
-    model = Model(config=stage.config, tokenizer=stage.averaged)
+    model = Model(config=stage.config, tokenizer=stage.ema)
     waveforms = stage.dataset.waveforms(spread(stage.dataset.split("valid"), stage.train.validate_notes))[
         :, : settings.samples
     ]
@@ -71,8 +71,8 @@ def main() -> None:
         for name in ("truncated", "cmx"):
             settings = (*SMALL, f"train.steps={options.steps}", *options.overrides)
             stage = train(preset(name, settings, "tokenizer"), dataset, seed)
-            found = stage.validate()
-            rows.append((found["val_mse"], found["val_mae"], *mel_errors(stage)))
+            result = stage.validate()
+            rows.append((result["val_mse"], result["val_mae"], *mel_errors(stage)))
             print(f"| {seed} | {name} | {' | '.join(f'{x:.4f}' for x in rows[-1])} |", flush=True)
         difference = (b - a for a, b in zip(*rows, strict=True))
         print(f"| {seed} | difference | {' | '.join(f'{x:+.4f}' for x in difference)} |", flush=True)

@@ -475,11 +475,11 @@ def infinities(lab: Laboratory, trainer: str) -> Row:
 def poisoned(trainer: str, words: list[str], place: str, value: float, when: range) -> None:
     """Run a trainer with `value` in one place at these steps; in weights and moments after the first of them."""
     kind = TokenizerStage if trainer == "tokenizer" else VARStage
-    clean, clip, spoilt = kind.step, Optimizer.clip, [False]
+    clean, clip, corrupted = kind.step, Optimizer.clip, [False]
 
     def step(self: Any, step: int, batches: list[Any], streams: Any) -> Any:
-        spoilt[0] = step in when
-        if spoilt[0] and place == "inputs":
+        corrupted[0] = step in when
+        if corrupted[0] and place == "inputs":
             batches = [(b[0], b[1] * value, b[2]) if isinstance(b, tuple) else b * value for b in batches]
         result = clean(self, step, batches, streams)
         if step == when[0] and place in self.state():
@@ -489,7 +489,7 @@ def poisoned(trainer: str, words: list[str], place: str, value: float, when: ran
         return result
 
     def poison(self: Optimizer) -> Any:
-        if spoilt[0] and place == "gradients":
+        if corrupted[0] and place == "gradients":
             gradient = self.parameters[-1].grad
             assert gradient is not None
             gradient[(0,) * gradient.ndim] = value
@@ -635,8 +635,8 @@ def main(share: float, seed: int, only: tuple[str, ...], report: Path | None) ->
         lab = Laboratory(Path(folder) / "link", seed, share)
         for name, campaign in CAMPAIGNS.items():
             for trainer in TRAINERS if not only or name in only else ():
-                found = campaign(lab, trainer)
-                rows += found if isinstance(found, list) else [found]
+                result = campaign(lab, trainer)
+                rows += result if isinstance(result, list) else [result]
         for name, strike in COMMANDS.items():
             rows += strike(lab) if not only or name in only else []
     print("| fault | trials | failures |\n|---|---|---|")

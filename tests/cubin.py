@@ -131,26 +131,26 @@ def errors(config: Compilation, architecture: int, report: Report | str) -> list
 
 def faults(config: Compilation, architecture: int, report: Report | str) -> list[str]:
     """What a report breaks of what its configuration must keep to: `errors`, and what makes it slow."""
-    found = errors(config, architecture, report)
+    actual = errors(config, architecture, report)
     if isinstance(report, str):
-        return found
+        return actual
     if report.stack or report.spills:
-        found.append(f"spills: a stack of {report.stack} bytes, {report.spills} loads and stores of local memory")
+        actual.append(f"spills: a stack of {report.stack} bytes, {report.spills} loads and stores of local memory")
     if config.mma != "none":
         kind = "HGMMA" if config.mma == "warpgroup" and architecture == 90 else "HMMA"
         if set(report.mma) != {kind}:
-            found.append(f"tensor cores: want {kind} in the main loop, got {report.mma or 'none'}")
+            actual.append(f"tensor cores: want {kind} in the main loop, got {report.mma or 'none'}")
     most = config.instructions_per_score.get(architecture)
     if most is not None and not (report.products and report.instructions_per_score(config.depth) <= most):
-        found.append(f"main loop: {report.loop} instructions for {report.products} products, at most {most} a score")
-    for what, wanted, widths in (
+        actual.append(f"main loop: {report.loop} instructions for {report.products} products, at most {most} a score")
+    for what, expected, widths in (
         ("loads", config.wide_loads, report.loads),
         ("stores", config.wide_stores, report.stores),
     ):
         bits = sum(int(width) * count for width, count in widths.items())
-        if wanted and widths.get("128", 0) * 128 < 0.9 * max(bits, 1):
-            found.append(f"global {what}: want 128 bits wide, got {widths}")
-    return found
+        if expected and widths.get("128", 0) * 128 < 0.9 * max(bits, 1):
+            actual.append(f"global {what}: want 128 bits wide, got {widths}")
+    return actual
 
 
 def reports(*modules: str) -> dict[tuple[str, int], Report | str]:

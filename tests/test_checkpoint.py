@@ -257,8 +257,8 @@ def test_a_failed_replacement_keeps_the_old_directory(when, tmp_path, monkeypatc
 def test_a_kill_while_replacing_is_put_right(killed, tmp_path):
     path = write(tmp_path / "c")
     newer = write(tmp_path / ".new-c", {"a": {"x": torch.zeros(1)}})
-    wanted = newer if killed == "after the first rename" else path
-    x = checkpoint.read_tensors(wanted / "a.safetensors")["x"]
+    expected = newer if killed == "after the first rename" else path
+    x = checkpoint.read_tensors(expected / "a.safetensors")["x"]
     if killed == "after the first rename":
         path.rename(tmp_path / ".old-c")
     elif killed == "while removing the old":
@@ -269,9 +269,9 @@ def test_a_kill_while_replacing_is_put_right(killed, tmp_path):
     for leftover in (".del-d", ".tmp-d-99"):
         write(tmp_path / leftover)
     (tmp_path / ".best.json.123.tmp").write_text("half")
-    found = checkpoint.current(path)  # what a reader sees, who may not write
-    verify(found)
-    assert torch.equal(checkpoint.read_tensors(found / "a.safetensors")["x"], x)
+    actual = checkpoint.current(path)  # what a reader sees, who may not write
+    verify(actual)
+    assert torch.equal(checkpoint.read_tensors(actual / "a.safetensors")["x"], x)
     checkpoint.recover(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     verify(path)

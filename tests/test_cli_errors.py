@@ -66,12 +66,12 @@ def test_names_told_by_info_do_nothing_to_the_terminal(tmp_path, monkeypatch):
     soundfile.write(tmp_path / folder / "a.wav", 0.5 * np.sin(0.1 * np.arange(16_000)), 16_000)
     packed = CliRunner().invoke(data.main, ["folder", folder, "--out", out, "--licence", "mine\x1b[2J"])
     assert packed.exit_code == 0, packed.output
-    told = CliRunner().invoke(data.main, ["info", out])
-    assert told.exit_code == 0
-    for output in (packed.output, told.output):
+    result = CliRunner().invoke(data.main, ["info", out])
+    assert result.exit_code == 0
+    for output in (packed.output, result.output):
         assert r"out\x1b[2J" in output
         assert all(character.isprintable() for character in output.replace("\n", ""))
-    assert r"mine\x1b[2J" in told.output
+    assert r"mine\x1b[2J" in result.output
 
 
 @pytest.mark.parametrize("main", MAINS.values(), ids=MAINS)
@@ -114,9 +114,9 @@ def test_messages_of_many_lines_become_one():
 
 
 def test_an_interrupt_is_told():
-    with pytest.raises(Failure) as told, user_errors():
+    with pytest.raises(Failure) as result, user_errors():
         raise KeyboardInterrupt
-    assert (told.value.message, told.value.exit_code) == ("interrupted", 130)
+    assert (result.value.message, result.value.exit_code) == ("interrupted", 130)
 
 
 @pytest.mark.parametrize("name", [n for n in vars(cli) if n.startswith("mars_")])

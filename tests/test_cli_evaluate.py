@@ -13,6 +13,7 @@ from mars.cli.evaluate import main
 from mars.data import open_dataset
 from mars.errors import ConfigError
 from mars.evaluate import report
+from tests.builtin import write
 
 TABLE_1 = {"ndb_k", "pkid", "ikid", "pis", "iis", "mse", "mae", "fad"}
 
@@ -33,15 +34,6 @@ def succeed(*arguments):
     result = mars_eval(*arguments)
     assert result.exit_code == 0, result.output
     return result
-
-
-def write(folder, rows, split="test"):
-    """Built-in notes as a folder of files with NSynth names."""
-    dataset = open_dataset(None)
-    folder.mkdir()
-    for i in dataset.split(split)[rows]:
-        soundfile.write(folder / f"{dataset.names[i]}.wav", dataset.waveforms([i])[0].numpy(), dataset.sample_rate)
-    return folder
 
 
 def test_a_run_is_printed_and_written(folder):

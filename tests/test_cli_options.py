@@ -128,7 +128,7 @@ def test_commands_are_told_of_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sounds").mkdir()
     soundfile.write("sounds/a.wav", np.zeros(16), 16_000)  # too short
-    for main, arguments, told in (
+    for main, arguments, raised in (
         (data.main, "folder sounds --out x", "allow a larger fraction with --allow-bad"),
         (data.main, "info absent", "pack notes into it first: mars-data folder PATH --out DIR"),
         (train.main, "var --device cpu --shard", "--shard: there is one process"),
@@ -145,7 +145,7 @@ def test_commands_are_told_of_options(tmp_path, monkeypatch):
     ):
         result = CliRunner().invoke(main, arguments.split())
         assert result.exit_code in (2, 3)
-        assert told in " ".join(result.output.split())
+        assert raised in " ".join(result.output.split())
         assert "`" not in result.output
 
 

@@ -117,7 +117,7 @@ def tensors(run: Path, group: str) -> dict[str, torch.Tensor]:
 def test_two_processes_train_as_one(how, name, folder):
     one, other = metrics(folder / "one" / name), metrics(folder / how / name)
     assert {step for step, key in one if key == "loss"} == {1, 2, 3, 4, 5, 6}
-    assert one.keys() <= other.keys()  # the end of a sitting validates once more
+    assert one.keys() <= other.keys()  # the end of a session validates once more
     for key, value in one.items():
         assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key  # logged with six decimals
     if name == "adversarial":
@@ -143,7 +143,7 @@ def test_two_processes_resume_to_the_bit(name, whole, folder):
         assert [key for key, t in one.items() if not torch.equal(t, other[key])] == []
 
 
-@pytest.mark.parametrize("how", ["spoilt", "spoilt-sharded"])
+@pytest.mark.parametrize("how", ["corrupted", "corrupted-sharded"])
 def test_what_is_not_finite_in_one_process_is_skipped_by_all(how, folder):
     one, other = metrics(folder / "one" / "var"), metrics(folder / how / "var")
     assert other[1, "loss"] == pytest.approx(one[1, "loss"], rel=1e-5)
@@ -165,8 +165,8 @@ def test_shards_take_half_the_memory(folder):
 
 def test_a_model_trained_in_parts_is_exported_whole(folder):
     sharded = model.load(folder / "sharded" / "var")
-    averaged = tensors(folder / "sharded" / "var", "averaged")
-    assert all(torch.equal(t, averaged[name]) for name, t in sharded.var.state_dict().items())
+    ema = tensors(folder / "sharded" / "var", "averaged")
+    assert all(torch.equal(t, ema[name]) for name, t in sharded.var.state_dict().items())
 
 
 def test_the_order_of_the_notes_is_that_of_one_process(folder):
@@ -178,8 +178,8 @@ def test_the_order_of_the_notes_is_that_of_one_process(folder):
             where = slice(stage * 4 + step * 2, stage * 4 + step * 2 + 2)
             drawn += first[where] + second[where]
         drawn += alone[16 + stage * 8 : 16 + stage * 8 + 8]
-        wanted = [np.split(batch_indices(0, step, 16, notes), 4) for step in range(6)]
-        assert drawn == [part.tolist() for parts in wanted for part in parts]
+        expected = [np.split(batch_indices(0, step, 16, notes), 4) for step in range(6)]
+        assert drawn == [part.tolist() for parts in expected for part in parts]
 
 
 def options(out: Path, *settings: str) -> list[object]:

@@ -70,6 +70,12 @@ def test_the_model_knows_the_instruments_that_it_was_trained_on(made):
     assert {entry["instrument"] for entry in found.notes} == set(INSTRUMENTS)
 
 
+def test_a_plan_counts_the_instruments(made):
+    arguments = ("--tokenizer", made / "tok", "--data", made / "notes", "--out", made / "var", "--device", "cpu")
+    planned = json.loads(call(train.main, "var", *arguments, "--plan", "--json"))
+    assert planned["parameters"] == sum(p.numel() for p in model.load(made / "var").transformer.parameters())
+
+
 def test_training_tells_the_network_the_instruments(made):
     """Those of held-out notes that it does not know are unknown to it, not some row that nothing has trained."""
     from mars.data import Dataset
@@ -77,8 +83,8 @@ def test_training_tells_the_network_the_instruments(made):
 
     dataset, words = Dataset.open(made / "notes"), model.load(made / "var").words
     ids = column_ids(dataset.labels(), ("instrument",), dataset.words, words).flatten().tolist()
-    wanted = [sorted(INSTRUMENTS).index(INSTRUMENTS[i % 3]) for i in range(12)]
-    assert ids == [*wanted, len(INSTRUMENTS)]
+    expected = [sorted(INSTRUMENTS).index(INSTRUMENTS[i % 3]) for i in range(12)]
+    assert ids == [*expected, len(INSTRUMENTS)]
 
 
 def test_samples_name_the_instrument(made):
@@ -111,8 +117,8 @@ def test_evaluation_reads_the_instruments_that_were_asked_for(made, tmp_path):
 def test_evaluation_asks_for_the_instruments_of_the_real_notes(made, tmp_path):
     real = open_notes(made / "notes", split="train")
     found = generate_like(model.load(made / "var"), real, len(real), tmp_path / "out", iterations=1)
-    asked = Counter(note["condition"]["instrument"] for note in notes(tmp_path / "out"))
-    assert asked == Counter(known["instrument"] for known in real.labels)
+    requested = Counter(note["condition"]["instrument"] for note in notes(tmp_path / "out"))
+    assert requested == Counter(known["instrument"] for known in real.labels)
     assert set(found["left_open"]) == {"source", "velocity"}
     held_out = open_notes(made / "notes", split="valid")
     found = generate_like(model.load(made / "var"), held_out, 2, tmp_path / "held out", iterations=1)

@@ -54,8 +54,8 @@ def test_a_training_step_has_the_same_loss_and_gradients(model):
 
     loss, gradients = step()
     with kernels.use("reference"):
-        wanted, others = step()
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+        expected, others = step()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for name, gradient in gradients.items():
         error = (gradient - others[name]).norm() / others[name].norm().clamp_min(1e-12)
         assert error < 1e-4, name

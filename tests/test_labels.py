@@ -18,8 +18,8 @@ from mars.labels import (
     entries,
     labels_in,
     labels_of,
-    learnt,
     sizes,
+    vocabularies,
 )
 
 ALL = ("family", "source", "pitch", "velocity")
@@ -36,9 +36,9 @@ EXACT = [
 UNLABELLED = [{"family": None, "source": None, "count": 3, "pitch": [-1, -1], "pitch_range": [-1, -1], "velocity": []}]
 
 
-def drawn(asked, attributes=ALL, notes=NOTES, count=200):
-    asked = {"family": None, "source": None, "pitch": None, "velocity": None, **asked}
-    return [Ranges(attributes, notes).choose(asked, torch.Generator().manual_seed(i)) for i in range(count)]
+def drawn(requested, attributes=ALL, notes=NOTES, count=200):
+    requested = {"family": None, "source": None, "pitch": None, "velocity": None, **requested}
+    return [Ranges(attributes, notes).choose(requested, torch.Generator().manual_seed(i)) for i in range(count)]
 
 
 def test_conditions_are_drawn_from_what_was_trained_on():
@@ -116,7 +116,7 @@ def test_what_can_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("notes", "asked", "message"),
+    ("notes", "requested", "message"),
     [
         (NOTES, {"pitch": 5}, r"pitch 5: the notes that the model was trained on are known to have 40-83; ask for one"),
         (NOTES, {"pitch": (100, 110)}, "pitch 100-110"),
@@ -128,19 +128,19 @@ def test_what_can_be_asked_for():
         (EXACT, {"pitch": 92, "velocity": 50}, "velocity 50: .* known to have"),
     ],
 )
-def test_what_was_not_trained_on_has_to_be_allowed(notes, asked, message):
+def test_what_was_not_trained_on_has_to_be_allowed(notes, requested, message):
     ranges = Ranges(ALL, notes)
     with pytest.raises(ConfigError, match=message):
-        ranges.asked(**asked)
-    allowed = ranges.asked(**asked, allow_untrained=True)
+        ranges.requested(**requested)
+    allowed = ranges.requested(**requested, allow_untrained=True)
     chosen = ranges.choose(allowed, torch.Generator().manual_seed(0))
-    for name, value in asked.items():
+    for name, value in requested.items():
         low, high = value if isinstance(value, tuple) else (value, value)
         assert low <= chosen[name] <= high
-    if not isinstance(asked.get("pitch"), tuple):
+    if not isinstance(requested.get("pitch"), tuple):
         with pytest.raises(ConfigError, match="set `allow_untrained`"):
-            ranges.accepted(asked)
-        assert ranges.accepted(asked, allow_untrained=True) == dict.fromkeys(ALL) | asked
+            ranges.accepted(requested)
+        assert ranges.accepted(requested, allow_untrained=True) == dict.fromkeys(ALL) | requested
 
 
 def test_what_no_training_note_had():
@@ -160,21 +160,21 @@ def test_what_no_training_note_had():
 
 @pytest.mark.parametrize("name", ["pitch", "velocity"])
 def test_labels_that_no_training_note_had_cannot_be_allowed(name):
-    for call in (Ranges(ALL, UNLABELLED).asked, lambda **c: Ranges(ALL, UNLABELLED).accepted(c)):
+    for call in (Ranges(ALL, UNLABELLED).requested, lambda **c: Ranges(ALL, UNLABELLED).accepted(c)):
         with pytest.raises(ConfigError, match=f"{name} 60: the model was trained on notes of unknown {name}"):
             call(**{name: 60})
     with pytest.raises(ConfigError, match="unknown"):
-        Ranges(ALL, UNLABELLED).asked(**{name: 60}, allow_untrained=True)
+        Ranges(ALL, UNLABELLED).requested(**{name: 60}, allow_untrained=True)
 
 
 def test_numbers_of_numpy_are_numbers():
     ranges = Ranges(ALL, NOTES)
-    asked = ranges.asked(pitch=np.int64(60), velocity=np.uint8(110))
-    assert asked == {"family": None, "source": None, "pitch": (60, 60), "velocity": 100}
-    assert type(asked["pitch"][0]) is int
+    requested = ranges.requested(pitch=np.int64(60), velocity=np.uint8(110))
+    assert requested == {"family": None, "source": None, "pitch": (60, 60), "velocity": 100}
+    assert type(requested["pitch"][0]) is int
     accepted = ranges.accepted({"pitch": np.int32(60), "family": np.str_("flute")})
     assert {type(value) for value in accepted.values()} == {int, str, type(None)}
-    assert ranges.asked(pitch=[50, np.int8(60)])["pitch"] == (50, 60)
+    assert ranges.requested(pitch=[50, np.int8(60)])["pitch"] == (50, 60)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_numbers_of_numpy_are_numbers():
 )
 def test_pitches_that_are_none(pitch):
     with pytest.raises(ConfigError, match=r"pitch .*must be"):
-        Ranges(ALL, NOTES).asked(pitch=pitch)
+        Ranges(ALL, NOTES).requested(pitch=pitch)
 
 
 HORN, FLUTES = "Horn in F", ("flute a", "flute b")
@@ -198,22 +198,22 @@ OWN = [
 
 def test_a_model_with_instruments_draws_them_too():
     ranges = Ranges(OPEN, OWN, WORDS)
-    asked = ranges.asked()
-    assert list(asked) == list(ranges.names) == list(OPEN)
-    found = [ranges.choose(asked, torch.Generator().manual_seed(i)) for i in range(200)]
+    requested = ranges.requested()
+    assert list(requested) == list(ranges.names) == list(OPEN)
+    found = [ranges.choose(requested, torch.Generator().manual_seed(i)) for i in range(200)]
     assert {(c["family"], c["instrument"]) for c in found} == {("brass", HORN), *(("flute", f) for f in FLUTES)}
     assert {c["pitch"] for c in found if c["instrument"] == FLUTES[0]} <= set(range(52, 59))
     assert {c["pitch"] for c in found if c["instrument"] == FLUTES[1]} <= set(range(72, 91))
-    asked = ranges.asked(instrument=HORN)
+    requested = ranges.requested(instrument=HORN)
     for i in range(20):
-        c = ranges.choose(asked, torch.Generator().manual_seed(i))
+        c = ranges.choose(requested, torch.Generator().manual_seed(i))
         assert (c["family"], c["source"], c["instrument"]) == ("brass", "acoustic", HORN)
 
 
 def test_models_without_instruments_choose_as_ever():
-    asked = {**dict.fromkeys(ALL), "instrument": None}
+    requested = {**dict.fromkeys(ALL), "instrument": None}
     generator = torch.Generator().manual_seed(3)
-    chosen = Ranges(ALL, NOTES).choose(asked, generator)
+    chosen = Ranges(ALL, NOTES).choose(requested, generator)
     assert list(chosen) == list(ALL)
     same = torch.Generator().manual_seed(3)
     torch.rand(3, generator=same)
@@ -221,7 +221,7 @@ def test_models_without_instruments_choose_as_ever():
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"instrument": "Horn in G"}, "unknown instrument 'Horn in G'; did you mean Horn in F"),
         ({"instrument": "zzz"}, "unknown instrument 'zzz'; known: Horn in F, flute a, flute b, never trained on"),
@@ -231,16 +231,16 @@ def test_models_without_instruments_choose_as_ever():
         ({"instrument": 3}, "unknown instrument 3"),
     ],
 )
-def test_instruments_that_a_model_does_not_know(asked, message):
+def test_instruments_that_a_model_does_not_know(requested, message):
     with pytest.raises(ConfigError, match=message):
-        Ranges(OPEN, OWN, WORDS).asked(**asked)
+        Ranges(OPEN, OWN, WORDS).requested(**requested)
 
 
 def test_instruments_are_refused_by_models_without_them():
     with pytest.raises(
         ConfigError, match=r"not trained with instrument as a condition \(it has family, source, pitch,"
     ):
-        Ranges(ALL, NOTES).asked(instrument=HORN)
+        Ranges(ALL, NOTES).requested(instrument=HORN)
     assert not Ranges(ALL, NOTES).takes("instrument", HORN)
     assert Ranges(ALL, NOTES).accepted({"instrument": HORN}) == dict.fromkeys(ALL)
     assert Ranges(OPEN, [], WORDS).takes("instrument", HORN)
@@ -252,7 +252,7 @@ def test_instruments_are_refused_by_models_without_them():
 def test_a_message_names_a_few_of_many_words():
     words = {"instrument": [f"x{i}" for i in range(1006)]}
     with pytest.raises(ConfigError, match=r"known: x0, .*, x9 and 996 more$"):
-        Ranges(OPEN, [], words).asked(instrument="piano")
+        Ranges(OPEN, [], words).requested(instrument="piano")
 
 
 def columns(**values):
@@ -280,8 +280,8 @@ def test_classes_of_columns_and_of_conditions_agree():
 def test_a_model_learns_the_words_of_its_training_notes():
     words = {"instrument": ["a", "b", "c"]}
     notes = columns(instrument=[2, 0, 2], family=[0, 0, 0], pitch=[50, 40, 60])
-    assert learnt(ALL, notes, words) == {}
-    assert learnt(OPEN, notes, words) == {"instrument": ["a", "c"]}
+    assert vocabularies(ALL, notes, words) == {}
+    assert vocabularies(OPEN, notes, words) == {"instrument": ["a", "c"]}
     (entry,) = entries(notes, ALL, words)
     assert "instrument" not in entry
     found = entries(notes, OPEN, words)
@@ -296,7 +296,7 @@ def test_words_of_a_dataset_go_before_those_of_the_table():
     notes = columns(family=[1, 0, -1])
     assert column_ids(notes, ("family",), words, words).flatten().tolist() == [1, 0, 2]
     assert [e["family"] for e in entries(notes, (), words)] == [None, "ney", "oud"]
-    assert Ranges(("family",), entries(notes, (), words), words).asked(family="oud")["family"] == "oud"
+    assert Ranges(("family",), entries(notes, (), words), words).requested(family="oud")["family"] == "oud"
 
 
 def test_what_a_note_is_in_words():

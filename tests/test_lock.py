@@ -26,11 +26,11 @@ def test_a_second_trainer_is_told_who_is_first(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_where_locks_do_not_work_there_is_a_warning(number, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_take", lambda descriptor: (_ for _ in ()).throw(OSError(number, "not here")))
-    said: list[str] = []
-    with lock.claim(tmp_path, said.append) as locked:
+    messages: list[str] = []
+    with lock.claim(tmp_path, messages.append) as locked:
         assert not locked
-    assert len(said) == 1
-    assert "cannot be locked (not here); make sure that no other trainer uses it" in said[0]
+    assert len(messages) == 1
+    assert "cannot be locked (not here); make sure that no other trainer uses it" in messages[0]
 
 
 def test_other_faults_of_the_lock_are_errors(tmp_path, monkeypatch):

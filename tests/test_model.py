@@ -52,11 +52,11 @@ def test_arrays_of_numpy_are_taken(model, waveforms, ids):
     frozen.flags.writeable = False
     for other in (array, array.astype(np.float64), array.astype(">f4"), array[:, ::-1].copy()[:, ::-1], frozen):
         assert torch.equal(model.encode(other), ids)
-    wanted = model.decode(ids, iterations=1)
+    expected = model.decode(ids, iterations=1)
     for dtype in (np.int64, np.uint16, ">i4"):
-        found = model.decode(ids.numpy().astype(dtype), iterations=np.int64(1), seed=np.uint8(0))
-        assert torch.equal(found, wanted)
-    assert torch.equal(model.decode(ids.int(), iterations=1), wanted)
+        actual = model.decode(ids.numpy().astype(dtype), iterations=np.int64(1), seed=np.uint8(0))
+        assert torch.equal(actual, expected)
+    assert torch.equal(model.decode(ids.int(), iterations=1), expected)
 
 
 def test_batches_may_be_empty(model):
@@ -64,7 +64,7 @@ def test_batches_may_be_empty(model):
     assert model.decode(torch.zeros(0, L, dtype=torch.int64)).shape == (0, N)
 
 
-def spoilt(value):
+def corrupted(value):
     x = torch.zeros(3, N)
     x[1, 5] = value
     return x
@@ -84,8 +84,8 @@ def spoilt(value):
         (np.zeros((2, N), np.int16), "got torch.int16; divide"),
         (torch.zeros(2, N, dtype=torch.complex64), "got torch.complex64"),
         (torch.zeros(2, N, dtype=torch.bool), "got torch.bool"),
-        (spoilt(float("nan")), "got NaN or infinity in row 1"),
-        (spoilt(float("-inf")), "got NaN or infinity in row 1"),
+        (corrupted(float("nan")), "got NaN or infinity in row 1"),
+        (corrupted(float("-inf")), "got NaN or infinity in row 1"),
         (np.array([["a"]]), "got a NumPy array of <U1"),
         ([[0.0] * N], "got list"),
         (None, "got NoneType"),
@@ -161,11 +161,11 @@ def test_numbers_of_numpy_generate_the_same_notes(model):
 
 
 def test_another_default_dtype_changes_nothing(model, waveforms, ids):
-    wanted = model.generate(1, seed=1, iterations=1)[0].waveform
+    expected = model.generate(1, seed=1, iterations=1)[0].waveform
     torch.set_default_dtype(torch.float64)
     try:
         assert torch.equal(model.encode(waveforms), ids)
-        assert torch.equal(model.generate(1, seed=1, iterations=1)[0].waveform, wanted)
+        assert torch.equal(model.generate(1, seed=1, iterations=1)[0].waveform, expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -209,19 +209,19 @@ def test_the_choice_can_be_known_before_the_notes(model):
 
 def test_tokens_and_sounds_are_of_float32_under_any_autocast(model, waveforms, ids):
     """Lowered, some of these would come out as others."""
-    wanted, spectrogram = model.decode(ids, iterations=1), model.spectrogram(ids)
+    expected, spectrogram = model.decode(ids, iterations=1), model.spectrogram(ids)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.encode(waveforms), ids)
-        assert torch.equal(model.decode(ids, iterations=1), wanted)
+        assert torch.equal(model.decode(ids, iterations=1), expected)
         assert torch.equal(model.spectrogram(ids), spectrogram)
 
 
 def test_what_a_model_was_trained_in_changes_no_note(model):
     """The precision of a generation is an argument, and that of its sound none."""
-    wanted = model.generate(2, seed=1, iterations=1)
+    expected = model.generate(2, seed=1, iterations=1)
     lowered = [f"train.{stage}.precision=bfloat16" for stage in ("tokenizer", "var")]
     other = dataclasses.replace(model, config=config.override(model.config, lowered))
-    for one, same in zip(wanted, other.generate(2, seed=1, iterations=1), strict=True):
+    for one, same in zip(expected, other.generate(2, seed=1, iterations=1), strict=True):
         assert torch.equal(one.ids, same.ids)
         assert torch.equal(one.waveform, same.waveform)
     for precision in ("float32", "bfloat16"):

@@ -50,15 +50,15 @@ def test_each_package_is_imported_from_its_folder(package, tmp_path):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_its_files(op):
-    wanted = [f"kernels/{op}/{name}.py" for name in ("__init__", "op", "reference")]
-    wanted += [f"tests/kernels/test_{op}.py", f"benchmarks/bench_{op}.py"]
-    missing = [name for name in wanted if not (ROOT / name).is_file()]
+    expected = [f"kernels/{op}/{name}.py" for name in ("__init__", "op", "reference")]
+    expected += [f"tests/kernels/test_{op}.py", f"benchmarks/bench_{op}.py"]
+    missing = [name for name in expected if not (ROOT / name).is_file()]
     assert missing == []
 
 
 def test_the_docs_index_names_every_page():
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
-    assert set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/README.md").read_text())) == pages
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/index.md").read_text())) == pages
 
 
 def test_versions_agree():

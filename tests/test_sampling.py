@@ -170,9 +170,9 @@ def test_filtering_against_a_naive_reference(top_k, top_p):
     uniforms = (torch.arange(20_000) + 0.5) / 20_000
     tokens = draw(logits.expand(1, len(uniforms), -1), uniforms[None], top_k, top_p)
     share = tokens.flatten().bincount(minlength=12) / len(uniforms)
-    wanted = torch.zeros(12)
-    wanted[kept] = torch.tensor(chances)
-    torch.testing.assert_close(share, wanted, rtol=0, atol=2e-4)
+    expected = torch.zeros(12)
+    expected[kept] = torch.tensor(chances)
+    torch.testing.assert_close(share, expected, rtol=0, atol=2e-4)
 
 
 def test_the_largest_uniform_draws_a_kept_token():

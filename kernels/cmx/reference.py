@@ -62,6 +62,6 @@ def inverse_spectrogram_cmx_backward(
     grad: Tensor, x: Tensor, factors: tuple[int, int], epsilon: float, scale: float, zeros: tuple[int, int]
 ) -> Tensor:
     """Return the gradient to x: epsilon / scale exp((x + 1) / scale) in [-1, 1], and 0 elsewhere."""
-    kept = cmx(grad[..., zeros[0] : grad.shape[-2] - zeros[1], :], factors)
+    cropped = cmx(grad[..., zeros[0] : grad.shape[-2] - zeros[1], :], factors)
     slope = epsilon / scale * torch.exp((x + 1) / scale)
-    return torch.where(x.abs() > 1, 0, kept * slope)
+    return torch.where(x.abs() > 1, 0, cropped * slope)

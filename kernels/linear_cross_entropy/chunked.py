@@ -18,8 +18,17 @@ CHUNK = {"cpu": 1 << 22, "other": 1 << 25}  # logits at once: near the cache; on
 
 def rows_at_once(x: Tensor, codes: int) -> int:
     """Return for how many rows of x (N, W) the logits of `codes` codes are to exist at a time: 1 to N."""
-    room = CHUNK["cpu" if _backend.device_type(x) == "cpu" else "other"]
-    return min(max(room // codes, 1), len(x))
+    budget = CHUNK["cpu" if _backend.device_type(x) == "cpu" else "other"]
+    return min(max(budget // codes, 1), len(x))
+
+
+def mean(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the mean cross-entropy, with the bits of `mean_and_gradients` but without the work for its gradients."""
+    head = _Head(x, weight, bias, dtype)
+    total = torch.zeros((), device=x.device, dtype=head.exact)
+    for rows, targets in zip(x.split(head.rows), target.split(head.rows), strict=True):
+        total += _softmax(head.logits(rows.to(dtype)), targets)[1].sum()
+    return total / len(x)
 
 
 def mean_and_gradients(
@@ -35,11 +44,11 @@ def mean_and_gradients(
     total = torch.zeros((), device=x.device, dtype=head.exact)
     dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.zeros_like(bias)
     chunks = zip(*(t.split(head.rows) for t in (x, target, dx)), strict=True)
-    for i, (rows, aims, out) in enumerate(chunks):
+    for i, (rows, targets, out) in enumerate(chunks):
         rows = rows.to(dtype)
-        p, losses = _softmax(head.logits(rows), aims)
+        p, losses = _softmax(head.logits(rows), targets)
         total += losses.sum()
-        p.scatter_add_(1, aims[:, None], p.new_full((len(aims), 1), -1.0))
+        p.scatter_add_(1, targets[:, None], p.new_full((len(targets), 1), -1.0))
         db += p.sum(0)
         p = head.lowered(p)
         if dtype == x.dtype:
@@ -54,10 +63,10 @@ def mean_and_gradients(
 def scores(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return per row the loss (N,) and whether the target has the largest logit, bool (N,); see `op.token_scores`."""
     head, losses, right = _Head(x, weight, bias, dtype), [], []
-    for rows, aims in zip(x.split(head.rows), target.split(head.rows), strict=True):
+    for rows, targets in zip(x.split(head.rows), target.split(head.rows), strict=True):
         logits = head.logits(rows.to(dtype))
-        right.append(logits.argmax(1) == aims)
-        losses.append(_softmax(logits, aims)[1])
+        right.append(logits.argmax(1) == targets)
+        losses.append(_softmax(logits, targets)[1])
     return torch.cat(losses), torch.cat(right)
 
 

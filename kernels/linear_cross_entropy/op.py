@@ -22,7 +22,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor
 
     Under autocast the products run in its dtype, as those of `F.linear`; the softmax is float32 always, or float64 for
     such inputs. Sums over rows are of that dtype too, so gradients are a little more exact than PyTorch's. The gradient
-    is computed together with the loss.
+    is computed together with the loss, or not at all where none is recorded (`torch.no_grad`).
 
     Args:
         x: (N, W) of a float dtype, N at least 1.
@@ -59,7 +59,12 @@ def _by_definition(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtyp
 
 
 def _in_chunks(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    return _linear_cross_entropy(x, weight, bias, target, dtype)[0]
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        return _linear_cross_entropy(x, weight, bias, target, dtype)[0]
+    _check("linear_cross_entropy", x, weight, bias, target, dtype)
+    _check_values("linear_cross_entropy", x, weight, bias, target)
+    with torch.autocast(x.device.type, enabled=False):
+        return chunked.mean(x, weight, bias, target, dtype)
 
 
 # By what MARS_KERNELS asks for: the chunks are plain PyTorch and run wherever it does.

@@ -25,10 +25,10 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
     rows = max(1, SCORES // len(codebook))
     with _full_precision(x.device.type):
-        for part, found in zip(x.split(rows), ids.split(rows), strict=True):
+        for part, chosen in zip(x.split(rows), ids.split(rows), strict=True):
             scores = torch.addmm(bias, part, codebook.T)
             # NaN would win argmax: the only rows to have one hold a NaN or an infinity, and theirs is index 0.
-            found.copy_(scores.argmax(-1) * part.isfinite().all(-1))
+            chosen.copy_(scores.argmax(-1) * part.isfinite().all(-1))
     return ids
 
 

@@ -80,13 +80,13 @@ def groups(lengths: Sequence[int], least: int | None = None) -> list[Group]:
     The last may be smaller. With 1 each scale is a group of its own.
     """
     least = GROUP if least is None else least
-    found: list[tuple[int, ...]] = [()]
+    result: list[tuple[int, ...]] = [()]
     for n in lengths:
-        if sum(found[-1]) >= least:
-            found.append(())
-        found[-1] += (n,)
-    ends = (0, *accumulate(map(sum, found)))
-    return [(start, end, group) for (start, end), group in zip(pairwise(ends), found, strict=True)]
+        if sum(result[-1]) >= least:
+            result.append(())
+        result[-1] += (n,)
+    ends = (0, *accumulate(map(sum, result)))
+    return [(start, end, group) for (start, end), group in zip(pairwise(ends), result, strict=True)]
 
 
 def finite(*tensors: Tensor) -> bool:

@@ -29,7 +29,7 @@ _SCORES = {4: 1 << 20, 2: 1 << 22}  # held at a time, by bytes of a value: a pro
 _EPS = 1e-12  # torch.nn.functional.normalize's
 
 
-def kept(q: Tensor, lengths: Sequence[int]) -> int:
+def saved_numel(q: Tensor, lengths: Sequence[int]) -> int:
     """Count the values of P that `forward` keeps: only in 16 bits, and none if they take more than `KEPT` bytes."""
     values = q.shape[0] * q.shape[1] * sum((end - start) * end for start, end, _ in backends.groups(lengths))
     return values if q.element_size() == 2 and 2 * values <= KEPT else 0
@@ -40,7 +40,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (B, H, L, D), laid out as (B, L, H, D), and P for `backward`, empty if not wanted or not small."""
     out = empty_like_heads(q)
-    weights = q.new_empty(kept(q, lengths) if keep else 0)
+    weights = q.new_empty(saved_numel(q, lengths) if keep else 0)
     if len(weights) == 0:
         if head_scale is not None:
             q, k = reference.normalize(q, k, head_scale)
@@ -84,10 +84,10 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it)."""
-    found = _backward(do, q, k, v, head_scale, weights, backends.groups(lengths), scale)
-    if backends.hiding(lengths) and not backends.finite(*found[:3]):
+    gradients = _backward(do, q, k, v, head_scale, weights, backends.groups(lengths), scale)
+    if backends.hiding(lengths) and not backends.finite(*gradients[:3]):
         return _backward(do, q, k, v, head_scale, weights[:0], backends.groups(lengths, least=1), scale)
-    return found
+    return gradients
 
 
 def _backward(

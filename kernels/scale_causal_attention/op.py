@@ -189,8 +189,8 @@ def choice() -> str:
 def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: bool) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"scale_causal_attention: want a backend of {', '.join(BACKENDS)}; got {backend!r}")
-    asked, device = choice(), _backend.device_type(q)
-    name = backend or asked
+    requested, device = choice(), _backend.device_type(q)
+    name = backend or requested
     if name != "auto":
         if not torch.compiler.is_compiling() and (why := _missing(name, device, q.dtype)) is not None:
             raise KernelError(f"scale_causal_attention: {name} cannot run: {why}")
@@ -265,12 +265,12 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
                 out = attend(q, k, v, (1, 4, 27), 0.125)
                 return out.detach(), *torch.autograd.grad(out, leaf, do[:, :, 0].transpose(1, 2).to(out.dtype))
 
-            wanted = outcome(reference.scale_causal_attention, qkv.double())
-            found = outcome(_PLAIN[name], qkv)
+            expected = outcome(reference.scale_causal_attention, qkv.double())
+            actual = outcome(_PLAIN[name], qkv)
     except Exception as error:  # whatever goes wrong in another package is the reason
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    worst = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
-    allowed = 8 * torch.finfo(dtype).eps * max(float(x.abs().max()) for x in wanted)
+    worst = max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
+    allowed = 8 * torch.finfo(dtype).eps * max(float(x.abs().max()) for x in expected)
     return None if worst <= allowed else f"it is off by {worst:.1e} from the reference, where {allowed:.1e} is rounding"
 
 

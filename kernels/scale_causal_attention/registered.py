@@ -163,7 +163,7 @@ def hybrid_attention_backward(
     name = "hybrid_attention_backward"
     _check(name, q, k, v, head_scale, lengths, scale)
     _check_saved(name, q, q.dtype, (do,), q.shape)
-    _check_saved(name, q, q.dtype, (weights,), (hybrid.kept(q, lengths) if weights.numel() else 0,))
+    _check_saved(name, q, q.dtype, (weights,), (hybrid.saved_numel(q, lengths) if weights.numel() else 0,))
     _native.check_memory(name, do, q, k, v, head_scale, weights)
     return hybrid.backward(do, q, k, v, head_scale, weights, lengths, scale)
 
@@ -173,7 +173,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
     _check("hybrid_attention", q, k, v, head_scale, lengths, scale)
-    return empty_like_heads(q), q.new_empty(hybrid.kept(q, lengths) if keep else 0)
+    return empty_like_heads(q), q.new_empty(hybrid.saved_numel(q, lengths) if keep else 0)
 
 
 @hybrid_attention_backward.register_fake

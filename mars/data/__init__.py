@@ -11,5 +11,5 @@ __all__ = ["COLUMNS", "SPLITS", "DataError", "Dataset", "open_dataset"]
 
 
 def open_dataset(path: str | Path | None) -> Dataset:
-    """The packed dataset at `path`, or the built-in notes for None. Raises `DataError`."""
+    """Return the packed dataset at `path`, or the built-in notes for None. Raises `DataError`."""
     return builtin.load() if path is None else Dataset.open(path)

@@ -20,7 +20,7 @@ from mars.labels import CLOSED, labels_in
 
 @cache
 def load() -> Dataset:
-    """The built-in notes, decoded into memory once (about a second, 35 MB)."""
+    """Return the built-in notes, decoded into memory once (about a second, 35 MB)."""
     import soundfile
 
     folder = resources.files("mars").joinpath("assets", "notes")

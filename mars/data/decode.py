@@ -87,7 +87,7 @@ class Sound:
 
 
 def decode(source: Path | bytes, *, sample_rate: int, samples: int, shortest: float = SHORTEST) -> Sound:
-    """A file or its content as (samples,) at `sample_rate` Hz: mixed to mono, resampled, cut or padded.
+    """Decode a file or its content to (samples,) at `sample_rate` Hz: mixed to mono, resampled, cut or padded.
 
     No more is read than is needed, whatever length the file claims.
 
@@ -100,7 +100,7 @@ def decode(source: Path | bytes, *, sample_rate: int, samples: int, shortest: fl
 
 
 def exactly(content: bytes, *, sample_rate: int, samples: int) -> Audio:
-    """The content of a mono file of just this rate and length. Raises `BadFileError` for any other."""
+    """Decode a mono file of exactly this rate and length. Raises `BadFileError` for any other."""
     recording = record(content, samples / sample_rate)
     rate, channels, frames = recording.rate, recording.channels, recording.frames
     if (rate, channels, frames) != (sample_rate, 1, samples):
@@ -131,7 +131,7 @@ def convert(recording: Recording, *, sample_rate: int, samples: int, shortest: f
 
 
 def _mono(audio: npt.NDArray[np.float32]) -> tuple[Audio, str]:
-    """The mean of the channels (frames, channels), or the loudest if they cancel; which of CHANGES it was."""
+    """Mix (frames, channels) to mono: the mean, or the loudest channel if they cancel; and which of CHANGES that is."""
     count = audio.shape[1]
     if count == 1:
         return audio[:, 0], ""
@@ -152,31 +152,31 @@ class _Unknown(Exception):
 
 
 def record(source: Path | bytes, seconds: float) -> Recording:
-    """The first `seconds` of a file or its content, and a frame more if there is one.
+    """Read the first `seconds` of a file or its content, and one frame more if there is one.
 
     Raises:
         BadFileError: it cannot be read, or ends before its header says and before those seconds.
     """
-    found: list[Recording] = []
+    parts: list[Recording] = []
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             if not file.read(1):
                 raise BadFileError("unreadable (it is empty)")
             for part in _parts(file):
-                found.append(_read(part, seconds, sum(len(one.audio) for one in found)))
+                parts.append(_read(part, seconds, sum(len(one.audio) for one in parts)))
     except _Unknown as unknown:
         if isinstance(source, Path):
             return record(_through_ffmpeg(source, seconds, str(unknown)), seconds)
         raise BadFileError(f"unreadable ({unknown}): convert it to WAV or FLAC") from None
     except OSError as error:
         raise BadFileError(f"unreadable ({error.strerror or error})") from None
-    if len(found) == 1:
-        return found[0]
-    return Recording(np.concatenate([one.audio for one in found]), found[0].rate, None)
+    if len(parts) == 1:
+        return parts[0]
+    return Recording(np.concatenate([one.audio for one in parts]), parts[0].rate, None)
 
 
 def _read(stream: BinaryIO, seconds: float, before: int) -> Recording:
-    """What libsndfile reads of a stream, given the frames that came before it."""
+    """Return what libsndfile reads of a stream, given the frames that came before it."""
     import soundfile
 
     guard = _Guard(stream)
@@ -225,18 +225,18 @@ class _Guard:
         self.error: OSError | None = None
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """To a place in the file; one before its start changes nothing."""
+        """Move to a position in the file; one before its start changes nothing."""
         target = offset + (0, self._at, self._size)[whence]
         if target >= 0:
             self._at = target
         return self._at
 
     def tell(self) -> int:
-        """Where it is."""
+        """Return the position in the file, in bytes."""
         return self._at
 
     def read(self, count: int) -> bytes:
-        """Bytes; none where they cannot be read, and `error` says why."""
+        """Return the next bytes, or none if they cannot be read: `error` then says why."""
         try:
             self._file.seek(min(self._at, self._size))
             content = self._file.read(count)
@@ -247,7 +247,7 @@ class _Guard:
 
 
 def _parts(file: BinaryIO) -> list[BinaryIO]:
-    """What a file holds, one after another, with sizes that can be trusted."""
+    """Return what a file holds, one after another, with sizes that can be trusted."""
     file.seek(0)
     head = file.read(12)
     if head[:4] in _LAYOUTS:
@@ -263,7 +263,7 @@ def _parts(file: BinaryIO) -> list[BinaryIO]:
 
 
 def _chunks(file: BinaryIO, layout: _Layout) -> BinaryIO:
-    """A file of chunks (WAV, AIFF, Wave64) whose sound has the size that is claimed, or else the rest of the file.
+    """Return a file of chunks (WAV, AIFF, Wave64) whose sound has its claimed size, or else the rest of the file.
 
     Raises:
         BadFileError: it has less.
@@ -281,9 +281,9 @@ def _chunks(file: BinaryIO, layout: _Layout) -> BinaryIO:
         if size < 0 or not name.startswith(layout.sound):
             at += max(size, 0) + -size % layout.aligned
             continue
-        room = end - at
-        _check_size(long or size, room)
-        if size == 0 and room and length == 8 and not _is_chunk(file.read(8), layout, room):
+        remaining = end - at
+        _check_size(long or size, remaining)
+        if size == 0 and remaining and length == 8 and not _is_chunk(file.read(8), layout, remaining):
             file.seek(0)
             content = bytearray(file.read(_MOST))
             order = layout.header[0]
@@ -294,21 +294,21 @@ def _chunks(file: BinaryIO, layout: _Layout) -> BinaryIO:
     return file
 
 
-def _check_size(claimed: int, found: int) -> None:
-    """Refuses a file with fewer bytes of sound than it claims, if it does claim a number."""
-    if found < claimed and not (_PIPE <= claimed < 1 << 32 or claimed >= 1 << 60):
-        raise BadFileError(f"cut short: {claimed:,} bytes of sound claimed, {found:,} found")
+def _check_size(claimed: int, actual: int) -> None:
+    """Refuse a file with fewer bytes of sound than it claims, if it does claim a number."""
+    if actual < claimed and not (_PIPE <= claimed < 1 << 32 or claimed >= 1 << 60):
+        raise BadFileError(f"cut short: {claimed:,} bytes of sound claimed, {actual:,} found")
 
 
-def _is_chunk(head: bytes, layout: _Layout, room: int) -> bool:
-    """Whether another chunk begins here, as after an empty one."""
+def _is_chunk(head: bytes, layout: _Layout, remaining: int) -> bool:
+    """Return whether another chunk begins here, as after an empty one."""
     if len(head) < 8 or not (head[:4].isascii() and head[:4].decode().isprintable()):
         return False
-    return bool(struct.unpack(layout.header, head)[1] <= room - 8)
+    return bool(struct.unpack(layout.header, head)[1] <= remaining - 8)
 
 
 def _through_ffmpeg(path: Path, seconds: float, reason: str) -> bytes:
-    """The beginning of a file as a WAV. Raises `BadFileError` where there is no FFmpeg or it finds no sound."""
+    """Return the beginning of a file as a WAV. Raises `BadFileError` where there is no FFmpeg or it finds no sound."""
     program = shutil.which("ffmpeg")
     if program is None:
         raise BadFileError(
@@ -328,6 +328,6 @@ def _through_ffmpeg(path: Path, seconds: float, reason: str) -> bytes:
     except subprocess.TimeoutExpired:
         raise BadFileError(f"unreadable (FFmpeg was not done with it in {_PATIENCE} s)") from None
     if done.returncode != 0 or not done.stdout:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [reason]
-        raise BadFileError(f"unreadable ({said[-1].removeprefix(url).lstrip(': ')})")
+        message = done.stderr.decode(errors="replace").strip().splitlines() or [reason]
+        raise BadFileError(f"unreadable ({message[-1].removeprefix(url).lstrip(': ')})")
     return done.stdout

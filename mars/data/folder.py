@@ -33,7 +33,7 @@ def pack_folder(
     allow_bad: float = ALLOW_BAD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Packs every audio file below `folder`, cut or padded to `seconds` at `sample_rate` Hz, at `out`.
+    """Pack every audio file below `folder`, cut or padded to `seconds` at `sample_rate` Hz, at `out`.
 
     Hidden files are left alone, links to folders are not followed. `hold_out`: see `mars.data.splits.hold_out`.
     Labels come from names like NSynth's (bass_electronic_018-060-075.wav), and from `csv` where it lists the
@@ -45,17 +45,17 @@ def pack_folder(
     if not folder.is_dir():
         raise DataError(not_a_folder(folder, "give the folder that holds the audio files"))
     rows = read_csv(Path(csv)) if csv else {}
-    found = find(folder)
-    files = found.files
+    listing = find(folder)
+    files = listing.files
     if not files:
-        raise DataError(f"{folder} holds no audio files{found.why_none()}; want {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder} holds no audio files{listing.why_none()}; want {', '.join(SUFFIXES)}")
     origin = {"kind": "folder", "folder": folder.absolute().name, "licence": licence}
     samples = round(seconds * sample_rate)
     with Writer(
         out, sample_rate=sample_rate, samples=samples, origin=origin, expected=len(files), progress=progress
     ) as writer:
-        writer.ignored = dict(found.ignored)
-        for name, reason in found.refused.items():
+        writer.ignored = dict(listing.ignored)
+        for name, reason in listing.refused.items():
             writer.bad(name, reason)
         for file in files:
             name = file.relative_to(folder).as_posix()
@@ -73,7 +73,7 @@ def pack_folder(
 
 
 @dataclass(slots=True)
-class Found:
+class FolderListing:
     """What a folder holds, its sub-folders included."""
 
     files: list[Path] = field(default_factory=list)  # with a suffix of sound files, sorted
@@ -81,48 +81,48 @@ class Found:
     ignored: Counter[str] = field(default_factory=Counter)  # other files: how many hidden ones, how many per suffix
 
     def why_none(self) -> str:
-        """What to say where there are no sound files."""
+        """Return the part of an error message that says why there are no sound files."""
         return "".join(f" ({name}: {reason})" for name, reason in list(self.refused.items())[:1])
 
 
-def find(folder: Path) -> Found:
-    """The sound files below a folder. Raises `DataError` where the folder itself cannot be read."""
-    found = Found()
+def find(folder: Path) -> FolderListing:
+    """List the sound files below a folder. Raises `DataError` where the folder itself cannot be read."""
+    listing = FolderListing()
 
     def refuse(error: OSError) -> None:
         path = Path(error.filename)
         if path == folder:
             raise DataError(f"{folder} cannot be read ({error.strerror}); change its permissions")
-        found.refused[path.relative_to(folder).as_posix()] = f"a folder that cannot be read ({error.strerror})"
+        listing.refused[path.relative_to(folder).as_posix()] = f"a folder that cannot be read ({error.strerror})"
 
     for parent, folders, files in os.walk(folder, onerror=refuse):  # follows no links
         for names in (folders, files):  # what macOS adds to a file is hidden too: ._name
             hidden = [name for name in names if name.startswith(".")]
-            found.ignored["hidden"] += len(hidden)
+            listing.ignored["hidden"] += len(hidden)
             names[:] = sorted(name for name in names if not name.startswith("."))
         for name in folders + files:
             path = Path(parent, name)
             if name.lower().endswith(SUFFIXES):
-                found.files.append(path)
+                listing.files.append(path)
             elif name in files:
-                found.ignored[path.suffix.lower() or "no suffix"] += 1
+                listing.ignored[path.suffix.lower() or "no suffix"] += 1
             elif path.is_symlink():
-                found.refused[path.relative_to(folder).as_posix()] = "a link to a folder, which is not followed"
-    found.ignored = +found.ignored
-    found.files.sort()
-    return found
+                listing.refused[path.relative_to(folder).as_posix()] = "a link to a folder, which is not followed"
+    listing.ignored = +listing.ignored
+    listing.files.sort()
+    return listing
 
 
 def _labels(file: Path, folder: Path, row: dict[str, str | int]) -> Labels:
     inside = file.parent.relative_to(folder).as_posix()
     prefix = re.split(r"[-_ .]", file.stem)[0] or file.stem
     known = labels_of(file.stem) or Labels(prefix if inside == "." else inside)
-    said: dict[str, Any] = {name: row.get(name, getattr(known, name)) for name in LABELS}
-    return Labels(**said)
+    values: dict[str, Any] = {name: row.get(name, getattr(known, name)) for name in LABELS}
+    return Labels(**values)
 
 
 def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
-    """The labels of each file that a CSV lists; empty cells are left out.
+    """Read the labels of each file that a CSV lists; empty cells are left out.
 
     Columns: file, and any of the labels (`mars.labels`).
     Raises `DataError` naming the line for whatever is wrong.

@@ -1,4 +1,4 @@
-"""What a file is that somebody gives where notes are wanted, and what to do with it."""
+"""Recognises files that are given where a folder of notes is expected, to say in an error what to do with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BEGINNINGS = {  # of files
 
 
 def kind(file: Path) -> tuple[str, str]:
-    """What a file is, and how notes come out of it; two empty strings where its name and its beginning do not say."""
+    """Return the kind of a file, and how to get notes out of it; two empty strings: it is not known."""
     name = file.name.lower()
     try:
         if not file.is_file():  # a pipe would wait for its writer
@@ -46,9 +46,9 @@ def kind(file: Path) -> tuple[str, str]:
     return "", ""
 
 
-def not_a_folder(path: Path, wanted: str) -> str:
-    """What to say of a path that is no folder; `wanted`: what to do where the file does not say it."""
+def not_a_folder(path: Path, advice: str) -> str:
+    """Return the error message for a path that is no folder; `advice`: what to do if its kind is unknown."""
     if not path.exists():
-        return f"{path} does not exist; {wanted}"
+        return f"{path} does not exist; {advice}"
     what, cure = kind(path)
-    return f"{path} is not a folder{f' but {what}' if what else ''}; {cure or wanted}"
+    return f"{path} is not a folder{f' but {what}' if what else ''}; {cure or advice}"

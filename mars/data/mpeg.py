@@ -49,7 +49,7 @@ class _Stream:
 
 
 def streams(content: bytes) -> list[bytes]:
-    """The MP3 streams that a file joins, without tags, each beginning with a header that counts its frames.
+    """Return the MP3 streams that a file joins, without tags, each beginning with a header that counts its frames.
 
     Empty for what is no MPEG layer III. A header that claims more frames than there are is left as it is, so that the
     decoder finds the stream cut short.
@@ -57,10 +57,10 @@ def streams(content: bytes) -> list[bytes]:
     Raises:
         BadFileError: it joins sounds of different rates or channels, or holds something else in between.
     """
-    found: list[_Stream] = []
+    result: list[_Stream] = []
     at = 0
-    while (start := _next_frame(content, at, found[0].header if found else None)) is not None:
-        if found and content[at:start].strip(b"\0"):
+    while (start := _next_frame(content, at, result[0].header if result else None)) is not None:
+        if result and content[at:start].strip(b"\0"):
             raise BadFileError(f"damaged: {start - at:,} bytes in its middle are no MP3; repair or convert it")
         at = start
         while (header := _header(content, at)) is not None and at + header.length <= len(content):
@@ -68,14 +68,14 @@ def streams(content: bytes) -> list[bytes]:
             at += header.length
             xing = frame[header.tag : header.tag + 4] in (b"Xing", b"Info")
             other = frame[36:40] == b"VBRI"  # the same of another maker, which few decoders heed
-            if found and header.sound != found[0].header.sound:
+            if result and header.sound != result[0].header.sound:
                 raise BadFileError("it joins MP3s of different rates or channels; convert it to WAV or FLAC")
-            if xing or other or not found:
-                found.append(_Stream(header, frame if xing else b""))
+            if xing or other or not result:
+                result.append(_Stream(header, frame if xing else b""))
             if not (xing or other):
-                found[-1].frames.append(frame)
+                result[-1].frames.append(frame)
         at = _after_tags(content, at)
-    return [_counted(stream) + b"".join(stream.frames) for stream in found if stream.frames]
+    return [_counted(stream) + b"".join(stream.frames) for stream in result if stream.frames]
 
 
 def _header(content: bytes, at: int) -> _Header | None:
@@ -92,7 +92,7 @@ def _header(content: bytes, at: int) -> _Header | None:
 
 
 def _next_frame(content: bytes, at: int, known: _Header | None) -> int | None:
-    """Where the next frame begins that another of its kind, the end or a tag follows; None where there is none."""
+    """Return the offset of the next frame that another of its kind, a tag or the end follows; None: there is none."""
     at = _after_tags(content, at)
     last = len(content) if known is not None else at + _PREAMBLE
     while (at := content.find(0xFF, at, last)) >= 0:
@@ -109,7 +109,7 @@ def _next_frame(content: bytes, at: int, known: _Header | None) -> int | None:
 
 
 def _after_tags(content: bytes, at: int) -> int:
-    """Past the ID3 and APE tags that begin at this place."""
+    """Return the offset after the ID3 and APE tags that begin at this one."""
     while True:
         if content.startswith(b"ID3", at) and len(content) >= at + 10:
             sizes = content[at + 6 : at + 10]
@@ -125,7 +125,7 @@ def _after_tags(content: bytes, at: int) -> int:
 
 
 def _counted(stream: _Stream) -> bytes:
-    """The frame that counts the others: the stream's own, put right, or a new one."""
+    """Return the stream's Xing frame, which counts the others: its own one corrected, or a new one."""
     header, count = stream.header, len(stream.frames)
     if stream.xing:
         frame, tag = bytearray(stream.xing), header.tag
@@ -140,8 +140,8 @@ def _counted(stream: _Stream) -> bytes:
     first = bytearray(stream.frames[0][:4])
     first[1] |= 1  # no check sum
     first[2] = 0x90 | first[2] & 0x0C | first[2] & 1  # 128 or 80 kbit/s, which has room
-    made = _header(bytes(first), 0)
-    assert made is not None
-    frame = first + bytes(made.length - 4)
-    struct.pack_into(">4sII", frame, made.tag, b"Info", _COUNTS, count)
+    info = _header(bytes(first), 0)
+    assert info is not None
+    frame = first + bytes(info.length - 4)
+    struct.pack_into(">4sII", frame, info.tag, b"Info", _COUNTS, count)
     return bytes(frame)

@@ -12,13 +12,13 @@ SHORTEST = 0.1  # s; shorter files are taken for rubbish
 
 
 def fit(audio: Audio, samples: int) -> Audio:
-    """Audio of any length, cut or padded with zeros at its end to (samples,)."""
+    """Cut audio of any length to (samples,), or pad it with zeros at its end."""
     cut = audio[:samples].astype(np.float32, copy=False)
     return np.pad(cut, (0, samples - len(cut)))
 
 
 def fault(audio: Audio) -> str | None:
-    """Why this audio is no note, or None if it is one."""
+    """Return the reason why this audio cannot be used as a note, or None if it can."""
     if not np.isfinite(audio).all():
         return "holds NaN or infinite samples"
     peak = float(np.abs(audio).max(initial=0.0))

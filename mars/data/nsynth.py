@@ -45,7 +45,7 @@ def pack_nsynth(
     allow_bad: float = ALLOW_BAD,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Packs folders or archives (.tar, .tar.gz, .tgz) of NSynth into one dataset at `out`.
+    """Pack folders or archives (.tar, .tar.gz, .tgz) of NSynth into one dataset at `out`.
 
     `split` is "auto" (the official one where the name of the path states it, as nsynth-valid.jsonwav.tar.gz
     does, else as `hold_out` sees fit), "instrument", or "train", "valid" or "test" for all. A note is bad if its file
@@ -66,13 +66,13 @@ def pack_nsynth(
 
 def _split_of(path: Path, split: str) -> int:
     if split == "auto":
-        found = re.search(r"nsynth[-_](train|valid|test)", path.absolute().name)
-        return SPLITS.index(found.group(1)) if found else -1
+        match = re.search(r"nsynth[-_](train|valid|test)", path.absolute().name)
+        return SPLITS.index(match.group(1)) if match else -1
     return SPLITS.index(split) if split in SPLITS else -1
 
 
 def _count(path: Path) -> int:
-    """About how many notes there are. Raises `DataError` for a path that is neither folder nor file."""
+    """Estimate how many notes there are. Raises `DataError` for a path that is neither folder nor file."""
     if path.is_dir():
         audio = path / "audio"
         if not audio.is_dir():
@@ -123,30 +123,30 @@ def _pack_one(path: Path, writer: Writer, split: int) -> None:
 
 
 def _read_listing(file: IO[bytes], where: str) -> Listing:
-    """What examples.json says of each note; read in pieces, so that only this takes memory.
+    """Read what examples.json says of each note, in pieces, so that only the result takes memory.
 
     Raises `DataError` for anything but a JSON object of at most a million notes.
     """
-    found: Listing = {}
+    listing: Listing = {}
     try:
         for name, entry in _items(codecs.iterdecode(iter(lambda: file.read(_LARGEST_ENTRY), b""), "utf-8")):
-            if name in found:
+            if name in listing:
                 raise ValueError(f"{name} appears twice")
-            if len(found) >= _MOST_NOTES or len(name) > _LONGEST_NAME:
+            if len(listing) >= _MOST_NOTES or len(name) > _LONGEST_NAME:
                 raise ValueError(f"more than {_MOST_NOTES:,} notes, or a name of over {_LONGEST_NAME} characters")
             try:
-                found[name] = _labels(name, entry)
+                listing[name] = _labels(name, entry)
             except BadFileError as error:
-                found[name] = str(error)
+                listing[name] = str(error)
     except (ValueError, RecursionError) as error:
-        place = f"after {next(reversed(found))}: " if found else ""
+        place = f"after {next(reversed(listing))}: " if listing else ""
         reason = getattr(error, "msg", error)  # json counts lines from where a piece begins
         raise DataError(f"{where} is not valid JSON of notes ({place}{reason}); fetch it again") from None
-    return found
+    return listing
 
 
 def _items(pieces: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """Keys and values of a JSON object, one at a time. Raises `ValueError` for anything else, `RecursionError`."""
+    """Yield keys and values of a JSON object one by one. Raises `ValueError` for anything else, `RecursionError`."""
     ahead = next(pieces, "")
     begin = re.match(r"[ \t\r\n]*\{[ \t\r\n]*(\}?)", ahead)
     if begin is None:
@@ -168,7 +168,7 @@ def _items(pieces: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _item(text: str, at: int) -> tuple[str, Any, bool, int]:
-    """A key and its value at `at`, whether a comma follows, and where the next begins. Raises as `_items` does."""
+    """Return the key and value at `at`, whether a comma follows, and where the next begins. Raises as `_items`."""
     name, at = STRICT.raw_decode(text, at)
     colon = re.compile(r"[ \t\r\n]*:[ \t\r\n]*").match(text, at)
     if not isinstance(name, str) or colon is None:
@@ -181,7 +181,7 @@ def _item(text: str, at: int) -> tuple[str, Any, bool, int]:
 
 
 def _labels(name: str, entry: Any) -> Labels:
-    """Checks one entry of examples.json. Raises `BadFileError`."""
+    """Check one entry of examples.json. Raises `BadFileError`."""
     if not isinstance(entry, dict):
         raise BadFileError(f"its entry of examples.json is no object but {type(entry).__name__}")
     labels = labels_in(entry)
@@ -234,7 +234,7 @@ class _Stream:
         return content
 
     def drain(self) -> None:
-        """Reads to the end, where gzip checks its sum; gives up on what cannot be padding."""
+        """Read to the end, where gzip checks its sum; gives up on what cannot be padding."""
         self.limit = self.count + (1 << 28)
         while self.count < self.limit:
             if not self.read(1 << 20):

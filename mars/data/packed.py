@@ -39,7 +39,7 @@ from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import opened, parse_json, read_bytes, read_json, read_text, sha256, sync
 from mars.labels import CLOSED, LABELS, UNKNOWN, Condition, Labels
-from mars.text import one_line
+from mars.text import is_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class Packing:
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Packing:
-        """What a dataset.json says. Raises `TypeError` or `ValueError` for nonsense."""
+        """Read it from a dataset.json. Raises `TypeError` or `ValueError` if a value is malformed."""
         changes, ignored = (
             {str(key): int(count) for key, count in info.get(name, {}).items()} for name in ("changes", "ignored")
         )
@@ -93,7 +93,7 @@ class AudioFile:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> npt.NDArray[np.int16]:
-        """What an array would give: notes by whatever numpy takes, and of them samples by numbers or slices.
+        """Return int16 as an array would: notes by any NumPy index, and of them samples by numbers or slices.
 
         Raises:
             DataError: the file is not the one that was opened any more, or cannot be read.
@@ -111,7 +111,7 @@ class AudioFile:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compare the whole file with its sha256; `progress` is told the bytes done and all of them.
+        """Compare the whole file with its sha256; `progress` is called with the bytes done and the total.
 
         Raises:
             DataError: it differs, has changed since it was opened, or cannot be read.
@@ -146,7 +146,7 @@ class AudioFile:
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
-    """What tells that a file has been written to: its size in bytes and when it was last changed."""
+    """Return the size in bytes and the time of the last change, which tell whether a file has been written to."""
     return status.st_size, status.st_mtime_ns
 
 
@@ -166,7 +166,7 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
-        """The dataset at `path`, every file but the audio checked by its sha256; `verify` checks that too.
+        """Return the dataset at `path`, every file but the audio checked by its sha256; `verify` checks that too.
 
         Raises `DataError` for anything but a complete dataset of a version this code knows.
         """
@@ -233,7 +233,7 @@ class Dataset:
         return len(self.audio)
 
     def column(self, name: str) -> npt.NDArray[np.int32]:
-        """A label or the split of every note, (N,); -1 = unknown, as are labels that the dataset was packed without.
+        """Return a label, or the split, of every note, (N,); -1: unknown, or the dataset was packed without it.
 
         Raises `DataError` for another name.
         """
@@ -249,30 +249,30 @@ class Dataset:
         return {"instrument": self.instruments}
 
     def labels(self, rows: npt.NDArray[np.int64] | None = None) -> dict[str, npt.NDArray[np.int32]]:
-        """The numbers of every label, by its name, of the notes at these places (None: all)."""
+        """Return the numbers of every label, by its name, of the notes at these places (None: all)."""
         return {name: self.column(name)[slice(None) if rows is None else rows] for name in LABELS}
 
     def known(self, note: int) -> Condition:
-        """The values of the labels of a note, as far as they are known."""
+        """Return the values of the labels of a note, as far as they are known."""
         numbers = {name: int(self.column(name)[note]) for name in LABELS}
         return {name: LABELS[name].values(self.words)[i] for name, i in numbers.items() if i != UNKNOWN}
 
     def split(self, name: Literal["train", "valid", "test"]) -> npt.NDArray[np.int64]:
-        """Indices of the notes of one split; none where nothing was held out for it."""
+        """Return indices of the notes of one split; none where nothing was held out for it."""
         if name not in SPLITS:
             raise DataError(f"want one of the splits {', '.join(SPLITS)}; got {name!r}")
         return np.flatnonzero(self.column("split") == SPLITS.index(name))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """See that the audio on the disk is what was packed, which takes a second for each gigabyte.
+        """Check that the audio on the disk is what was packed, which takes about a second for each gigabyte.
 
-        `progress` is told the bytes done and all of them. Raises `DataError`.
+        `progress` is called with the bytes done and the total. Raises `DataError`.
         """
         if isinstance(self.audio, AudioFile):
             self.audio.verify(progress)
 
     def waveforms(self, indices: npt.ArrayLike) -> torch.Tensor:
-        """Waveforms (B, samples), float32 in [-1, 1), of the notes at `indices` (B,).
+        """Return waveforms (B, samples), float32 in [-1, 1), of the notes at `indices` (B,).
 
         Raises `DataError` where the audio on the disk has changed since the dataset was opened.
         """
@@ -282,7 +282,7 @@ class Dataset:
 
 
 def left_out(path: Path) -> Counter[str]:
-    """How many files the packing of the dataset at `path` left out, by the kind of reason. Raises `DataError`."""
+    """Count the files that the packing of the dataset at `path` left out, by kind of reason. Raises `DataError`."""
     listing, reasons = path / "bad_files.jsonl", []
     for line in read_bytes(listing, DataError).splitlines():
         entry = parse_json(line, str(listing), DataError)
@@ -293,7 +293,7 @@ def left_out(path: Path) -> Counter[str]:
 
 
 def _kinds(reasons: Iterable[str]) -> Counter[str]:
-    """How many reasons there are of each kind, which is what they say before the details."""
+    """Count the reasons of each kind, which is the part of their text before the details."""
     return Counter(re.split(r" \(|:", reason)[0] for reason in reasons)
 
 
@@ -359,7 +359,7 @@ class Writer:
             ) from error
 
     def add(self, name: str, audio: Audio, labels: Labels, split: int = -1, *, changes: Collection[str] = ()) -> bool:
-        """One note, (samples,) float, with what was done to it; split -1 lets `commit` decide. False if it was bad.
+        """Add a note (samples,) float with what was done to it; split -1: `commit` decides. False if it was bad.
 
         A sound beyond full scale is made quieter as a whole, so that it fits.
         """
@@ -370,7 +370,7 @@ class Writer:
             reason += ": in the beginning, which alone is kept"
         if name in self._rows or name in self._bad:
             reason = "a note of this name came before"
-        elif reason is None and not (one_line(name) and one_line(labels.instrument)):
+        elif reason is None and not (is_one_line(name) and is_one_line(labels.instrument)):
             reason = "its name has characters that cannot be written on a line"
         if reason is not None:
             self.bad(name, reason)
@@ -387,18 +387,18 @@ class Writer:
         return True
 
     def bad(self, file: str, reason: str) -> None:
-        """Leaves a file out and says why; one that was added before is taken back."""
+        """Leave a file out and record the reason; if it was added before, its note is taken back."""
         self._rows.pop(file, None)
         self._bad.setdefault(file, reason)
         self._tell()
 
     def relabel(self, name: str, labels: Labels) -> None:
-        """Other labels for a note that was added."""
+        """Replace the labels of a note that was added."""
         place, _, split = self._rows[name]
         self._rows[name] = (place, labels, split)
 
     def names(self) -> list[str]:
-        """The notes added so far."""
+        """Return the notes added so far."""
         return list(self._rows)
 
     def _tell(self) -> None:
@@ -406,7 +406,7 @@ class Writer:
             self._progress(self._written + len(self._bad), self.expected)
 
     def commit(self, allow_bad: float = ALLOW_BAD, by: HoldOut | None = None) -> Dataset:
-        """Puts the dataset at its place and opens it; `hold_out` decides by `by` which notes are not trained on.
+        """Move the dataset to its place and open it; `hold_out` decides by `by` which notes are not trained on.
 
         Raises `TooManyBadError` where more than `allow_bad` of the files are bad (their list is then kept
         beside `out`), `DataError` where no note is left.
@@ -466,7 +466,7 @@ class Writer:
         return Dataset.open(self.out)
 
     def _compact(self, places: list[int]) -> None:
-        """Closes the gaps that notes taken back have left, and makes the audio safe on the disk."""
+        """Close the gaps that notes taken back have left, and flush the audio to the disk."""
         self._audio.flush()
         if len(places) < self._written:
             audio = np.memmap(self._audio, np.dtype("<i2"), "r+", shape=(self._written, self.samples))
@@ -495,9 +495,9 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _columns(names: Any, path: Path) -> tuple[str, ...]:
-    """The columns that a dataset.json names, checked."""
+    """Return the names of the columns in a dataset.json, checked."""
     words: list[Any] = list(names) if isinstance(names, list | tuple) else []
-    if not all(isinstance(name, str) and one_line(name) for name in words) or not (
+    if not all(isinstance(name, str) and is_one_line(name) for name in words) or not (
         {"instrument", "split"} <= set(words) and len(set(words)) == len(words) <= _MOST_COLUMNS
     ):
         raise DataError(f"{path}: want the names of columns, instrument and split among them; pack the dataset again")
@@ -505,7 +505,7 @@ def _columns(names: Any, path: Path) -> tuple[str, ...]:
 
 
 def _read_metadata(path: Path, count: int, columns: int) -> npt.NDArray[np.int32]:
-    """(count, columns) int32. NumPy's own reader makes room for whatever the file claims, and compiles its header."""
+    """Read (count, columns) int32. NumPy's own reader allocates whatever the file claims, and compiles its header."""
     with opened(path) as file:
         start = file.read(len(_NPY) + 2)
         header = file.read(int.from_bytes(start[-2:], "little"))
@@ -525,7 +525,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_manifest(path: Path) -> dict[str, str]:
-    """The listed sha256 of each file, which is that of the file but for the audio: of that the size is checked."""
+    """Return the listed sha256 of each file, checked against the files; of the audio only the size is checked."""
     files = _read_json(path / "manifest.json").get("files")
     if not isinstance(files, dict) or set(files) != set(_FILES):
         raise DataError(f"{path}/manifest.json does not list the dataset's files; pack the dataset again")

@@ -135,7 +135,7 @@ class Job:
 
 
 def read_presets(file: str | Path) -> list[Preset]:
-    """The presets of a soundfont by (bank, program), from its own tables (SoundFont 2.04, section 7).
+    """Return the presets of a soundfont by (bank, program), from its own tables (SoundFont 2.04, section 7).
 
     Raises `DataError` for a file that is no soundfont or whose tables do not fit together.
     """
@@ -150,7 +150,7 @@ def read_presets(file: str | Path) -> list[Preset]:
         generators = {kind: list(struct.iter_unpack("<HH", tables[f"{kind}gen"])) for kind in "pi"}
 
         def zones(kind: str, first: int, last: int) -> Iterator[tuple[set[int], int]]:
-            """Keys of each zone and what it points at, for the zones first..last - 1."""
+            """Yield keys of each zone and what it points at, for the zones first..last - 1."""
             points = {"p": 41, "i": 53}[kind]  # the operators `instrument` and `sampleID`
             default = range(128)
             for zone in range(first, last):
@@ -182,7 +182,7 @@ def read_presets(file: str | Path) -> list[Preset]:
 
 
 def _tables(file: Path) -> dict[str, bytes]:
-    """The chunks of the LIST `pdta`; the samples before them are skipped."""
+    """Return the chunks of the LIST `pdta`; the samples before them are skipped."""
     if not file.is_file():
         raise DataError(f"{file} is not a file; give the path of an .sf2 or .sf3 soundfont")
     with file.open("rb") as stream:
@@ -195,23 +195,23 @@ def _tables(file: Path) -> dict[str, bytes]:
             if header[:4] == b"LIST" and stream.read(4) == b"pdta":
                 if length > min(size, 1 << 28):
                     raise DataError(f"{file}: its tables claim {length:,} bytes; fetch the soundfont again")
-                body, found, at = stream.read(length - 4), {}, 0
+                body, chunks, at = stream.read(length - 4), {}, 0
                 while at + 8 <= len(body):
                     (part,) = struct.unpack_from("<I", body, at + 4)
-                    found[body[at : at + 4].decode("latin-1")] = body[at + 8 : at + 8 + part]
+                    chunks[body[at : at + 4].decode("latin-1")] = body[at + 8 : at + 8 + part]
                     at += 8 + part + part % 2
-                return found
+                return chunks
             stream.seek(length + length % 2 - (4 if header[:4] == b"LIST" else 0), 1)
     raise DataError(f"{file} has no preset tables (LIST pdta); fetch the soundfont again")
 
 
 def choose(presets: list[Preset], notes: int | None, seed: int, pitches: tuple[int, int] = PITCHES) -> list[Job]:
-    """The notes to render: all that there are, or `notes` of them spread evenly.
+    """Return the notes to render: all that there are, or `notes` of them spread evenly.
 
     Every instrument gets the same number, as far as it has them; its pitches are spread over its range and
     its velocities taken in turn. The same arguments give the same list. Raises `DataError` for an empty one.
     """
-    plays = {
+    programs = {
         program: (FAMILIES.index(family), SOURCES.index(source), range(low, high + 1))
         for first, last, family, source, low, high in _PROGRAMS
         for program in range(first, last + 1)
@@ -220,9 +220,9 @@ def choose(presets: list[Preset], notes: int | None, seed: int, pitches: tuple[i
     rng = np.random.default_rng(seed)
     playable = []
     for preset in presets:
-        if preset.bank == _DRUMS or preset.program not in plays:
+        if preset.bank == _DRUMS or preset.program not in programs:
             continue
-        family, source, known = plays[preset.program]
+        family, source, known = programs[preset.program]
         # Numbered as in NSynth, per family and source, and before anything is left out: names stay the same.
         name = f"{FAMILIES[family]}_{SOURCES[source]}_{numbers[family, source]:03d}"
         numbers[family, source] += 1
@@ -246,19 +246,19 @@ def choose(presets: list[Preset], notes: int | None, seed: int, pitches: tuple[i
 
 
 def _share(total: int | None, limits: list[int], rng: np.random.Generator) -> list[int]:
-    """`total` shared evenly among those with these limits; chance decides who gets the odd ones."""
+    """Share `total` evenly within these limits; chance decides who gets the remainder."""
     if total is None or total >= sum(limits):
         return limits
     level = next(level for level in itertools.count() if sum(min(n, level + 1) for n in limits) > total)
     shares = [min(limit, level) for limit in limits]
-    able = [i for i, limit in enumerate(limits) if limit > level]
-    for i in rng.permutation(able)[: total - sum(shares)]:
+    below_limit = [i for i, limit in enumerate(limits) if limit > level]
+    for i in rng.permutation(below_limit)[: total - sum(shares)]:
         shares[i] += 1
     return shares
 
 
 def library() -> Any:
-    """The module `fluidsynth`. Raises `MissingPackage` or, for the library, `DataError`, that say what to install."""
+    """Import `fluidsynth`. Raises `MissingPackage` or, for the library, `DataError`, that say what to install."""
     with needed("a soundfont", *PACKAGES):
         try:
             import fluidsynth
@@ -284,7 +284,7 @@ class Renderer:
         self._holder = self._synth()[0]  # keeps the samples in the library's cache
 
     def close(self) -> None:
-        """Lets go of the samples."""
+        """Free the samples."""
         self._holder.delete()
 
     def _synth(self) -> tuple[Any, int]:
@@ -299,7 +299,7 @@ class Renderer:
         return synth, font
 
     def render(self, preset: Preset, pitch: int, velocity: int) -> Audio:
-        """One note, (64000,), mono, its peak at PEAK; zeros where the preset plays nothing."""
+        """Render one note (64000,), mono, its peak at PEAK; zeros where the preset plays nothing."""
         synth, font = self._synth()
         try:
             synth.program_select(0, font, preset.bank, preset.program)
@@ -337,7 +337,7 @@ def _work(job: Job) -> Audio:
 
 
 def render(file: str | Path, jobs: list[Job], processes: int = 1) -> Iterator[Audio]:
-    """The notes in the order of `jobs`, whatever the number of processes; of those no more than processors start."""
+    """Render the notes in the order of `jobs`, on at most one process for each processor."""
     processes = min(processes, os.cpu_count() or 1)
     if processes < 2:
         renderer = Renderer(file)
@@ -363,7 +363,7 @@ def render(file: str | Path, jobs: list[Job], processes: int = 1) -> Iterator[Au
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C is held back, and for good from the processes that start meanwhile: it is the parent's business."""
+    """Hold Ctrl-C back in the block, and for good in processes started in it: only the parent handles it."""
     if sys.platform == "win32":
         yield
         return
@@ -387,7 +387,7 @@ def pack_soundfont(
     licence: str = "unknown",
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Renders `notes` notes (None: all there are) of a soundfont into a packed dataset at `out`.
+    """Render `notes` notes (None: all there are) of a soundfont into a packed dataset at `out`.
 
     `hold_out`: see `mars.data.splits.hold_out`.
 

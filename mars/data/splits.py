@@ -17,7 +17,7 @@ _KEPT = 2 / 3  # of the notes at least are trained on
 
 
 def split_instruments(names: Sequence[str], valid: float = 0.1, test: float = 0.1) -> list[int]:
-    """The split of each instrument, an index into SPLITS, decided by the sha256 of its name alone.
+    """Return the split of each instrument, an index into SPLITS, decided by the sha256 of its name alone.
 
     So a note never moves between splits when others join, but for this: of two instruments or more at
     least one is in train and one in valid, if need be the ones whose hashes are nearest.
@@ -40,7 +40,7 @@ def split_instruments(names: Sequence[str], valid: float = 0.1, test: float = 0.
 
 
 def split_notes(names: Sequence[str], valid: float = 0.1) -> list[int]:
-    """The split of each note, an index into SPLITS: a tenth is in valid, at least one of two or more.
+    """Return the split of each note, an index into SPLITS: a tenth is in valid, at least one of two or more.
 
     The sha256 of the names decides which, so that neighbours in a folder are as likely as any.
     """
@@ -51,20 +51,20 @@ def split_notes(names: Sequence[str], valid: float = 0.1) -> list[int]:
 
 
 def hold_out(notes: Sequence[str], instruments: Sequence[str], by: HoldOut | None) -> tuple[list[int], str]:
-    """The split of each note, given the notes' names and their instruments; and what is held out, with the reason.
+    """Return the split of each note, from the notes' names and instruments, and what is held out, with the reason.
 
     None holds out whole instruments if there are ten and two thirds of the notes stay for training, else notes: few
     instruments cannot be spared, and half of a collection that is never trained on is lost.
     """
     names = sorted(set(instruments))
-    whole = dict(zip(names, split_instruments(names), strict=True))
-    split = [whole[name] for name in instruments]
-    kept = split.count(0) / max(len(split), 1)
-    few = len(names) < _FEW or kept < _KEPT
+    by_instrument = dict(zip(names, split_instruments(names), strict=True))
+    split = [by_instrument[name] for name in instruments]
+    training_share = split.count(0) / max(len(split), 1)
+    few = len(names) < _FEW or training_share < _KEPT
     if by == "none":
         return [0] * len(notes), "nothing, as was asked for"
     if by == "instruments" or (by is None and not few):
-        held = [list(whole.values()).count(i) for i in (1, 2)]
+        held = [list(by_instrument.values()).count(i) for i in (1, 2)]
         if not sum(held):
             return split, "nothing, since there is one instrument"
         return split, f"{held[0]:,} instruments for validation and {held[1]:,} for tests, of {len(names):,}"
@@ -81,5 +81,5 @@ def hold_out(notes: Sequence[str], instruments: Sequence[str], by: HoldOut | Non
 
 
 def spread(notes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Up to `count` of the notes of a split, evenly spaced."""
+    """Return at most `count` of the notes of a split, evenly spaced."""
     return notes[np.linspace(0, len(notes) - 1, min(count, len(notes))).astype(np.int64)]

@@ -30,12 +30,12 @@ STREAM = 6  # tells these random phases from other streams with the same seed
 
 
 def anchor(notes: NoteSet) -> NoteSet:
-    """The notes low-passed at 1 kHz and rounded to 8 bit, multiples of 1/128; the quietest may become silent."""
+    """Return the notes low-passed at 1 kHz and rounded to 8 bit, multiples of 1/128; the quietest may become silent."""
     return notes.mapped("anchor-butterworth4-1000Hz-8bit", lambda waveforms, _: quantise(low_pass(waveforms)))
 
 
 def low_pass(waveforms: Tensor) -> Tensor:
-    """Waveforms (B, samples) at 16 kHz through the Butterworth filter, made digital by the bilinear transform.
+    """Filter waveforms (B, samples) at 16 kHz with the Butterworth filter, made digital by the bilinear transform.
 
     Its response falls below 1e-16 within 256 samples, so the product of padded spectra is as good as the recursion.
     """
@@ -51,13 +51,13 @@ def low_pass(waveforms: Tensor) -> Tensor:
 
 
 def quantise(waveforms: Tensor) -> Tensor:
-    """Waveforms in [-1, 1] rounded to 8 bit: 256 steps of 1/128 from -1."""
+    """Round waveforms in [-1, 1] to 8 bit: 256 steps of 1/128 from -1."""
     half = 2 ** (BITS - 1)
     return (waveforms * half).round().clamp(-half, half - 1) / half
 
 
 def griffin_lim_oracle(notes: NoteSet, config: AudioConfig, iterations: int = 32, seed: int = 0) -> NoteSet:
-    """What is left of the notes if a model were perfect: their own magnitudes, and phases by Griffin-Lim.
+    """Return the notes as a perfect model would give them: their own magnitudes, and phases by Griffin-Lim.
 
     They pass through the normalised spectrogram and the CMX tensor of `config` and back. The random phases that
     Griffin-Lim starts from depend on the seed and the note's sound alone. A note that gets beyond full scale is made
@@ -79,12 +79,12 @@ def griffin_lim_oracle(notes: NoteSet, config: AudioConfig, iterations: int = 32
 
 
 def phases(keys: Sequence[str], seed: int) -> list[torch.Generator]:
-    """A generator of Griffin-Lim's first phases for each note, that depends on its key and the seed alone."""
+    """Return a generator of Griffin-Lim's first phases for each note, that depends on its key and the seed alone."""
     return [stream(seed, STREAM, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])) for key in keys]
 
 
 def halves(notes: NoteSet, seed: int) -> tuple[NoteSet, NoteSet]:
-    """Two disjoint halves, drawn at random; which notes are in which does not depend on the order of the set.
+    """Return two disjoint halves, drawn at random; which notes are in which does not depend on the order of the set.
 
     Of an odd number one note is left out.
 

@@ -42,7 +42,7 @@ class Estimate:
 
 
 def resample_counts(clips: int, resamples: int, seed: int, key: int = 0) -> Tensor:
-    """How often each clip is drawn, float64 (1 + resamples, clips); each row sums to `clips`.
+    """Return how often each clip is drawn, float64 (1 + resamples, clips); each row sums to `clips`.
 
     The first row is all ones: what a statistic gives there is the estimate itself.
     key: tells two sets of clips of one bootstrap apart, which are drawn independently.
@@ -51,8 +51,8 @@ def resample_counts(clips: int, resamples: int, seed: int, key: int = 0) -> Tens
         raise ValueError(f"bootstrap: want clips >= 1 and resamples >= 2, got {clips} and {resamples}")
     counts = torch.zeros(1 + resamples, clips, dtype=torch.float64)
     counts[0] = 1
-    drawn = torch.randint(clips, (resamples, clips), generator=stream(seed, key))
-    counts[1:].scatter_add_(1, drawn, torch.ones(resamples, clips, dtype=torch.float64))
+    indices = torch.randint(clips, (resamples, clips), generator=stream(seed, key))
+    counts[1:].scatter_add_(1, indices, torch.ones(resamples, clips, dtype=torch.float64))
     return counts
 
 
@@ -66,7 +66,7 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def bootstrap_mean(values: Tensor, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
-    """Mean over clips of values (clips,), whatever their order.
+    """Return the mean over clips of values (clips,), whatever their order.
 
     Raises:
         ValueError: not one number a clip.
@@ -77,7 +77,7 @@ def bootstrap_mean(values: Tensor, *, resamples: int = RESAMPLES, seed: int = SE
 
 
 def bootstrap_median(values: Tensor, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
-    """Median over clips of values (clips,), the lower one of an even number, whatever their order.
+    """Return the median over clips of values (clips,), the lower one of an even number, whatever their order.
 
     Raises:
         ValueError: not one number a clip.

@@ -47,7 +47,8 @@ class Options:
         split: of packed datasets.
         allow_bad: share of the files of a folder that may be left out, and are listed in the report.
         preset: of the classifiers; None: "full", and "sony" in the profile vinay2022.
-        pitch_classifier, instrument_classifier: directories of classifiers, instead.
+        pitch_classifier: directory of the classifier of pitches, instead.
+        instrument_classifier: directory of that of instruments, instead.
         vggish: file of VGGish's weights; None: those in $MARS_WEIGHTS_DIR.
         crepe: its size.
         force: take classifiers that are less accurate than their gate asks.
@@ -99,9 +100,10 @@ def run(
     Args:
         pairs: the notes are reconstructions of the real ones, and pair up with them by name; otherwise they are taken
             for newly generated ones, whose mel errors are those against the nearest real note.
-        json_file, html_file: where to write the report, and a page of it with pictures and sounds.
+        json_file: where to write the report.
+        html_file: where to write a page of it with pictures and sounds.
         say: called with warnings.
-        progress: called with what is being done, notes done and all of them.
+        progress: called with the task, the notes done and their total.
 
     Raises:
         MarsError: an option, a network, a set of notes or a place for the report cannot be used.
@@ -139,7 +141,8 @@ def reconstruct(
         n: so many of the notes, drawn with the seed; None: all.
         iterations: of Griffin-Lim.
         begun: called with the folder before the first note is made.
-        say, progress: as for `run`.
+        say: called with warnings.
+        progress: called with what is being done, notes done and all of them.
 
     Raises:
         MarsError: an option, a network, a model, a set of notes or the folder cannot be used.
@@ -175,8 +178,17 @@ def generate(
     """Generate n notes with the labels of real ones, and score them against these.
 
     Args:
-        cfg, top_k, top_p, iterations: as for `mars.model.Model.iterate`.
-        out, model, data, begun, say, progress: as for `reconstruct`.
+        out: folder for `notes/` and the reports, as for `reconstruct`.
+        model: see `mars.model.load`.
+        data: real notes, a folder or a packed dataset; None: the built-in ones.
+        n: number of notes.
+        cfg: guidance, as for `mars.model.Model.generate`.
+        top_k: as for `mars.model.Model.generate`.
+        top_p: as for `mars.model.Model.generate`.
+        iterations: of Griffin-Lim.
+        begun: called with the folder before the first note is made.
+        say: called with warnings.
+        progress: called with what is being done, notes done and all of them.
 
     Raises:
         MarsError: an option, a network, a model, a set of notes or the folder cannot be used.
@@ -193,7 +205,7 @@ def generate(
 
 
 def report_files(out: Path, profile: Profile) -> tuple[Path, Path]:
-    """The JSON and the page of a profile, which lie beside those of the other."""
+    """Return the paths of a profile's JSON and page, which lie beside those of the other profile."""
     stem = "report" if profile == "standard" else f"report-{profile}"
     return out / f"{stem}.json", out / f"{stem}.html"
 
@@ -233,11 +245,11 @@ class _Evaluation:
         check(self.settings, self.networks, self.train)
 
     def progress(self, what: str) -> Callable[[int, int], None] | None:
-        """What to call with notes done and all of them while `what` is done."""
+        """Return the callback (notes done, total) for the task `what`."""
         return None if self._progress is None else partial(self._progress, what)
 
     def open(self, path: Path | None, split: Split | None = None) -> NoteSet:
-        """The notes in a folder or a packed dataset; None: the built-in ones."""
+        """Open the notes in a folder or a packed dataset; None: the built-in ones."""
         progress = self.progress(f"read {'the built-in notes' if path is None else path}")
         return open_notes(path, split=split or self.options.split, allow_bad=self.options.allow_bad, progress=progress)
 
@@ -254,7 +266,7 @@ class _Evaluation:
         return model
 
     def begin(self, out: Path | None, data: Path | None, begun: Callable[[Path], None] | None) -> Path:
-        """The folder of notes to be made and of their reports, which can be written."""
+        """Create the folder for the notes to be made and for their reports, and check that it can be written."""
         place = out or Path("evaluations")
         if data is not None and place.resolve().is_relative_to(data.resolve()):
             raise ConfigError(
@@ -281,8 +293,8 @@ class _Evaluation:
         produced: dict[str, Any] | None = None,
         audio: AudioConfig | None = None,
     ) -> Result:
-        """Evaluate and write."""
-        found = evaluate(
+        """Evaluate two sets of notes and write the report."""
+        evaluation = evaluate(
             real,
             fake,
             self.networks,
@@ -296,10 +308,12 @@ class _Evaluation:
             produced=produced,
         )
         if json_file is not None:
-            report.write(json_file, found.report)
+            report.write(json_file, evaluation.report)
         if html_file is not None:
-            page.write(html_file, found.report, [page.Pair(title, sounds) for title, sounds in found.shown])
-        return Result(found.report, tuple(file for file in (json_file, html_file) if file is not None))
+            page.write(
+                html_file, evaluation.report, [page.Pair(title, sounds) for title, sounds in evaluation.examples]
+            )
+        return Result(evaluation.report, tuple(file for file in (json_file, html_file) if file is not None))
 
 
 def _writable(*files: Path | None) -> None:

@@ -29,7 +29,7 @@ _BLOCK = 4096  # notes whose log-mels are in memory at once where they come bloc
 
 
 class Unavailable(ConfigError):
-    """A metric that cannot be computed with what there is."""
+    """A metric cannot be computed, as a network or a set of notes is missing; the message says which."""
 
 
 class Extractor:
@@ -40,14 +40,14 @@ class Extractor:
         self.used: dict[str, dict[str, Any]] = {}  # by id: sha256, front_end and, of a classifier, accuracy
 
     def network(self, role: Role) -> Embedder:
-        """The role's network. Raises `Unavailable` where there is none."""
-        found = self._embedders[role]
-        if isinstance(found, str):
-            raise Unavailable(found)
-        return found
+        """Return the role's network. Raises `Unavailable` where there is none."""
+        embedder = self._embedders[role]
+        if isinstance(embedder, str):
+            raise Unavailable(embedder)
+        return embedder
 
     def embed(self, notes: NoteSet, role: Role) -> Embedding:
-        """What the role's network says of the notes. Raises `Unavailable` where there is none."""
+        """Return the features of the notes by the role's network. Raises `Unavailable` where there is none."""
         embedder = self.network(role)
         self.used[embedder.id] = {"sha256": embedder.sha256, "front_end": embedder.front_end}
         if isinstance(embedder, Classifier):
@@ -56,21 +56,21 @@ class Extractor:
         return features.embed(notes, embedder, self._cache, progress=self.progress(f"{embedder.id}, {notes.source}"))
 
     def log_mel(self, notes: NoteSet, size: int | None = None) -> Iterator[Tensor]:
-        """Log-mel spectrograms (up to `size`, 80, 251), block after block, on all cores; None: all notes at once."""
+        """Yield log-mel spectrograms (up to `size`, 80, 251), block after block, on all cores; None: all at once."""
         progress, size = self.progress(f"log-mel, {notes.source}"), size or len(notes)
         with thread_pool(torch.get_num_threads()) as pool:
             for start in range(0, len(notes), size):
                 rows = range(start, min(start + size, len(notes)))
                 batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
                 block = torch.empty(len(rows), *mel.SHAPE)
-                made = pool.map(lambda batch: mel.log_mel(notes.waveforms(batch)), batches)
-                for batch, place, part in zip(batches, block.split(_BATCH), made, strict=True):
+                blocks = pool.map(lambda batch: mel.log_mel(notes.waveforms(batch)), batches)
+                for batch, place, part in zip(batches, block.split(_BATCH), blocks, strict=True):
                     place.copy_(part)
                     progress(batch[-1] + 1, len(notes))
                 yield block
 
     def progress(self, what: str) -> Callable[[int, int], None]:
-        """What to call with notes done and all of them while `what` is done."""
+        """Return the callback (notes done, total) for the task `what`."""
         return (lambda done, of: None) if self._progress is None else partial(self._progress, what)
 
 
@@ -97,19 +97,19 @@ class NoteFeatures:
         return next(self._extractor.log_mel(self.notes))
 
     def log_mel_blocks(self) -> Iterator[Tensor]:
-        """The same, block after block, for sets that do not fit into memory."""
+        """Yield log-mel spectrograms (n, 80, 251) in blocks, for sets that do not fit into memory."""
         return self._extractor.log_mel(self.notes, _BLOCK)
 
     def log_mel_of(self, rows: npt.NDArray[np.int64]) -> Tensor:
-        """Those of the notes at these places alone, which are not kept."""
+        """Return the log-mel spectrograms of the notes at these indices only, without caching them."""
         return next(self._extractor.log_mel(self.notes.subset(rows)))
 
     def network(self, role: Role) -> Embedder:
-        """The role's network. Raises `Unavailable` where there is none."""
+        """Return the role's network. Raises `Unavailable` where there is none."""
         return self._extractor.network(role)
 
     def embedding(self, role: Role) -> Embedding:
-        """What the role's network says. Raises `Unavailable` where there is none."""
+        """Return the features by the role's network. Raises `Unavailable` where there is none."""
         if role not in self._embeddings:
             if self._whole is None:
                 self._embeddings[role] = self._extractor.embed(self.notes, role)
@@ -120,32 +120,32 @@ class NoteFeatures:
         return self._embeddings[role]
 
     def frames(self, role: Role) -> Tensor:
-        """The role's features (n, t, dim). Raises `Unavailable` where there is no network."""
+        """Return the role's features (n, t, dim). Raises `Unavailable` where there is no network."""
         return self.embedding(role).frames
 
     def logits(self, role: Role) -> Tensor:
-        """The logits (n, classes) of the role's classifier. Raises `Unavailable` where there is none."""
+        """Return the logits (n, classes) of the role's classifier. Raises `Unavailable` where there is none."""
         logits = self.embedding(role).logits
         if logits is None:
             raise Unavailable(f"{self.network(role).id} is no classifier")
         return logits
 
     def classes(self, role: Role) -> tuple[str, ...]:
-        """What these logits stand for. Raises `Unavailable` where nobody knows."""
+        """Return the class of each logit. Raises `Unavailable` where nobody knows."""
         network = self.network(role)
         if network.classes is None:
             raise Unavailable(f"nobody knows which class of {network.id} is which")
         return network.classes
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """What `compute` gives, computed once for each key; for what a metric wants of these notes again and again."""
+        """Return the result of `compute`, called once for each key: a cache for what metrics need more than once."""
         if key not in self._computed:
             self._computed[key] = compute()
-        found: T = self._computed[key]
-        return found
+        result: T = self._computed[key]
+        return result
 
     def progress(self, what: str) -> Callable[[int, int], None]:
-        """What to call with notes done and all of them while `what` is done to these notes."""
+        """Return the callback (notes done, total) for the task `what` on these notes."""
         return self._extractor.progress(f"{what}, {self.notes.source}")
 
     def forget(self) -> None:

@@ -50,7 +50,7 @@ class Nearest:
 
 
 def log_mel(waveform: Tensor) -> Tensor:
-    """Log-mel spectrograms float32 (B, 80, 1 + samples // 256) in [0, 1] of waveforms (B, samples) at 16 kHz.
+    """Compute log-mel spectrograms, float32 (B, 80, 1 + samples // 256) in [0, 1] of waveforms (B, samples) at 16 kHz.
 
     64,000 samples make 251 frames, centred, with zeros around the note; silence is 0 everywhere. The waveform is
     clipped to [-1, 1] first. Computed in float64 where the waveform is, or on the CPU if that is on MPS.
@@ -78,7 +78,7 @@ def log_mel(waveform: Tensor) -> Tensor:
 def filterbank(
     sample_rate: int = SAMPLE_RATE, n_fft: int = N_FFT, bands: int = BANDS, low: float = LOW, high: float = HIGH
 ) -> Tensor:
-    """Triangular filters of unit area on Slaney's mel scale (Auditory Toolbox 1998), float64 (bands, n_fft / 2 + 1).
+    """Return triangular filters of unit area on Slaney's mel scale (1998), float64 (bands, n_fft / 2 + 1).
 
     Frequencies in Hz. The scale is linear below 1 kHz, 3 mel for 200 Hz, and logarithmic above, 27 mel for a factor
     of 6.4. The filters of `librosa.filters.mel`.
@@ -91,7 +91,7 @@ def filterbank(
 
 
 def mel_errors(real: Tensor, fake: Tensor) -> MelErrors:
-    """Errors of log-mel spectrograms fake (n, bands, frames) against their originals, real (n, bands, frames).
+    """Compute the errors of log-mel spectrograms fake (n, bands, frames) against the originals real (n, bands, frames).
 
     Raises:
         ValueError: they do not pair up.
@@ -105,7 +105,7 @@ def mel_errors(real: Tensor, fake: Tensor) -> MelErrors:
 
 @torch.no_grad()
 def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
-    """The reference with the least squared error for each query (n, bands, frames), without alignment in time.
+    """Find the reference with the least squared error for each query (n, bands, frames), without aligning in time.
 
     references: (m, bands, frames), or an iterable over blocks of them where they do not fit into memory. Both errors
     are those against the one reference.
@@ -135,14 +135,14 @@ def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
             part = queries[rows].flatten(1)
             with exact_float32():
                 scores = torch.addmm(squares, part, flat.T, alpha=-2)
-            found = scores.topk(min(_CANDIDATES, len(flat)), largest=False).indices.sort().values
-            squared, absolute = _errors(part[:, None], flat[found])
+            candidates = scores.topk(min(_CANDIDATES, len(flat)), largest=False).indices.sort().values
+            squared, absolute = _errors(part[:, None], flat[candidates])
             best = squared.argmin(1, keepdim=True)
             candidate = squared.gather(1, best)[:, 0]
             better = candidate < mse[rows]
             mse[rows] = torch.where(better, candidate, mse[rows])
             mae[rows] = torch.where(better, absolute.gather(1, best)[:, 0], mae[rows])
-            index[rows] = torch.where(better, start + found.gather(1, best)[:, 0], index[rows])
+            index[rows] = torch.where(better, start + candidates.gather(1, best)[:, 0], index[rows])
         start += len(block)
     if n and not start:
         raise DataError("nearest: want at least 1 reference note, got none")
@@ -150,7 +150,7 @@ def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
 
 
 def _errors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared and mean absolute difference over the last dimension, in float64."""
+    """Return mean squared and mean absolute difference over the last dimension, in float64."""
     device = float64_device(a.device)
     difference = a.to(device).double() - b.to(device).double()
     return difference.square().mean(-1), difference.abs().mean(-1)

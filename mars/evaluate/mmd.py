@@ -21,7 +21,7 @@ _BLOCK = 1024  # frames whose kernels with all others are in memory at a time
 
 
 def mmd2(x: Tensor, y: Tensor, kernel: Kernel, counts_x: Tensor, counts_y: Tensor) -> Tensor:
-    """MMD^2 of every resample, float64 (resamples,).
+    """Compute MMD^2 of every resample, float64 (resamples,).
 
     x: (n, t, d) clips, frames, features; y: (m, t, d); counts_x: (resamples, n); counts_y: (resamples, m), as
     `bootstrap.resample_counts` draws them. Everything in float64.
@@ -31,12 +31,12 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel, counts_x: Tensor, counts_y: Tenso
 
 
 def polynomial(x: Tensor, y: Tensor) -> Tensor:
-    """(<x, y> / d + 1)^3 (a, b) of x (a, d), y (b, d): the kernel of KID (Binkowski et al. 2018)."""
+    """Return (<x, y> / d + 1)^3 (a, b) of x (a, d), y (b, d): the kernel of KID (Binkowski et al. 2018)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def gaussian(bandwidth: float) -> Kernel:
-    """The kernel exp(-|x - y|^2 / (2 bandwidth^2))."""
+    """Return the kernel exp(-|x - y|^2 / (2 bandwidth^2))."""
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return squared_distances(x, y).mul_(-0.5 / bandwidth**2).exp_()
@@ -45,14 +45,14 @@ def gaussian(bandwidth: float) -> Kernel:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|^2 (a, b) of x (a, d), y (b, d), by way of their product and never below 0."""
+    """Return |x_i - y_j|^2 (a, b) of x (a, d), y (b, d), by way of their product and never below 0."""
     middle = y.mean(0)  # a common shift takes digits from the squares, not from the distances
     x, y = x - middle, y - middle
     return torch.addmm(x.square().sum(1, keepdim=True) + y.square().sum(1), x, y.T, alpha=-2).clamp_(min=0)
 
 
 def _within(x: Tensor, kernel: Kernel, counts: Tensor) -> Tensor:
-    """sum_{i != j} w_i w_j K(x_i, x_j) (resamples,), each pair computed once."""
+    """Return sum_{i != j} w_i w_j K(x_i, x_j) (resamples,), each pair computed once."""
     total = torch.zeros(len(counts), dtype=torch.float64)
     for start, block in _blocks(x):
         values = _clip_kernel(block, x[start:], kernel)
@@ -63,7 +63,7 @@ def _within(x: Tensor, kernel: Kernel, counts: Tensor) -> Tensor:
 
 
 def _between(x: Tensor, y: Tensor, kernel: Kernel, counts_x: Tensor, counts_y: Tensor) -> Tensor:
-    """sum_ij w_i v_j K(x_i, y_j) (resamples,)."""
+    """Return sum_ij w_i v_j K(x_i, y_j) (resamples,)."""
     total = torch.zeros(len(counts_x), dtype=torch.float64)
     for start, block in _blocks(x):
         values = _clip_kernel(block, y, kernel)
@@ -77,7 +77,7 @@ def _blocks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _clip_kernel(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
-    """Mean kernel (a, b) over the pairs of frames of clips x (a, t, d), y (b, u, d)."""
+    """Return the mean kernel (a, b) over the pairs of frames of clips x (a, t, d), y (b, u, d)."""
     values = kernel(x.flatten(0, 1), y.flatten(0, 1))
     return values.view(len(x), x.shape[1], len(y), y.shape[1]).mean((1, 3))
 

@@ -57,7 +57,7 @@ def write(path: Path, report: Report, pairs: Sequence[Pair]) -> None:
 
 
 def render(report: Report, pairs: Sequence[Pair]) -> str:
-    """The page as HTML; raises as `write` does."""
+    """Return the page as HTML; raises as `write` does."""
     title = f"Evaluation, {report.profile} profile, {report.mode}"
     known = headings(report)
     names = measured(rows(report).values(), known)
@@ -99,7 +99,7 @@ def _caution(report: Report) -> str:
 
 
 def _figures(report: Report, names: Sequence[str], known: Headings) -> str:
-    """All values, a row for each set, and why some are missing."""
+    """Return the HTML of all values, a row for each set, and why some are missing."""
     head = ["", *(f"{escape(known[name].label)} {arrow(known[name])}".rstrip() for name in names)]
     table = html.table(
         head,
@@ -117,7 +117,7 @@ def _figures(report: Report, names: Sequence[str], known: Headings) -> str:
 def _cell(figure: Figure | None) -> str:
     if figure is None or figure.value is None:
         return "-"
-    return number(figure.value) + (f"<small>{found}</small>" if (found := _interval(figure)) else "")
+    return number(figure.value) + (f"<small>{interval}</small>" if (interval := _interval(figure)) else "")
 
 
 def _interval(figure: Figure) -> str:
@@ -132,20 +132,20 @@ def _chart(report: Report, name: str, known: Headings) -> str:
         for row, metrics in rows(report).items()
         if (m := metrics.get(name)) is not None and m.value is not None
     ]
-    found = report.metrics.get(name)
-    notes = f"{found.n_fake:,} notes against {found.n_real:,}" if found and found.value is not None else ""
-    embedder = found.embedder if found else ""
+    metric = report.metrics.get(name)
+    notes = f"{metric.n_fake:,} notes against {metric.n_real:,}" if metric and metric.value is not None else ""
+    embedder = metric.embedder if metric else ""
     below = "; ".join(filter(None, [BETTER[known[name].better], notes, embedder]))
     return bar_chart(known[name].label, below, bars)
 
 
 def _notes(pairs: Sequence[Pair]) -> str:
-    """What there is to see and hear, as many of the pairs as fit."""
-    room, shown = EMBEDDED, []
+    """Return the HTML of pictures and sounds, of as many pairs as fit."""
+    budget, shown = EMBEDDED, []
     for pair in pairs:
         media = {what: _media(waveform) for what, waveform in pair.sounds.items()}
-        room -= sum(len(data) for both in media.values() for data in both)
-        if room < 0:
+        budget -= sum(len(data) for both in media.values() for data in both)
+        if budget < 0:
             break
         figures = "".join(
             html.note(
@@ -165,7 +165,7 @@ def _notes(pairs: Sequence[Pair]) -> str:
 
 
 def _media(waveform: Tensor) -> tuple[bytes, bytes]:
-    """Picture (PNG) and sound (FLAC) of a waveform (samples,)."""
+    """Return the picture (PNG) and sound (FLAC) of a waveform (samples,)."""
     samples = audio.pcm(waveform)
     height, width = SIZE
     spectrogram = audio.spectrogram(waveform.detach().cpu(), FRONT_END)
@@ -173,23 +173,23 @@ def _media(waveform: Tensor) -> tuple[bytes, bytes]:
     return png(picture), html.flac(samples, FRONT_END.sample_rate)
 
 
-def _computed(report: Report, name: str, shown: Headings) -> str:
-    """All that is known of a metric, for every set that has it; folded away."""
-    found = {row: m for row, metrics in rows(report).items() if (m := metrics.get(name)) and m.value is not None}
+def _computed(report: Report, name: str, headings: Headings) -> str:
+    """Return the HTML of all details of a metric, for every set that has it; folded away."""
+    computed = {row: m for row, metrics in rows(report).items() if (m := metrics.get(name)) and m.value is not None}
     known = {
         row: html.flat({key: value for key, value in asdict(metric).items() if value not in (None, "", {})})
-        for row, metric in found.items()
+        for row, metric in computed.items()
     }
     keys = dict.fromkeys(key for values in known.values() for key in values)
     table = html.table(
         ["", *map(escape, known)],
         [[escape(key), *(_text(values[key]) if key in values else "-" for values in known.values())] for key in keys],
     )
-    return f"<details><summary>{escape(shown[name].label)}</summary>{table}</details>"
+    return f"<details><summary>{escape(headings[name].label)}</summary>{table}</details>"
 
 
 def _provenance(report: Report) -> str:
-    """The sets, the networks and the making of the evaluated notes."""
+    """Return the HTML that says which sets and networks were used, and how the evaluated notes were made."""
     sets = html.table(
         ["", "source", "notes", "padded", "cut", "clipped", "refused", "fingerprint"],
         [
@@ -206,21 +206,21 @@ def _provenance(report: Report) -> str:
         ["network", *dict.fromkeys(key for embedder in report.embedders.values() for key in embedder)],
         [[escape(name), *map(_text, embedder.values())] for name, embedder in report.embedders.items()],
     )
-    made = html.table([], [[escape(name), _text(value)] for name, value in html.flat(report.produced).items()])
+    produced = html.table([], [[escape(name), _text(value)] for name, value in html.flat(report.produced).items()])
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return "".join(
         [
             f"<h3>Sets</h3>{sets}",
             *(_refused(name, sounds) for name, sounds in report.sets.items() if sounds.refused),
             f"<h3>Networks</h3>{networks}" if report.embedders else "",
-            f"<h3>How the evaluated notes were made</h3>{made}" if report.produced else "",
+            f"<h3>How the evaluated notes were made</h3>{produced}" if report.produced else "",
             f"<h3>Versions</h3><p>{escape(versions)}</p>",
         ]
     )
 
 
 def _refused(name: str, sounds: Sounds) -> str:
-    """The files of a set that were left out; folded away."""
+    """Return the HTML of the files of a set that were left out; folded away."""
     files = "".join(f"<li>{escape(file)}: {escape(reason)}</li>" for file, reason in sounds.refused[:LISTED])
     more = f"<p>And {len(sounds.refused) - LISTED:,} more.</p>" if len(sounds.refused) > LISTED else ""
     return f"<details><summary>Files left out of {escape(name)}</summary><ul>{files}</ul>{more}</details>"

@@ -139,12 +139,12 @@ def _folder(
 
 
 def _produced(model: Model, settings: Mapping[str, Any], filled: Filled) -> dict[str, Any]:
-    """What both functions return."""
+    """Return the part of the result that both functions share."""
     return {"model_hash": model.hash, "settings": dict(settings), "quieter": filled.full_scale}
 
 
 def _labels(notes: NoteSet, i: int, names: Sequence[str]) -> Condition:
-    """What is known of a note, of these labels."""
+    """Return those of these labels that are known of a note."""
     return {name: notes.labels[i][name] for name in names if name in notes.labels[i]}
 
 

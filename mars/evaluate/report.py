@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON: `metrics.<name>.value`, how each was computed, and a fingerprint of all that.
+"""The report of an evaluation, as JSON: `metrics.<name>.value`, how each was computed, and a fingerprint of all that.
 
 Two reports may stand in one table if their fingerprints are equal: the same definitions, settings, networks, reference
 notes, numbers of notes and versions. What was evaluated is not part of it.
@@ -116,7 +116,7 @@ def write(path: Path, report: Report) -> None:
 
 
 def read(path: Path) -> Report:
-    """The report in a file that `write` made.
+    """Read the report in a file that `write` made.
 
     Raises:
         DataError: it is missing or something else.

@@ -1,4 +1,4 @@
-"""What every measure asks of its samples, and an order of them that depends only on what is in them."""
+"""Checks of the samples that every measure is given, and an order of them that depends only on what is in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 256  # samples summed at a time
 
 
 def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor:
-    """The samples, detached, on the CPU and contiguous; float32 if they were in less.
+    """Return the samples, detached, on the CPU and contiguous; float32 if they were in less.
 
     name, shape: of the measure and of what it wants, for the message, such as "kid", "notes", "features".
 
@@ -23,8 +23,8 @@ def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor
         DataError: fewer than `minimum` samples, or some that are not finite.
     """
     if samples.ndim != len(shape) or not samples.is_floating_point():
-        wanted = f"floating-point ({', '.join(shape)})"
-        raise ValueError(f"{name}: want {wanted}, got {samples.dtype} {tuple(samples.shape)}")
+        expected = f"floating-point ({', '.join(shape)})"
+        raise ValueError(f"{name}: want {expected}, got {samples.dtype} {tuple(samples.shape)}")
     if len(samples) < minimum:
         raise DataError(f"{name}: want at least {minimum} {shape[0]}, got {len(samples)}; evaluate more of them")
     samples = samples.detach().cpu()
@@ -34,7 +34,7 @@ def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor
 
 
 def checked_pair(name: str, real: Tensor, fake: Tensor, *shape: str, minimum: int = 1) -> tuple[Tensor, Tensor]:
-    """Both sets as `checked`, of the same width.
+    """Return both sets as `checked`, of the same width.
 
     Raises:
         ValueError: as `checked`, or their last dimensions differ.
@@ -49,14 +49,14 @@ def checked_pair(name: str, real: Tensor, fake: Tensor, *shape: str, minimum: in
 
 
 def finite(name: str, samples: Tensor, kind: str) -> None:
-    """Raises `DataError` if any of samples (n, ...) holds NaN or infinity."""
+    """Raise `DataError` if any of samples (n, ...) holds NaN or infinity."""
     bad = int((~_sums(samples).isfinite()).sum())
     if bad:
         raise DataError(f"{name}: {bad} of {len(samples)} {kind} hold NaN or infinity; leave them out or repair them")
 
 
 def canonical_order(samples: Tensor) -> Tensor:
-    """Indices int64 (n,) that bring samples (n, ...) into an order of their own: by sum, then by content.
+    """Return indices int64 (n,) that bring samples (n, ...) into an order of their own: by sum, then by content.
 
     A measure that draws subsets from its samples in this order gives the same value, bit for bit, in whatever order
     it got them. A sum changes little where a value does, so rounding that differs between two machines moves few
@@ -73,12 +73,12 @@ def canonical_order(samples: Tensor) -> Tensor:
 
 
 def canonical(samples: Tensor) -> Tensor:
-    """Samples (n, ...) in `canonical_order`, in float64."""
+    """Return samples (n, ...) in `canonical_order`, in float64."""
     return samples[canonical_order(samples)].double()
 
 
 def _sums(samples: Tensor) -> Tensor:
-    """float64 (n,) of samples (n, ...)."""
+    """Return the sum of each of samples (n, ...), float64 (n,)."""
     if samples.ndim == 1:
         return samples.double()
     # PyTorch converts all that it sums first, which for many log-mels would be gigabytes.

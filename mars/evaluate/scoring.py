@@ -55,30 +55,30 @@ class Settings(Conditions):
     @property
     def possible(self) -> tuple[str, ...]:
         """The metrics of this profile and mode, in the order of tables."""
-        found = {
+        available = {
             name
             for measure in catalogue.measures()
             if self.profile in measure.compute and self.mode in measure.modes
             for name in measure.names
         }
-        return tuple(name for name in catalogue.table() if name in found)
+        return tuple(name for name in catalogue.table() if name in available)
 
     @property
-    def wanted(self) -> tuple[str, ...]:
+    def selected(self) -> tuple[str, ...]:
         """The metrics to compute, in the order of tables."""
         return tuple(name for name in self.possible if not self.metrics or name in self.metrics)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
         """What computes them."""
-        wanted = set(self.wanted)
-        return tuple(measure for measure in catalogue.measures() if not wanted.isdisjoint(measure.names))
+        selected = set(self.selected)
+        return tuple(measure for measure in catalogue.measures() if not selected.isdisjoint(measure.names))
 
     @property
     def roles(self) -> frozenset[Role]:
         """Of the networks that the metrics to compute listen with."""
-        found = (measure.role for measure in self.measures)
-        return frozenset(_swapped(role) if self.as_published else role for role in found if role is not None)
+        roles = (measure.role for measure in self.measures)
+        return frozenset(_swapped(role) if self.as_published else role for role in roles if role is not None)
 
 
 def check(settings: Settings, embedders: Embedders, train: NoteSet | None) -> None:
@@ -102,7 +102,7 @@ class Evaluation:
     """A report, and some of the notes to hear: a title and the waveforms (samples,) by what they are."""
 
     report: Report
-    shown: list[tuple[str, dict[str, Tensor]]]
+    examples: list[tuple[str, dict[str, Tensor]]]
 
 
 def evaluate(
@@ -154,12 +154,12 @@ def evaluate(
     for measure in settings.measures:
         if measure.prepare is not None:
             measure.prepare(rows)
-    shown: list[tuple[str, dict[str, Tensor]]] = []
+    examples: list[tuple[str, dict[str, Tensor]]] = []
     scored: dict[str, dict[str, Figure]] = {}
     for row in rows:
         scored[row.name] = _score(row, settings, networks)
-        if not row.name and "mse" in settings.wanted:
-            shown = _shown(rows)
+        if not row.name and "mse" in settings.selected:
+            examples = _shown(rows)
         row.fake.forget()
     sets = {"real": real, "fake": fake}
     if train is not None and any(measure.training != "unused" for measure in settings.measures):
@@ -180,14 +180,14 @@ def evaluate(
         produced=produced or {},
         table=catalogue.headings(),
     )
-    return Evaluation(report, shown)
+    return Evaluation(report, examples)
 
 
 def _score(row: Row, settings: Settings, networks: Mapping[Role, Embedder | str]) -> dict[str, Figure]:
-    """The settings' metrics of a row; of the evaluated notes' row, those that the settings name must be there."""
-    found: dict[str, Figure] = {}
+    """Compute a row's metrics; in the row of the evaluated notes those that the settings name must be available."""
+    results: dict[str, Figure] = {}
     for measure in settings.measures:
-        wanted = [name for name in measure.names if name in settings.wanted]
+        names = [name for name in measure.names if name in settings.selected]
         embedder = None if measure.role is None else networks[measure.role]
         if not isinstance(embedder, str):
             for side in (row.real, row.fake):  # outside of the clause: a file that has changed spoils everything
@@ -199,35 +199,35 @@ def _score(row: Row, settings: Settings, networks: Mapping[Role, Embedder | str]
             figures = measure.compute[settings.profile](row)
         except (ConfigError, DataError) as error:
             if not row.name and settings.metrics:
-                raise type(error)(f"{', '.join(wanted)}: {error}") from None
-            figures = {name: Figure(reason=str(error)) for name in wanted}
+                raise type(error)(f"{', '.join(names)}: {error}") from None
+            figures = {name: Figure(reason=str(error)) for name in names}
         same: dict[str, Any] = {
             "n_real": len(row.real),
             "n_fake": len(row.fake),
             "embedder": embedder.id if embedder is not None and not isinstance(embedder, str) else "",
             "seconds": round(time.perf_counter() - began, 3),
         }
-        found |= {name: replace(figures[name], **same) for name in wanted}
-    return {name: found[name] for name in settings.wanted}
+        results |= {name: replace(figures[name], **same) for name in names}
+    return {name: results[name] for name in settings.selected}
 
 
 def _roles(settings: Settings, embedders: Embedders) -> dict[Role, Embedder | str]:
-    """The network of each role with these settings."""
+    """Return the network of each role with these settings."""
     return {role: embedders[_swapped(role) if settings.as_published else role] for role in ROLES}
 
 
 def _swapped(role: Role) -> Role:
-    """The role whose network stands in for this one's in the published constants."""
+    """Return the role whose network stands in for this one's in the published constants."""
     swapped: dict[Role, Role] = {"pitch": "instrument", "instrument": "pitch"}
     return swapped.get(role, role)
 
 
 def _shown(rows: Sequence[Row]) -> list[tuple[str, dict[str, Tensor]]]:
-    """Notes with low, middling and high errors beside their originals, or the real notes nearest to them."""
+    """Return notes with low, middling and high errors beside their originals, or the real notes nearest to them."""
     row = rows[0]
     order = row.errors.errors.mse.argsort()
     places = torch.linspace(0, len(order) - 1, min(SHOWN, len(order)), dtype=torch.float64).round().long()
-    shown = []
+    examples = []
     for rank in places.tolist():
         i = int(order[rank])
         original = int(row.errors.index[i])
@@ -237,8 +237,8 @@ def _shown(rows: Sequence[Row]) -> list[tuple[str, dict[str, Tensor]]]:
         waveforms = {
             what: notes.waveforms([i if what == "evaluated" else original])[0] for what, notes in sounds.items()
         }
-        shown.append((title, waveforms))
-    return shown
+        examples.append((title, waveforms))
+    return examples
 
 
 def _sounds(notes: NoteSet) -> Sounds:
@@ -255,10 +255,10 @@ def _sounds(notes: NoteSet) -> Sounds:
 
 
 def _versions() -> dict[str, str]:
-    found = {"mars": mars.__version__}
+    versions = {"mars": mars.__version__}
     for name in ("numpy", "torch", "torchmetrics", "scikit-learn"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

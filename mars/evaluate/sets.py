@@ -6,7 +6,6 @@ zeros, clipped to [-1, 1]. Nothing is left out in silence: a set counts what it 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -26,7 +25,7 @@ from mars.data.folder import find
 from mars.data.kinds import not_a_folder
 from mars.data.notes import Audio, fault
 from mars.errors import BadFileError, DataError, TooManyBadError
-from mars.files import opened, read_json
+from mars.files import read_json, read_limited
 from mars.labels import LABELS, UNKNOWN, Condition, labels_of
 from mars.runtime import stream
 
@@ -38,7 +37,7 @@ STREAM = 5  # tells the random order from other streams with the same seed
 
 @dataclass(frozen=True)
 class Record:
-    """What opening a set found: the names of notes that it changed, and what it left out."""
+    """What opening a set gave: the names of notes that it changed, and what it left out."""
 
     padded: frozenset[str] = frozenset()  # shorter than 64,000 samples
     cut: frozenset[str] = frozenset()  # longer
@@ -74,7 +73,7 @@ class NoteSet:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def waveforms(self, rows: Sequence[int] | npt.NDArray[np.int64] | None = None) -> Tensor:
-        """Waveforms (B, 64000), float32 in [-1, 1], of the notes at these places (None: all).
+        """Return waveforms (B, 64000), float32 in [-1, 1], of the notes at these indices (None: all).
 
         Raises:
             DataError: a file has changed or gone since the set was opened.
@@ -82,7 +81,7 @@ class NoteSet:
         return self._read(range(len(self)) if rows is None else [int(row) for row in rows])
 
     def subset(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> NoteSet:
-        """The notes at these places, in this order."""
+        """Return the notes at these indices, in this order."""
         places = [int(row) for row in rows]
         names = tuple(self.names[i] for i in places)
         record, kept = self.record, frozenset(names)
@@ -97,7 +96,7 @@ class NoteSet:
         )
 
     def mapped(self, name: str, transform: Callable[[Tensor, Sequence[str]], Tensor]) -> NoteSet:
-        """The same notes with other sounds, computed whenever they are read.
+        """Return the same notes with other sounds, computed whenever they are read.
 
         Args:
             name: of the transform with its parameters; the sounds' keys begin with it.
@@ -112,36 +111,36 @@ class NoteSet:
         return replace(self, source=f"{self.source}, {name}", keys=keys, _read=read)
 
     def shuffled(self, seed: int) -> NoteSet:
-        """The notes in an order that depends on the seed and on what is in the set, not on its own order."""
+        """Return the notes in an order that depends on the seed and on what is in the set, not on its own order."""
         rows = sorted(range(len(self)), key=lambda i: (self.keys[i], self.names[i]))
         order = torch.randperm(len(rows), generator=stream(seed, STREAM)).tolist()
         return self.subset([rows[i] for i in order])
 
     def by_id(self) -> dict[str, int]:
-        """The place of each id.
+        """Return the index of each id.
 
         Raises:
             DataError: an id occurs twice.
         """
-        found: dict[str, int] = {}
+        index: dict[str, int] = {}
         for i, key in enumerate(self.ids):
-            if key in found:
+            if key in index:
                 raise DataError(
-                    f"{self.source}: {self.names[found[key]]} and {self.names[i]} both have the id {key}; "
+                    f"{self.source}: {self.names[index[key]]} and {self.names[i]} both have the id {key}; "
                     "rename one or keep each in a folder of its own"
                 )
-            found[key] = i
-        return found
+            index[key] = i
+        return index
 
 
 def stem(name: str) -> str:
-    """A note's name without folders and suffix."""
+    """Return a note's name without folders and suffix."""
     file = name.rsplit("/", 1)[-1]
     return file.rsplit(".", 1)[0] if file.lower().endswith(SUFFIXES) else file
 
 
 def note_id(name: str) -> str:
-    """What a note's name says which note it is.
+    """Return the id in a note's name, by which notes of two sets are paired.
 
     An NSynth name is the id itself. Otherwise the number that the name starts with, or the only number in it, without
     leading zeros; otherwise the name. Folders and suffixes do not count.
@@ -162,7 +161,7 @@ def open_notes(
     allow_bad: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> NoteSet:
-    """The notes of a folder of audio files, of one split of a packed dataset, or of the built-in notes (None).
+    """Open the notes of a folder of audio files, of one split of a packed dataset, or of the built-in notes (None).
 
     A folder is read with its sub-folders. Labels come from NSynth names, or from the `notes.json` that mars-generate
     writes. A file is refused that cannot be read, is not mono at 16 kHz, lasts under 0.1 s, is silent or holds NaN,
@@ -179,7 +178,7 @@ def open_notes(
 
 
 def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
-    """Both sets in the order of their ids, note for note.
+    """Pair up two sets: both in the order of their ids, note for note.
 
     The partner of a file that was refused is left out too, and listed with the reason.
 
@@ -189,12 +188,12 @@ def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
     real, fake = _without_partners(real, fake), _without_partners(fake, real)
     places = real.by_id(), fake.by_id()
     for ours, theirs, where in ((places[0], places[1], fake), (places[1], places[0], real)):
-        lacking = sorted(ours.keys() - theirs.keys())
-        if lacking:
-            more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+        missing = sorted(ours.keys() - theirs.keys())
+        if missing:
+            more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise DataError(
                 f"{real.source} has {len(real):,} notes, {fake.source} {len(fake):,}, and they must pair up by name; "
-                f"{where.source} has no note {lacking[0]}{more}"
+                f"{where.source} has no note {missing[0]}{more}"
             )
     order = sorted(places[0])
     if not order:
@@ -203,7 +202,7 @@ def pair(real: NoteSet, fake: NoteSet) -> tuple[NoteSet, NoteSet]:
 
 
 def can_pair(real: NoteSet, fake: NoteSet) -> bool:
-    """Whether `pair` finds a partner for every note."""
+    """Return whether `pair` finds a partner for every note."""
     try:
         pair(real, fake)
     except DataError:
@@ -212,12 +211,12 @@ def can_pair(real: NoteSet, fake: NoteSet) -> bool:
 
 
 def _without_partners(notes: NoteSet, others: NoteSet) -> NoteSet:
-    """The notes but for those whose partner among the others was refused."""
+    """Return the notes but for those whose partner among the others was refused."""
     refused = {note_id(name) for name, _ in others.record.refused} - set(others.ids)
     alone = [i for i, key in enumerate(notes.ids) if key in refused]
-    kept = notes.subset([i for i, key in enumerate(notes.ids) if key not in refused])
+    paired = notes.subset([i for i, key in enumerate(notes.ids) if key not in refused])
     reasons = tuple((notes.names[i], f"its partner in {others.source} cannot be used") for i in alone)
-    return replace(kept, record=replace(kept.record, refused=kept.record.refused + reasons))
+    return replace(paired, record=replace(paired.record, refused=paired.record.refused + reasons))
 
 
 def _packed(path: str | Path | None, split: str, progress: Callable[[int, int], None] | None) -> NoteSet:
@@ -272,8 +271,8 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
         raise DataError(f"{path} holds no audio files{listed.why_none()}; want {', '.join(SUFFIXES)}")
     checked = {name: _File(reason=reason) for name, reason in listed.refused.items()}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        for file, found in zip(files, pool.map(_check, files), strict=True):
-            checked[file.relative_to(path).as_posix()] = found
+        for file, result in zip(files, pool.map(_check, files), strict=True):
+            checked[file.relative_to(path).as_posix()] = result
             if progress is not None:
                 progress(len(checked) - len(listed.refused), len(files))
     for name in conditions.keys() - checked.keys():
@@ -284,25 +283,25 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
             f"{path}: {len(refused):,} of {len(checked):,} notes cannot be used, the first: {refused[0][0]}: "
             f"{refused[0][1]}; mend them, or allow the fraction of them with `allow_bad`"
         )
-    kept = {name: file for name, file in sorted(checked.items()) if not file.reason}
-    if not kept:
+    intact = {name: file for name, file in sorted(checked.items()) if not file.reason}
+    if not intact:
         raise DataError(f"{path}: none of its {len(refused):,} notes can be used; {refused[0][0]}: {refused[0][1]}")
-    names = tuple(kept)
+    names = tuple(intact)
 
     def read(chosen: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.stack([_again(path / names[i], kept[names[i]]) for i in chosen]))
+        return torch.from_numpy(np.stack([_again(path / names[i], intact[names[i]]) for i in chosen]))
 
     labels = tuple(_labels(name, conditions) for name in names)
     return NoteSet(
         source=str(path),
         names=names,
-        keys=tuple(file.sha256 for file in kept.values()),
+        keys=tuple(file.sha256 for file in intact.values()),
         pitch=np.array([known.get("pitch", UNKNOWN) for known in labels], np.int32),
         labels=labels,
         record=Record(
-            padded=frozenset(name for name, file in kept.items() if file.frames < SAMPLES),
-            cut=frozenset(name for name, file in kept.items() if file.frames > SAMPLES),
-            clipped=frozenset(name for name, file in kept.items() if file.clipped),
+            padded=frozenset(name for name, file in intact.items() if file.frames < SAMPLES),
+            cut=frozenset(name for name, file in intact.items() if file.frames > SAMPLES),
+            clipped=frozenset(name for name, file in intact.items() if file.clipped),
             refused=refused,
         ),
         _read=read,
@@ -311,7 +310,7 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
 
 def _check(path: Path) -> _File:
     try:
-        content = _content(path)
+        content = read_limited(path, LARGEST)
         audio, frames = _decode(content)
         if reason := fault(audio):
             raise BadFileError(reason)
@@ -322,17 +321,8 @@ def _check(path: Path) -> _File:
     return _File(hashlib.sha256(content).hexdigest(), frames, bool(np.abs(audio).max() > 1))
 
 
-def _content(path: Path) -> bytes:
-    """A file of sound. Raises `OSError`, among others where it is none or over `LARGEST` bytes."""
-    with opened(path) as file:
-        content = file.read(min(os.fstat(file.fileno()).st_size, LARGEST) + 1)
-    if len(content) > LARGEST:
-        raise OSError(errno.EFBIG, f"over {LARGEST:,} bytes", str(path))
-    return content
-
-
 def _decode(content: bytes) -> tuple[Audio, int]:
-    """(64000,) of a file, and the frames that it has, as far as 64,001. Raises `BadFileError`."""
+    """Decode a file to (64000,), and count its frames, up to 64,001. Raises `BadFileError`."""
     recording = record(content, SAMPLES / SAMPLE_RATE)
     if (recording.rate, recording.channels) != (SAMPLE_RATE, 1):
         raise BadFileError(
@@ -343,9 +333,9 @@ def _decode(content: bytes) -> tuple[Audio, int]:
 
 
 def _again(path: Path, known: _File) -> Audio:
-    """A file that was checked before, (64000,) in [-1, 1]."""
+    """Decode a file that was checked before to (64000,) in [-1, 1]."""
     try:
-        content = _content(path)
+        content = read_limited(path, LARGEST)
     except OSError as error:
         raise DataError(f"{path} was there when the evaluation began ({error.strerror}); start again") from None
     if hashlib.sha256(content).hexdigest() != known.sha256:
@@ -354,27 +344,27 @@ def _again(path: Path, known: _File) -> Audio:
 
 
 def _conditions(path: Path) -> dict[str, Condition]:
-    """The labels that `notes.json` says each file was to have; empty where there is none."""
+    """Return the labels that `notes.json` says each file was to have; empty where there is none."""
     listing = path / "notes.json"
     if not listing.exists():
         return {}
     content = read_json(listing, DataError)
     try:
-        asked = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
+        requested = {str(note["file"]): dict(note["condition"]) for note in content["notes"]}
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
     try:
-        found = {
+        conditions = {
             file: {name: label.listed(condition.get(name)) for name, label in LABELS.items()}
-            for file, condition in asked.items()
+            for file, condition in requested.items()
         }
     except ValueError as error:
         raise DataError(f"{listing}: {error}") from None
-    return {file: {k: v for k, v in condition.items() if v is not None} for file, condition in found.items()}
+    return {file: {k: v for k, v in condition.items() if v is not None} for file, condition in conditions.items()}
 
 
 def _labels(name: str, conditions: dict[str, Condition]) -> Condition:
-    """What is known of a note: asked for, or in its name."""
+    """Return the labels that are known of a note: those it was generated for, or those in its name."""
     if name in conditions:
         return conditions[name]
     labels = labels_of(stem(name))

@@ -31,17 +31,17 @@ Headings = Mapping[str, Heading]
 
 
 def headings(*reports: Report) -> dict[str, Heading]:
-    """How the metrics of reports are shown, in the order of tables; older reports do not say."""
-    found: dict[str, Heading] = {}
+    """Return how the metrics of reports are shown, in the order of tables; older reports do not say."""
+    result: dict[str, Heading] = {}
     for report in reports:
-        found = {**report.table, **found} if report.table else {**_known(), **found}
+        result = {**report.table, **result} if report.table else {**_known(), **result}
     measured = {
         name: Heading(name.replace("_", " "))
         for report in reports
         for row in rows(report).values()
         for name in sorted(row)
     }
-    return {**found, **{name: heading for name, heading in measured.items() if name not in found}}
+    return {**result, **{name: heading for name, heading in measured.items() if name not in result}}
 
 
 def _known() -> dict[str, Heading]:
@@ -51,40 +51,40 @@ def _known() -> dict[str, Heading]:
 
 
 def arrow(heading: Heading) -> str:
-    """Where a metric's better values are: down, up, or nowhere that is known."""
+    """Return an arrow to a metric's better values: down, up, or none if that is not known."""
     return _ARROWS[heading.better]
 
 
 def rows(report: Report) -> dict[str, Row]:
-    """The evaluated set and the baselines, by name."""
+    """Return the evaluated set and the baselines, by name."""
     return {EVALUATED: report.metrics, **report.baselines}
 
 
 def measured(rows: Iterable[Row], headings: Headings) -> list[str]:
-    """The metrics that have a value in any row, in the order of the headings."""
+    """Return the metrics that have a value in any row, in the order of the headings."""
     known = {name for row in rows for name, figure in row.items() if figure.value is not None}
     return [name for name in headings if name in known]
 
 
 def absent(rows: Mapping[str, Row], headings: Headings) -> dict[str, list[str]]:
-    """Why metrics have no value: each reason with the metrics, and with the rows if it does not hold for all."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """Return why metrics have no value: each reason with the metrics, and with the rows if it does not hold for all."""
+    reasons: dict[str, dict[str, list[str]]] = {}
     for row, figures in rows.items():
         for name, figure in figures.items():
             if figure.value is None:
-                found.setdefault(figure.reason or "no reason is given", {}).setdefault(name, []).append(row)
-    everywhere = {name: sum(name in row for row in rows.values()) for names in found.values() for name in names}
+                reasons.setdefault(figure.reason or "no reason is given", {}).setdefault(name, []).append(row)
+    everywhere = {name: sum(name in row for row in rows.values()) for names in reasons.values() for name in names}
     return {
         reason: [
             headings[name].label + (f" ({', '.join(where)})" if len(where) < everywhere[name] else "")
             for name, where in names.items()
         ]
-        for reason, names in found.items()
+        for reason, names in reasons.items()
     }
 
 
 def counts(sounds: Sounds) -> str:
-    """How many notes a set has, and what was done to them."""
+    """Return how many notes a set has, and what was done to them."""
     changed = {name: getattr(sounds, name) for name in ("padded", "cut", "clipped")} | {"refused": len(sounds.refused)}
     return ", ".join([f"{sounds.notes:,} notes", *(f"{count:,} {what}" for what, count in changed.items() if count)])
 
@@ -110,7 +110,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def compare(reports: Mapping[str, Report]) -> list[str]:
-    """What of their protocols differs between reports, by file name, a line each; none: they may share a table.
+    """List the differences between the reports' protocols, by file name; none: they may share a table.
 
     Raises:
         ConfigError: they are of two profiles.
@@ -119,8 +119,8 @@ def compare(reports: Mapping[str, Report]) -> list[str]:
     for name, report in reports.items():
         profiles.setdefault(report.profile, name)
     if len(profiles) > 1:
-        found = ", ".join(f"{profile} of {name}" for profile, name in profiles.items())
-        raise ConfigError(f"want reports of one profile, got {found}; figures of two must not share a table")
+        described = ", ".join(f"{profile} of {name}" for profile, name in profiles.items())
+        raise ConfigError(f"want reports of one profile, got {described}; figures of two must not share a table")
     protocols = {name: json.loads(json.dumps(report.protocol)) for name, report in reports.items()}
     merged: dict[tuple[str, str], list[str]] = {}  # the same difference in several metrics is one line
     for path, words in _differences(protocols, ()):
@@ -160,13 +160,13 @@ def print_comparison(reports: Mapping[str, Report], console: Console, stderr: Co
 
 
 def _differences(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Where the values of the reports differ and how."""
+    """Yield where the values of the reports differ and how."""
     if all(isinstance(value, dict) for value in values.values()):
         for key in dict.fromkeys(key for value in values.values() for key in value):
             have = {report: value[key] for report, value in values.items() if key in value}
             if len(have) < len(values):
-                lacking = [report for report in values if report not in have]
-                yield (*path, key), f"in {_listed(have)}, not in {_listed(lacking)}"
+                missing = [report for report in values if report not in have]
+                yield (*path, key), f"in {_listed(have)}, not in {_listed(missing)}"
             else:
                 yield from _differences(have, (*path, key))
         return
@@ -189,7 +189,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _heading(heading: Heading) -> str:
-    """A metric's name and arrow, in lines as short as they can be."""
+    """Return a metric's name and arrow, in lines as short as they can be."""
     words, _, embedder = heading.label.removesuffix(")").partition(" (")
     first, _, last = f"{words} {arrow(heading)}".rstrip().partition(" ")
     lines = [f"{first} {last}"] if len(words) < WIDE else [first, last]
@@ -197,7 +197,7 @@ def _heading(heading: Heading) -> str:
 
 
 def _cell(figure: Figure | None) -> str:
-    """Value and, below, its interval."""
+    """Return the value and, below, its interval."""
     if figure is None or figure.value is None:
         return "-"
     if figure.low is None or figure.high is None:
@@ -234,7 +234,7 @@ def _say(console: Console, line: str, style: str = "") -> None:
 
 
 def _plain(line: str, console: Console) -> str:
-    """The line without what would control a terminal, in characters that the console has."""
+    """Return the line without what would control a terminal, in characters that the console has."""
     if console.options.ascii_only:
         line = line.translate(_ASCII)
     return printable(line).encode(console.encoding, "replace").decode(console.encoding)

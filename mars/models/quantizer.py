@@ -20,17 +20,17 @@ from mars.runtime import to_device
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What quantisation gives."""
+    """The result of `Quantizer.forward`."""
 
     ids: Tensor  # int64 (B, L)
     latent: Tensor  # (B, D, H, W), the sum of all kept scales; its gradient goes straight to the encoder
     loss: Tensor  # (), codebook plus beta commitment, mean over the scales
-    kept: Tensor | None = None  # bool (B, N), the scales that quantiser dropout left; None: all
+    keep_mask: Tensor | None = None  # bool (B, N), the scales that quantiser dropout left; None: all
     residuals: Tensor | None = None  # (B, L, D), what each code was chosen for; only for training that asks for it
 
 
 def phi_index(scales: int, count: int) -> list[int]:
-    """Which of `count` convolutions each scale uses: the nearest of evenly spread ticks (ties go up)."""
+    """Return which of `count` convolutions each scale uses: the nearest of evenly spread ticks (ties go up)."""
     offset = 1 / (3 * count) if count == 4 else 1 / (2 * count)
     step = (1 - 2 * offset) / max(count - 1, 1)
     place = [k / max(scales - 1, 1) for k in range(scales)]
@@ -72,19 +72,19 @@ class Quantizer(nn.Module):
             codebook = (totals - f.detach()).square().mean(dims)  # (N, B)
             commitment = (totals.detach() - f).square().mean(dims)
             each = codebook + c.beta * commitment
-            kept = None
+            keep_mask = None
             if keep is None:
                 loss = each.mean()
             else:  # a scale's loss is the mean over the samples that keep it
-                kept = keep > torch.arange(len(self.scales), device=f.device)[:, None]
-                loss = ((each * kept).sum(1) / kept.sum(1).clamp_min(1)).mean()
-                kept = kept.T
+                keep_mask = keep > torch.arange(len(self.scales), device=f.device)[:, None]
+                loss = ((each * keep_mask).sum(1) / keep_mask.sum(1).clamp_min(1)).mean()
+                keep_mask = keep_mask.T
             wanted = self.training and (c.ema_codebook or c.restart_dead_codes > 0)
             residuals = self.residuals(f, totals) if wanted else None
-            return Quantized(ids, f + (totals[-1] - f).detach(), loss, kept, residuals)
+            return Quantized(ids, f + (totals[-1] - f).detach(), loss, keep_mask, residuals)
 
     def search(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) and running sums (N, B, D, H, W) of f; see `mars.kernels.multiscale_quantize`."""
+        """Find the tokens (B, L) and running sums (N, B, D, H, W) of f; see `mars.kernels.multiscale_quantize`."""
         return multiscale_quantize(
             f,
             self.codebook.float(),
@@ -99,22 +99,22 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def residuals(self, f: Tensor, totals: Tensor) -> Tensor:
-        """What the sums (N, B, D, H, W) left of f for each token to stand for: (B, L, D).
+        """Return the residual (B, L, D) that each token stands for, from f and the running sums (N, B, D, H, W).
 
-        Of a scale that a sample did not keep, it is what was left behind the last one that it kept.
+        For a scale that quantiser dropout left out, it is the residual after the sample's last kept scale.
         """
         before = [torch.zeros_like(f), *totals[:-1]]
         rows = [area_downsample(f - t, s).flatten(2) for t, s in zip(before, self.scales, strict=True)]
         return torch.cat(rows, dim=2).transpose(1, 2)
 
     def _draw_keep(self, batch: int, generator: torch.Generator | None) -> Tensor:
-        """int64 (B,): scales kept. Drawn per sample, so that it also works at batch 1."""
+        """Draw how many scales each sample keeps, int64 (B,); per sample, so that it also works at batch 1."""
         c, n = self.config, len(self.scales)
         drop = torch.rand(batch, generator=generator) < c.quantizer_dropout
         return torch.where(drop, torch.randint(c.dropout_start, n + 1, (batch,), generator=generator), n)
 
     def add_scale(self, k: int, ids: Tensor, total: Tensor | None) -> Tensor:
-        """The running sum (B, D, H, W) after adding scale k's ids (B, h_k w_k); total None: start from zero."""
+        """Return the running sum (B, D, H, W) after adding scale k's ids (B, h_k w_k); total None: start from zero."""
         j = self.phi_index[k]
         with torch.autocast(ids.device.type, enabled=False):
             h = dequantize_scale(
@@ -129,7 +129,7 @@ class Quantizer(nn.Module):
         return h if total is None else total + h
 
     def latent(self, ids: Tensor) -> Tensor:
-        """The latent map (B, D, H, W) of the tokens (B, L)."""
+        """Return the latent map (B, D, H, W) of the tokens (B, L)."""
         total = None
         for k, (start, end) in enumerate(pairwise(self.starts)):
             total = self.add_scale(k, ids[:, start:end], total)
@@ -137,11 +137,11 @@ class Quantizer(nn.Module):
         return total
 
     def next_input(self, k: int, total: Tensor) -> Tensor:
-        """VAR's input (B, h w, D) for scale k >= 1: the running sum, area-down-sampled to that scale."""
+        """Return VAR's input (B, h w, D) for scale k >= 1: the running sum, area-down-sampled to that scale."""
         return area_downsample(total, self.scales[k]).flatten(2).transpose(1, 2)
 
     def teacher_inputs(self, ids: Tensor) -> Tensor:
-        """VAR's inputs (B, L - n_1, D) for all scales but the first, from the true tokens (B, L)."""
+        """Return VAR's inputs (B, L - n_1, D) for all scales but the first, from the true tokens (B, L)."""
         starts, total, inputs = self.starts, None, []
         for k in range(len(self.scales) - 1):
             total = self.add_scale(k, ids[:, starts[k] : starts[k + 1]], total)

@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """x: (B, n, W); keep: (2, B, 1, 1), each branch's factor per sample (stochastic depth)."""
+        """Return (B, n, W) of x (B, n, W); keep: (2, B, 1, 1), each branch's factor per sample (stochastic depth)."""
         for i, (branch, scale) in enumerate(((self._attend, self.scale1), (self._transform, self.scale2))):
             y = branch(x)
             y = y if scale is None else y * scale
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 def drop_path(depth: int, batch: int, rate: float, generator: torch.Generator | None) -> Tensor | None:
-    """Stochastic-depth factors (depth, 2, B, 1, 1), drop chance rising linearly from 0 to `rate`; None if rate is 0."""
+    """Draw stochastic-depth factors (depth, 2, B, 1, 1); the drop rate grows linearly to `rate`. None if that is 0."""
     if rate == 0:
         return None
     keep = 1 - torch.linspace(0, rate, depth).view(depth, 1, 1)
@@ -73,9 +73,9 @@ def drop_path(depth: int, batch: int, rate: float, generator: torch.Generator | 
 
 
 def recomputed(block: nn.Module, *arguments: Any) -> Tensor:
-    """`block(*arguments)`, whose activations the backward computes again (Chen et al. 2016, arXiv:1604.06174).
+    """Return `block(*arguments)`; the backward recomputes its activations (Chen et al. 2016, arXiv:1604.06174).
 
-    What is random must be among the arguments, as stochastic depth's factors are.
+    Random numbers must be among the arguments, as stochastic depth's factors are.
     """
     return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
@@ -98,7 +98,7 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(p, std=(1 / (3 * width)) ** 0.5)
 
     def forward(self, patch: Tensor, latent: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """patch: (B, K, W), latent: (B, S, W); returns both after the last norm."""
+        """Return patch (B, K, W) and latent (B, S, W) after all blocks and the last norm."""
         position: Tensor = self.position
         if self.latent != self.patches:  # the same positions, resampled to the other grid
             grid = position.transpose(1, 2).unflatten(2, self.patches)
@@ -144,14 +144,14 @@ class Tokenizer(nn.Module):
         return self.reconstruct(quantized.latent, generator), quantized
 
     def latent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The encoder's map (B, D, H, W), float32, before quantisation."""
+        """Return the encoder's map (B, D, H, W), float32, before quantisation."""
         (p, q), (k, l) = self.patch, self.patches
         patches = x.unflatten(3, (l, q)).unflatten(2, (k, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         _, z = self.encoder(self.embed(patches), self.queries.expand(len(x), -1, -1), generator)
         return self.to_code(z).float().transpose(1, 2).unflatten(2, self.quantizer.scales[-1])
 
     def reconstruct(self, latent: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The CMX tensor (B, C, F, T) of a quantised map (B, D, H, W); not clamped."""
+        """Return the CMX tensor (B, C, F, T) of a quantised map (B, D, H, W); not clamped."""
         tokens = self.from_code(latent.flatten(2).transpose(1, 2))
         mask = self.mask.expand(len(latent), self.patches[0] * self.patches[1], -1)
         y, _ = self.decoder(mask, tokens, generator)
@@ -159,11 +159,11 @@ class Tokenizer(nn.Module):
         return y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Tokens int64 (B, L) of a CMX tensor (B, C, F, T)."""
+        """Encode a CMX tensor (B, C, F, T) to tokens int64 (B, L)."""
         return self.quantizer(self.latent(x)).ids
 
     def decode(self, ids: Tensor) -> Tensor:
-        """CMX tensor (B, C, F, T) in [-1, 1] of the tokens (B, L)."""
+        """Return the CMX tensor (B, C, F, T) in [-1, 1] of the tokens (B, L)."""
         return self.reconstruct(self.quantizer.latent(ids)).clamp(-1, 1)
 
 

@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x: (B, n, W); attend normalises its queries and keys."""
+        """Return (B, n, W) of x (B, n, W); `attend` normalises its queries and keys."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -61,17 +61,17 @@ class Block(nn.Module):
         self.shared = shared
 
     def modulation(self, condition: Tensor) -> Tensor:
-        """(B, 1, 6, W): gains of both branches, scales and shifts of both norms."""
+        """Return (B, 1, 6, W): the gains of both branches, and the scales and shifts of both norms."""
         if self.shared:
             return self.offset + condition
         return self.ada(condition).view(len(condition), 1, 6, -1)
 
     def forward(self, x: Tensor, condition: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
-        """x: (B, n, W); condition: as for `modulation`; keep: (2, B, 1, 1) as in the tokenizer's block."""
+        """Return (B, n, W) of x (B, n, W); condition: as for `modulation`; keep: as in the tokenizer."""
         return self.transform(x, self.modulation(condition), attend, keep)
 
     def transform(self, x: Tensor, modulation: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
-        """`forward` with the modulation at hand."""
+        """Compute `forward` from a modulation that is computed already."""
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         y = self.attn(_norm(x) * (scale1 + 1) + shift1, attend) * gain1
         x = x + (y if keep is None else y * keep[0])
@@ -80,7 +80,7 @@ class Block(nn.Module):
 
 
 def _norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights."""
+    """Apply a LayerNorm without weights."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -90,7 +90,7 @@ class VAR(nn.Module):
     checkpointing = False  # in training mode: see `mars.models.tokenizer.recomputed`
 
     def __init__(self, config: VARConfig, tokenizer: TokenizerConfig, words: labels.Words | None = None) -> None:
-        """words: of the conditions whose words are those of the training notes; see `mars.labels.learnt`."""
+        """words: the words of each open condition; see `mars.labels.vocabularies`."""
         super().__init__()
         self.config = config
         self.lengths = [h * w for h, w in tokenizer.scales]
@@ -117,7 +117,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, gain: float = 1e-3) -> None:
-        """VAR's: truncated normals of variance 1 / (3 W), near-zero branches and head."""
+        """Initialise as VAR does: truncated normals of variance 1 / (3 W), near-zero branches and head."""
         width, std = self.config.width, (1 / (3 * self.config.width)) ** 0.5
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -142,34 +142,34 @@ class VAR(nn.Module):
                 p[2 * width :].mul_(0.5)
 
     def null_condition(self, batch: int) -> Tensor:
-        """int64 (B, attributes): every attribute unknown."""
+        """Return the condition int64 (B, attributes) in which every attribute is unknown."""
         rows = [typing.cast(nn.Embedding, table).num_embeddings - 1 for table in self.condition.values()]
         return to_device(torch.tensor(rows, dtype=torch.int64), self.position.device).expand(batch, -1)
 
     def embed_condition(self, condition: Tensor) -> Tensor:
-        """(B, W) of the class ids (B, attributes) in the order of `config.condition`; the last class is the unknown."""
+        """Embed class ids (B, attributes), in the order of `config.condition`, to (B, W); the last class is unknown."""
         if self.start is not None:
             return self.start.expand(len(condition), -1)
         tables = self.condition.values()  # in the order of config.condition
         return torch.stack([table(ids) for table, ids in zip(tables, condition.unbind(1), strict=True)]).sum(0)
 
     def modulations(self, embedded: Tensor) -> list[Tensor]:
-        """Each block's (B, 1, 6, W); they depend on the condition alone, so generation computes them once."""
+        """Return each block's (B, 1, 6, W); they depend on the condition alone, so generation computes them once."""
         condition = self._block_condition(embedded)
         return [typing.cast(Block, block).modulation(condition) for block in self.blocks]
 
     def _block_condition(self, embedded: Tensor) -> Tensor:
-        """What every block's modulation is made from: (B, W), or with shared AdaLN (B, 1, 6, W)."""
+        """Return the input of every block's modulation: (B, W), or with shared AdaLN (B, 1, 6, W)."""
         return self.shared_ada(embedded).view(len(embedded), 1, 6, -1) if self.shared_ada is not None else embedded
 
     def modulate(self, x: Tensor, embedded: Tensor) -> Tensor:
-        """The head's input, float32 (B, n, W), of the last block's output (B, n, W)."""
+        """Apply the conditional norm to the last block's output (B, n, W): the head's input, float32 (B, n, W)."""
         with torch.autocast(x.device.type, enabled=False):
             scale, shift = self.head_ada(embedded.float())[:, None].chunk(2, dim=-1)
             return _norm(x.float()) * (scale + 1) + shift
 
     def forward(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Teacher forcing.
+        """Predict the tokens of every scale from the true coarser ones (teacher forcing).
 
         Args:
             inputs: (B, L - n_1, D), from `Quantizer.teacher_inputs`.
@@ -182,7 +182,7 @@ class VAR(nn.Module):
         return self.head(self.hidden(inputs, condition, generator)).float()
 
     def hidden(self, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What `forward` gives to the head, float32 (B, L, W): for a loss that needs no logits."""
+        """Return the head's input, float32 (B, L, W), for a loss that needs no logits; arguments as for `forward`."""
         embedded = self.embed_condition(condition)
         x = torch.cat((embedded[:, None] + self.start_position, self.embed(inputs)), dim=1)
         x = x + self.position + self.level(self.scale_of)
@@ -202,7 +202,7 @@ class VAR(nn.Module):
         return self.modulate(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:
-        """Keys and values of all L tokens, allocated once."""
+        """Allocate the cache: keys and values of all L tokens."""
         w, h = self.config.width, self.config.heads
         shape = (batch, h, self.starts[-1], w // h)
         device = self.position.device
@@ -214,7 +214,7 @@ class VAR(nn.Module):
     def step(
         self, k: int, inputs: Tensor | None, embedded: Tensor, modulations: Sequence[Tensor], cache: Cache
     ) -> Tensor:
-        """Logits (B, n_k, V) of scale k, reading the coarser scales from the cache and adding its own.
+        """Return the logits (B, n_k, V) of scale k, reading the coarser scales from the cache and adding its own.
 
         Args:
             k: scale, from 0; call with 0, 1, 2, … in turn.

@@ -1,1 +1,1 @@
-"""What people look at: HTML pages, charts, and pictures of spectrograms."""
+"""HTML pages, charts and pictures of spectrograms."""

@@ -31,7 +31,7 @@ Points = Sequence[tuple[int, float | None]]
 
 @dataclass(frozen=True)
 class Curve:
-    """Values by step; None where there is none."""
+    """A curve: values by step, None where a step has none."""
 
     label: str
     points: Points
@@ -61,18 +61,18 @@ class Bucket:
 
 
 def buckets(points: Points, count: int = BUCKETS) -> list[Bucket]:
-    """The points in at most `count` groups of neighbours."""
+    """Gather the points into at most `count` buckets of neighbours."""
     size = max(-(-len(points) // count), 1)
-    found = []
+    result = []
     for start in range(0, len(points), size):
         part = points[start : start + size]
         values = [v for _, v in part if v is not None]
         step = (part[0][0] + part[-1][0]) / 2
         if values:
-            found.append(Bucket(step, sum(values) / len(values), min(values), max(values)))
+            result.append(Bucket(step, sum(values) / len(values), min(values), max(values)))
         else:
-            found.append(Bucket(step, None, None, None))
-    return found
+            result.append(Bucket(step, None, None, None))
+    return result
 
 
 @dataclass(frozen=True)
@@ -93,36 +93,36 @@ class Axis:
         return math.log10(value) if self.log else value
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round values within, about `count`."""
+        """Return about `count` round values within low..high."""
         low, high = self._position(self.low), self._position(self.high)
         if self.log:
             every = max(math.ceil((high - low) / count), 1)
             digits = (1,) if high - low > 2 else (1, 2, 5)
             exponents = [k for k in range(math.floor(low), math.ceil(high) + 1) if k % every == 0]
-            found = [d * 10.0**k for k in exponents for d in digits]
+            values = [d * 10.0**k for k in exponents for d in digits]
         else:
             rough = (high - low) / count
             unit = 10.0 ** math.floor(math.log10(rough))
             width = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
-            found = [k * width for k in range(math.floor(low / width), math.ceil(high / width) + 1)]
+            values = [k * width for k in range(math.floor(low / width), math.ceil(high / width) + 1)]
         near, far = sorted((self.first, self.last))
-        return [t for t in found if near - 1e-3 <= self(t) <= far + 1e-3]
+        return [t for t in values if near - 1e-3 <= self(t) <= far + 1e-3]
 
 
 def line_chart(title: str, unit: str, curves: Sequence[Curve], *, log: bool = True) -> str:
-    """A figure of curves over steps; empty if no point has a value.
+    """Return a figure of curves over steps; empty if no point has a value.
 
     log: the values may be shown on a logarithmic axis, which is done where they are positive and far apart.
     """
     drawn = [(curve, buckets(curve.points)) for curve in curves]
-    drawn = [(curve, found) for curve, found in drawn if any(b.mean is not None for b in found)]
+    drawn = [(curve, points) for curve, points in drawn if any(b.mean is not None for b in points)]
     if not drawn:
         return ""
-    extremes = [v for _, found in drawn for b in found for v in (b.low, b.high) if v is not None]
+    extremes = [v for _, points in drawn for b in points for v in (b.low, b.high) if v is not None]
     x = Axis(0, max(curve.points[-1][0] for curve, _ in drawn) or 1, LEFT, WIDTH - RIGHT)
     y = _value_axis(min(extremes), max(extremes), log)
     parts = [_axes(x, y, unit + (", logarithmic" if y.log else ""))]
-    parts += [_curve(f"c{curve.colour}", found, x, y) for curve, found in drawn]
+    parts += [_curve(f"c{curve.colour}", points, x, y) for curve, points in drawn]
     parts.append(_hovers(drawn, x))
     keys = "".join(f'<li class="c{curve.colour}">{escape(_summary(curve))}</li>' for curve, _ in drawn)
     spoken = f"{title}, {unit}, over steps. " + " ".join(f"{_summary(curve)}." for curve, _ in drawn)
@@ -137,7 +137,7 @@ def heat_map(
     low: float,
     high: float,
 ) -> str:
-    """A figure of one row per label over steps; empty without columns.
+    """Return a figure of one row per label over steps; empty without columns.
 
     columns: (step, a value for each label). Colour grows from `low` to `high`, logarithmically if low is positive.
     """
@@ -173,7 +173,7 @@ def heat_map(
 
 
 def bar_chart(title: str, below: str, bars: Sequence[Bar]) -> str:
-    """A figure of bars from 0, with their intervals as whiskers and their values beside them; empty without bars."""
+    """Return a figure of bars from 0, with intervals as whiskers and values beside them; empty without bars."""
     if not bars:
         return ""
     extremes = [0.0, *(v for bar in bars for v in (bar.value, bar.low, bar.high) if v is not None)]
@@ -208,7 +208,7 @@ def _bar(bar: Bar, x: Axis, top: float) -> str:
 
 
 def _stated(bar: Bar) -> str:
-    """The bar in words."""
+    """Describe a bar in words."""
     if bar.low is None or bar.high is None:
         return number(bar.value)
     return f"{number(bar.value)}, interval {number(bar.low)} to {number(bar.high)}"
@@ -253,9 +253,9 @@ def _steps(x: Axis, bottom: int) -> str:
     return "".join(parts)
 
 
-def _curve(name: str, found: Sequence[Bucket], x: Axis, y: Axis) -> str:
+def _curve(name: str, points: Sequence[Bucket], x: Axis, y: Axis) -> str:
     runs: list[list[tuple[float, float, float, float]]] = [[]]  # without gaps
-    for b in found:
+    for b in points:
         if b.mean is None or b.low is None or b.high is None:
             runs.append([])
         else:
@@ -266,21 +266,21 @@ def _curve(name: str, found: Sequence[Bucket], x: Axis, y: Axis) -> str:
             edge = [f"{a:.1f} {low:.1f}" for a, _, low, _ in run] + [f"{a:.1f} {high:.1f}" for a, *_, high in run[::-1]]
             parts.append(f'<path class="band {name}" d="M{"L".join(edge)}Z"/>')
         parts.append(f'<path class="line {name}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b, *_ in run)}"/>')
-        if len(found) <= MARKED or len(run) == 1:
+        if len(points) <= MARKED or len(run) == 1:
             parts += [f'<circle class="{name}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b, *_ in run]
     return "".join(parts)
 
 
 def _hovers(drawn: Sequence[tuple[Curve, Sequence[Bucket]]], x: Axis) -> str:
-    """Invisible columns that cover the chart and name the values nearest to them."""
-    steps = sorted({b.step for _, found in drawn for b in found})
+    """Return invisible columns that cover the chart and name the values nearest to them."""
+    steps = sorted({b.step for _, points in drawn for b in points})
     steps = steps[:: -(-len(steps) // HOVERS)]
     edges = [x.low, *((a + b) / 2 for a, b in pairwise(steps)), x.high]
     parts = []
     for step, (before, after) in zip(steps, pairwise(edges), strict=True):
         lines = [f"step {step:,.0f}"]
-        for curve, found in drawn:
-            near = _nearest(found, step)
+        for curve, points in drawn:
+            near = _nearest(points, step)
             if near.mean is None or near.low is None or near.high is None:
                 lines.append(f"{curve.label}: not finite")
             else:
@@ -293,13 +293,13 @@ def _hovers(drawn: Sequence[tuple[Curve, Sequence[Bucket]]], x: Axis) -> str:
     return "".join(parts)
 
 
-def _nearest(found: Sequence[Bucket], step: float) -> Bucket:
-    place = bisect_left(found, step, key=lambda b: b.step)
-    return min(found[max(place - 1, 0) : place + 1], key=lambda b: abs(b.step - step))
+def _nearest(points: Sequence[Bucket], step: float) -> Bucket:
+    place = bisect_left(points, step, key=lambda b: b.step)
+    return min(points[max(place - 1, 0) : place + 1], key=lambda b: abs(b.step - step))
 
 
 def _summary(curve: Curve) -> str:
-    """The curve in words: its last value, and its best."""
+    """Describe a curve in words: its last value, and its best."""
     known = [(value, step) for step, value in curve.points if value is not None]
     words = f"{curve.label} {number(known[-1][0])}"
     if curve.best is not None:

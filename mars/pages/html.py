@@ -25,7 +25,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data: fi
 
 
 def document(title: str, parts: Iterable[str], footer: str) -> str:
-    """A page of parts, HTML, those that are empty left out, above a footer, HTML."""
+    """Return a page of HTML parts, without the empty ones, above a footer in HTML."""
     style = resources.files("mars.pages").joinpath("page.css").read_text(encoding="utf-8")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -42,18 +42,18 @@ def write(path: Path, page: str) -> None:
 
 
 def section(title: str, kind: str, content: str) -> str:
-    """A part of a page, of a class; content is HTML, and without any there is no part."""
+    """Return a section of a page with this class; content is HTML, and without any there is no section."""
     return f'<section><h2>{escape(title)}</h2><div class="{kind}">{content}</div></section>' if content else ""
 
 
 def facts(known: Mapping[str, Any]) -> str:
-    """A list of names and values, without those that are empty."""
+    """Return a list of names and values, without those that are empty."""
     shown = [(name, escape(str(value))) for name, value in known.items() if value or value == 0]
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown) + "</dl>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table of cells, HTML, that scrolls sideways where it is too wide; each row's first cell is its name."""
+    """Return a table of cells, HTML, that scrolls sideways where it is too wide; each row's first cell is its name."""
     of = f' class="{kind}"' if kind else ""
     top = "<thead><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr></thead>" if head else ""
     body = "".join(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, *cells in rows)
@@ -61,7 +61,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
 
 
 def note(picture: str, sound: str, spoken: str, label: str, caption: str) -> str:
-    """Picture and player of a note. picture, sound: sources; spoken, label: what those who see neither are told."""
+    """Return a note's picture and player. picture, sound: sources; spoken, label: their texts for screen readers."""
     return (
         f'<figure><img src="{escape(picture)}" loading="lazy" alt="{escape(spoken)}">'
         f'<audio controls preload="metadata" src="{escape(sound)}" aria-label="{escape(label)}"></audio>'
@@ -70,12 +70,12 @@ def note(picture: str, sound: str, spoken: str, label: str, caption: str) -> str
 
 
 def data_uri(kind: str, data: bytes) -> str:
-    """A source that holds its data. kind: a MIME type."""
+    """Return a data URI. kind: a MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def flac(samples: NDArray[np.int16], rate: int) -> bytes:
-    """Samples (n,) as FLAC, which is about half as long as WAV and which every browser plays."""
+    """Encode samples (n,) as FLAC, which is about half as long as WAV and which every browser plays."""
     import soundfile
 
     buffer = io.BytesIO()
@@ -84,7 +84,7 @@ def flac(samples: NDArray[np.int16], rate: int) -> bytes:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number for people: so many digits at most, or all those before the point."""
+    """Format a number with at most so many digits, or all those before the point."""
     if value == 0:
         return "0"
     if abs(value) >= 1e7 or abs(value) < 1e-3:
@@ -94,7 +94,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 45 s, 12 min, 3 h 20 min or 6 d 4 h."""
+    """Format a duration, such as 45 s, 12 min, 3 h 20 min or 6 d 4 h."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -104,13 +104,13 @@ def duration(seconds: float) -> str:
 
 
 def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings into one with dotted names."""
+    result: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {f"{where}{name}": value}
-    return found
+        result |= flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {f"{where}{name}": value}
+    return result
 
 
 def text(value: Any) -> str:
-    """A value as a reader of JSON knows it, without quotes around a string."""
+    """Format a value as in JSON, but without quotes around a string."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -43,7 +43,7 @@ _UNKNOWN = "7f4141417f"  # a box
 
 
 def png(picture: Picture) -> bytes:
-    """A picture (height, width, 3) as PNG."""
+    """Encode a picture (height, width, 3) as PNG."""
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
         raise ValueError(f"png: want uint8 (height, width, 3), got {picture.dtype} {picture.shape}")
     height, width, _ = picture.shape
@@ -70,7 +70,7 @@ def spectrogram_picture(
     height: int | None = None,
     width: int | None = None,
 ) -> Picture:
-    """Picture of a spectrogram (bins, frames) in [-1, 1], black to pale yellow; NaN is -1.
+    """Return the picture of a spectrogram (bins, frames) in [-1, 1], black to pale yellow; NaN is -1.
 
     frequency: "log" gives every octave above bin 10 or so the same height, so that harmonics make the same
     pattern at every pitch. height, width: pixels; at most, and unless given, the bins and frames there are.
@@ -134,7 +134,7 @@ def contact_sheet(
 
 
 def _averaged(x: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means of x (n, m) over the intervals between edges in [0, n], ends in part: (len(edges) - 1, m)."""
+    """Return the means of x (n, m) over the intervals between edges in [0, n], ends in part: (len(edges) - 1, m)."""
     integral = np.concatenate([np.zeros((1, x.shape[1])), x.cumsum(0)])
     whole = np.minimum(edges.astype(np.int64), len(x) - 1)
     at_edges = integral[whole] + (edges - whole)[:, None] * x[whole]
@@ -143,7 +143,7 @@ def _averaged(x: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.
 
 
 def _colours() -> Picture:
-    """Table (256, 3)."""
+    """Return the colour map, uint8 (256, 3)."""
     anchors = np.array([[c >> 16, c >> 8 & 255, c & 255] for c in _ANCHORS])
     positions = np.linspace(0, 255, len(anchors))
     channels = [np.interp(np.arange(256), positions, anchors[:, c]) for c in range(3)]
@@ -151,7 +151,7 @@ def _colours() -> Picture:
 
 
 def _text(text: str) -> NDArray[np.bool_]:
-    """Pixels (7, 6 * length) of a line of text; a character without a glyph is a box."""
+    """Return the pixels (7, 6 * length) of a line of text; a character without a glyph is a box."""
     codes = "".join(_GLYPHS.get(character, _UNKNOWN) + "00" for character in text.lower())
     columns = np.frombuffer(bytes.fromhex(codes), np.uint8)
     return np.unpackbits(columns[None], axis=0, bitorder="little")[:7].astype(bool)

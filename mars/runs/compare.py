@@ -1,4 +1,4 @@
-"""Runs side by side: `mars-train list`. Reads JSON alone, so that it need not wait for PyTorch."""
+"""The table of runs of `mars-train list`. It reads only JSON, so that it need not import PyTorch."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ Summary = dict[str, Any]
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
-    """The run folders among the paths, and those right under the ones that are no runs themselves.
+    """Find the run folders among the paths, and those directly in the paths that are no runs themselves.
 
     Raises:
         ConfigError: a path is not a folder.
     """
-    found: list[Path] = []
+    runs: list[Path] = []
     for path in paths:
         if not path.is_dir():
             raise ConfigError(f"{path} is not a folder; want run folders or a folder of them")
         if (path / "run.json").is_file():
-            found.append(path)
+            runs.append(path)
         else:
-            found += sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return list(dict.fromkeys(found))
+            runs += sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return list(dict.fromkeys(runs))
 
 
 def summaries(runs: Sequence[Path]) -> list[Summary]:
-    """What is known of each run, newest first; `problem` is why nothing more is, or None."""
-    found = [summary(run) for run in runs]
-    return sorted(found, key=lambda s: s["created"] or 0.0, reverse=True)
+    """Summarise each run, newest first; `problem` is the reason why a run cannot be read, or None."""
+    result = [summary(run) for run in runs]
+    return sorted(result, key=lambda s: s["created"] or 0.0, reverse=True)
 
 
 def summary(run: Path) -> Summary:
-    """Name, stage, preset, state, steps, losses, speed and size of a run."""
-    found: Summary = {"run": str(run), "problem": None, "bytes": 0, **dict.fromkeys(FIELDS)}
+    """Return the name, stage, preset, state, steps, losses, speed and size of a run."""
+    result: Summary = {"run": str(run), "problem": None, "bytes": 0, **dict.fromkeys(FIELDS)}
     if not (run / "run.json").exists():
-        return {**found, "problem": "no run.json"}
+        return {**result, "problem": "no run.json"}
     try:
-        found["bytes"] = size_of(run)
+        result["bytes"] = size_of(run)
         record = read_record(run)
         steps = _steps(run / "config.json", record.stage)
         log = read_log(run)
     except (MarsError, OSError) as error:
-        return {**found, "problem": str(error)}
+        return {**result, "problem": str(error)}
     best = log.best()
     name = best[0] if best else next((n for n in JUDGED_BY if log.series(n)), None)
-    return found | {
+    return result | {
         "stage": record.stage,
         "preset": record.preset,
         "state": log.state(),
@@ -79,7 +79,7 @@ def summary(run: Path) -> Summary:
 
 
 def _steps(path: Path, stage: str) -> int:
-    """How many steps the settings ask for, whatever else this version does not know in them."""
+    """Return how many steps the settings ask for; unknown other settings are ignored."""
     try:
         steps = read_json(path, ConfigError)["train"][stage]["steps"]
     except (KeyError, TypeError):
@@ -89,9 +89,9 @@ def _steps(path: Path, stage: str) -> int:
     return steps
 
 
-def table(found: Sequence[Summary]) -> str:
-    """The summaries as lines of text, a run each; what is no run comes last, with the reason."""
-    good, bad = ([s for s in found if (s["problem"] is None) is is_run] for is_run in (True, False))
+def table(summaries: Sequence[Summary]) -> str:
+    """Format the summaries as text, a line for each run; folders that are no runs come last, with the reason."""
+    good, bad = ([s for s in summaries if (s["problem"] is None) is is_run] for is_run in (True, False))
     lines = []
     if good:
         rows = [COLUMNS, *map(_row, good)]

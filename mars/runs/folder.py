@@ -49,7 +49,7 @@ class Position:
     best: Best | None = None
 
     def improves(self, values: Mapping[str, Any]) -> bool:
-        """Whether a validation at this step is the best so far; if so it is noted."""
+        """Return whether a validation at this step is the best so far, and record it if so."""
         metric = next((name for name in JUDGED_BY if name in values), None)
         if metric is None or not values[metric] < (self.best.value if self.best else float("inf")):
             return False
@@ -73,7 +73,7 @@ class RunFolder:
 
     @property
     def surroundings(self) -> dict[str, Any]:
-        """What decides the last bits of a step, beside the run itself: a checkpoint notes it."""
+        """What decides the last bits of a step besides the run itself, such as versions; checkpoints record it."""
         return {**VERSIONS, "device": self.world.device.type, "threads": self.threads}
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -97,22 +97,22 @@ class RunFolder:
         if not self.world.main or not path.is_file():
             return
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
-        if kept != lines:
-            write_atomically(path, b"".join(kept), durable=True)
+        lines_kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
+        if lines_kept != lines:
+            write_atomically(path, b"".join(lines_kept), durable=True)
 
     def checkpoints(self) -> list[Path]:
-        """Newest first."""
-        found = (self.path / "checkpoints").glob("step-*")
-        return sorted((p for p in found if p.name[5:].isdigit()), reverse=True)
+        """Return the checkpoints' folders, newest first."""
+        folders = (self.path / "checkpoints").glob("step-*")
+        return sorted((p for p in folders if p.name[5:].isdigit()), reverse=True)
 
     def recover(self) -> None:
-        """Put right what a killed trainer left; only for the process that holds the folder."""
+        """Clean up after a killed trainer; only for the process that holds the folder's lock."""
         for folder in (self.path, self.path / "checkpoints"):
             checkpoint.recover(folder)
 
     def space_needed(self, stage: Stage) -> int:
-        """Bytes that the run will take on the disk at most, beyond what its folder holds already.
+        """Return the bytes that the run will take on the disk at most, beyond what its folder holds already.
 
         That is `train.keep` checkpoints, the best one and the one being written, before the first step.
         """
@@ -122,7 +122,7 @@ class RunFolder:
     def save(self, position: Position, stage: Stage) -> None:
         """Export `model/` and, if this step is the best, `best/`; write the checkpoint; drop those not kept.
 
-        Kept are the newest `train.keep` and the best.
+        The newest `train.keep` checkpoints and the best one are kept.
 
         Raises:
             Diverged: a tensor is not finite; nothing is written.
@@ -142,9 +142,9 @@ class RunFolder:
             checkpoint.replace_directory(target, state, {"state": document})  # there may be a damaged one
             if best is not None and best.step == position.step:
                 self._note_best(best)
-            found = self.checkpoints()  # those of later steps are damaged, or the run would have gone on from them
-            kept = [path for path in found if path.name <= target.name][: stage.train.keep]
-            for path in found:
+            existing = self.checkpoints()  # those of later steps are damaged, or the run would have gone on from them
+            kept = [path for path in existing if path.name <= target.name][: stage.train.keep]
+            for path in existing:
                 if path not in kept and (best is None or path.name != f"step-{best.step:08d}"):
                     checkpoint.remove_directory(path)
         except OSError as error:
@@ -155,7 +155,7 @@ class RunFolder:
             ) from error
 
     def restore(self, stage: Stage, say: Callable[[str], None]) -> Position:
-        """Load the newest checkpoint that is intact; how far the run was then, at its start without one.
+        """Load the newest intact checkpoint, and return how far the run was then; without one it is at its start.
 
         Raises:
             CheckpointError: there are checkpoints but none is intact, or the newest intact one does not fit.
@@ -195,16 +195,16 @@ class RunFolder:
             write_atomically(path, data, durable=True)
 
     def _check_identity(self, document: Mapping[str, Any], path: Path) -> None:
-        for key, wanted in self.identity.items():
-            found = difference(document.get(key), wanted, key)
-            if found is not None:
-                raise CheckpointError(f"{path} is of another run: {found}")
+        for key, expected in self.identity.items():
+            problem = difference(document.get(key), expected, key)
+            if problem is not None:
+                raise CheckpointError(f"{path} is of another run: {problem}")
 
 
 def checkpoint_size(stage: Stage) -> int:
-    """Bytes that a checkpoint may take, from what the stage holds before its first step, and a tenth for the exports.
+    """Estimate a checkpoint's bytes from what the stage holds before its first step, and a tenth for the exports.
 
-    With that step come two moments of everything but the average: a checkpoint is then twice what the stage held.
+    The first step adds two moments of everything but the EMA: a checkpoint is then twice what the stage held.
     """
     sizes = {group: _bytes({group: tensors}) for group, tensors in stage.state().items()}
     return int(1.1 * sum(size if group == "averaged" else 3 * size for group, size in sizes.items()))
@@ -215,7 +215,7 @@ def _bytes(state: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line of the log; infinite if it is damaged."""
+    """Return the step of a line of the log; infinite if it is damaged."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
@@ -234,7 +234,7 @@ def _check_finite(state: Mapping[str, Mapping[str, Tensor]], step: int, path: Pa
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """What of state.json is needed to go on."""
+    """The part of state.json that is needed to resume."""
 
     format: int
     step: int
@@ -250,16 +250,16 @@ class _State:
 
 
 def _position(document: Any, path: Path) -> Position:
-    """What state.json says of the position; CheckpointError if it cannot be that of `path`."""
+    """Read the position in state.json. Raises `CheckpointError` if it cannot be that of `path`."""
     state = from_document(_State, document, path / "state.json", CheckpointError)
     if path.name != f"step-{state.step:08d}":
         raise CheckpointError(f"{path} holds step {state.step}; it was renamed")
     return Position(state.step, state.skipped, state.best)
 
 
-def difference(found: Any, wanted: Any, where: str) -> str | None:
-    """The first value of `wanted` that is another in `found`; settings that `found` does not know are passed over."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        parts = (difference(found[k], v, f"{where}.{k}") for k, v in wanted.items() if k in found)
+def difference(actual: Any, expected: Any, where: str) -> str | None:
+    """Describe the first value of `expected` that differs in `actual`, if any; keys that `actual` lacks are ignored."""
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        parts = (difference(actual[k], v, f"{where}.{k}") for k, v in expected.items() if k in actual)
         return next((part for part in parts if part is not None), None)
-    return None if found == wanted else f"{where} is {found}, not {wanted}"
+    return None if actual == expected else f"{where} is {actual}, not {expected}"

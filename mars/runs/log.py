@@ -1,6 +1,6 @@
 """The log of a run, `log.jsonl`: one line of JSON per logging step, validation and event; how it is read.
 
-A run that goes on from an older checkpoint appends to its log and does some steps again. A line therefore takes back
+A run that goes on from an older checkpoint appends to its log and does some steps again. A line therefore cancels
 the lines before it that are of a later step, or of its own step and kind.
 """
 
@@ -43,34 +43,34 @@ class Log:
         return self.records[-1]["step"] if self.records else 0
 
     def series(self, name: str) -> list[tuple[int, float | None]]:
-        """(step, value) of a number, None where it was not finite."""
+        """Return (step, value) of a number, None where it was not finite."""
         return [(r["step"], _number(r[name])) for r in self.records if name in r and _scalar(r[name])]
 
     def lists(self, name: str) -> list[tuple[int, list[float]]]:
-        """(step, values) of a list of numbers, such as those per scale."""
-        found = [(r["step"], r[name]) for r in self.records if isinstance(r.get(name), list)]
-        return [(step, values) for step, values in found if values and None not in map(_number, values)]
+        """Return (step, values) of a list of numbers, such as those per scale."""
+        result = [(r["step"], r[name]) for r in self.records if isinstance(r.get(name), list)]
+        return [(step, values) for step, values in result if values and None not in map(_number, values)]
 
     def last(self, name: str) -> Any:
-        """The newest value of that name that is not None; None without one."""
+        """Return the newest value of that name that is not None; None if there is none."""
         return next((r[name] for r in reversed(self.records) if r.get(name) is not None), None)
 
     def value(self, name: str) -> float | None:
-        """The newest finite number of that name; None without one."""
+        """Return the newest finite number of that name; None if there is none."""
         return next((v for _, v in reversed(self.series(name)) if v is not None), None)
 
     def best(self) -> tuple[str, int, float] | None:
-        """(name, step, value) of the lowest validation."""
-        found = [(value, step, name) for name in JUDGED_BY for step, value in self.series(name) if value is not None]
-        value, step, name = min(found, default=(0.0, 0, ""))
+        """Return (name, step, value) of the lowest validation loss."""
+        entries = [(value, step, name) for name in JUDGED_BY for step, value in self.series(name) if value is not None]
+        value, step, name = min(entries, default=(0.0, 0, ""))
         return (name, step, value) if name else None
 
     def events(self, *names: str) -> Iterator[Record]:
-        """The lines of these events, or of all."""
+        """Yield the lines of these events, or of all."""
         return (r for r in self.records if "event" in r and (not names or r["event"] in names))
 
     def state(self) -> str:
-        """`finished`, `stopped`, `diverged`, `running`, or `killed` if it neither ended nor goes on."""
+        """Return `finished`, `stopped`, `diverged`, `running`, or `killed` if it neither ended nor goes on."""
         end = next((r["event"] for r in reversed(self.records) if r.get("event") in ("started", *ENDS)), None)
         if end in ENDS:
             return str(end)
@@ -82,11 +82,11 @@ class Log:
 
 
 def read_log(path: Path) -> Log:
-    """The log of the run folder `path`; an empty one if it has none yet.
+    """Read the log of the run folder `path`; it is empty if there is none yet.
 
     Raises:
         ConfigError: it is there but cannot be read.
-        OSError: so it is with the lock of the run.
+        OSError: the lock of the run cannot be read.
     """
     log, previous = Log(locked=held(path)), None
     file = path / FILE
@@ -115,14 +115,14 @@ def read_log(path: Path) -> Log:
 
 
 def kind(record: Mapping[str, Any]) -> str:
-    """ "event", "validation" or "training"."""
+    """Return "event", "validation" or "training"."""
     if "event" in record:
         return "event"
     return "validation" if any(name.startswith("val_") for name in record) else "training"
 
 
 def _drop_same(records: list[Record], record: Record) -> None:
-    """Take back the line of the same step and kind; of events the same one."""
+    """Drop an earlier line of the same step and kind; of events only the same event."""
     for i in range(len(records) - 1, -1, -1):
         if records[i]["step"] != record["step"]:
             return
@@ -136,5 +136,5 @@ def _scalar(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """The value as a finite number; None if it is none."""
+    """Return the value as a finite number, or None if it is not one."""
     return float(value) if value is not None and _scalar(value) and abs(value) < 1e300 else None

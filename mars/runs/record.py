@@ -1,4 +1,4 @@
-"""`run.json` of a run folder: what the run is of. Needs no PyTorch."""
+"""Reading `run.json` of a run folder, which says what was trained on what. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAST_DAY = 253_402_300_799.0  # seconds from 1970 to the end of the year 9999, w
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What `run.json` says; an older one may lack what has a default."""
+    """The content of `run.json`; an older one may lack the fields that have a default."""
 
     stage: Literal["tokenizer", "var"]
     preset: str
@@ -34,7 +34,7 @@ class Record:
 
 
 def read_record(run: Path) -> Record:
-    """What the run folder `run` is of.
+    """Read `run.json` of the run folder `run`.
 
     Raises:
         ConfigError: it is not a run folder, or its `run.json` is not one that mars wrote.

@@ -52,22 +52,22 @@ class Media:
     """Sources for the pictures and sounds of a run: embedded while there is room, then linked."""
 
     run: Path
-    room: int  # bytes
+    budget: int  # bytes
     linked: int = 0
     _sources: dict[Path, str] = field(default_factory=dict)
 
     def source(self, path: Path) -> str:
-        """The value of a `src` attribute: a data URI (PNG or FLAC), or the path relative to the run."""
+        """Return the value of a `src` attribute: a data URI (PNG or FLAC), or the path relative to the run."""
         if path not in self._sources:
             kind, data = (
                 ("image/png", read_bytes(path, ConfigError)) if path.suffix == ".png" else ("audio/flac", _flac(path))
             )
-            if len(data) <= self.room:
-                self.room -= len(data)
+            if len(data) <= self.budget:
+                self.budget -= len(data)
                 self._sources[path] = html.data_uri(kind, data)
             else:
                 self.linked += 1
-                self.room = 0  # from here on everything older is linked
+                self.budget = 0  # from here on everything older is linked
                 self._sources[path] = path.relative_to(self.run).as_posix()
         return self._sources[path]
 
@@ -109,7 +109,7 @@ def write(run: Path) -> Path:
 
 
 def render(run: Path) -> str:
-    """The report as HTML; see `write`."""
+    """Return the report as HTML; see `write`."""
     record = read_record(run)
     settings = config.load(run / "config.json")
     log = read_log(run)
@@ -135,25 +135,25 @@ def render(run: Path) -> str:
 
 
 def alarms(log: Log, labels: list[str]) -> list[str]:
-    """What has gone wrong, a line each."""
-    found = [f"Training diverged: {event.get('reason', '')}" for event in log.events("diverged")][-1:]
+    """List what has gone wrong, a line each."""
+    messages = [f"Training diverged: {event.get('reason', '')}" for event in log.events("diverged")][-1:]
     since: dict[int, int] = {}
     for record in log.records:
         if isinstance(scales := record.get("collapsed"), list):
             step: int = record["step"]
             since = {k: since.get(k, step) for k in range(len(labels)) if k in scales}
-    found += [f"Scale {labels[k]} has collapsed: few of its codes in use since step {since[k]:,}." for k in since]
+    messages += [f"Scale {labels[k]} has collapsed: few of its codes in use since step {since[k]:,}." for k in since]
     if skipped := log.last("skipped"):
-        found.append(f"Steps that were not finite and changed nothing: {skipped}.")
+        messages.append(f"Steps that were not finite and changed nothing: {skipped}.")
     for event in list(log.events("failed"))[-3:]:
-        found.append(f"No {event.get('what')} of step {event['step']:,}: {event.get('reason')}")
+        messages.append(f"No {event.get('what')} of step {event['step']:,}: {event.get('reason')}")
     if log.unreadable:
-        found.append(f"Lines of the log that cannot be read and were left out: {log.unreadable}.")
-    return found
+        messages.append(f"Lines of the log that cannot be read and were left out: {log.unreadable}.")
+    return messages
 
 
 def _facts(record: Record, log: Log, steps: int) -> str:
-    """What the run is and how far it has come."""
+    """Return the HTML that says what the run is and how far it has come."""
     started: dict[str, Any] = next(reversed([*log.events("started")]), {})
     best = log.best()
     rate, memory, epoch = (log.value(name) for name in ("notes_per_s", "memory_mb", "epoch"))
@@ -178,7 +178,7 @@ def _facts(record: Record, log: Log, steps: int) -> str:
 
 
 def _charts(log: Log) -> str:
-    """The curves there are, those without a place of their own at the end."""
+    """Return the HTML of all curves, those without a place of their own at the end."""
     unit = "nats per token" if log.series("val_loss") else "loss"
     others = sorted({name for r in log.records if "event" not in r for name in r} - CHARTED)
     known = [*CHARTS, *((name, "value", {name: TRAINING}, True) for name in others)]
@@ -196,7 +196,7 @@ def _named(log: Log, name: str, label: str, colour: int) -> Curve:
 
 
 def _scales(log: Log, labels: list[str], codes: int) -> str:
-    """What is known per scale, over the steps."""
+    """Return the HTML of the metrics per scale, over the steps."""
     maps = (
         ("Perplexity of the codes", "held-out notes", "perplexity", 1.0, codes),
         ("Codes used", "held-out notes", "codes_used", 1.0, codes),
@@ -209,26 +209,26 @@ def _scales(log: Log, labels: list[str], codes: int) -> str:
 
 
 def _sounds(run: Path, log: Log, stage: str) -> str:
-    """The newest samples beside the originals, earlier ones folded away."""
+    """Return the HTML of the newest samples beside the originals; earlier ones are folded away."""
     steps = sorted({event["step"] for event in log.events("samples")})
-    found = [shown for step in steps if (shown := _shown(samples.folder(run, step), step))]
-    if not found:
+    shown_steps = [shown for step in steps if (shown := _shown(samples.folder(run, step), step))]
+    if not shown_steps:
         return ""
     originals = _shown(run / samples.FOLDER / samples.ORIGINALS, 0)
-    made = "generated" if stage == "var" else "reconstruction"
-    media, newest = Media(run, EMBEDDED), found[-1]
+    kind = "generated" if stage == "var" else "reconstruction"
+    media, newest = Media(run, EMBEDDED), shown_steps[-1]
     notes = []
     for i, name in enumerate(newest.names):
-        title, figures = name, _note(media, newest, i, made, name)
+        title, figures = name, _note(media, newest, i, kind, name)
         if originals is not None and i < len(originals.names):
             title = originals.names[i]
-            figures = _note(media, originals, i, "original", title) + _note(media, newest, i, made, title)
+            figures = _note(media, originals, i, "original", title) + _note(media, newest, i, kind, title)
         notes.append(f'<div class="note"><h3>{escape(title)}</h3><div class="pair">{figures}</div></div>')
-    earlier = found[-2::-1]
+    earlier = shown_steps[-2::-1]
     earlier = earlier[:: -(-len(earlier) // OLDER)] if earlier else []
     folded = [
         f"<details><summary>Step {shown.step:,}</summary>"
-        f'<div class="row">{"".join(_note(media, shown, i, made) for i in range(len(shown.names)))}</div></details>'
+        f'<div class="row">{"".join(_note(media, shown, i, kind) for i in range(len(shown.names)))}</div></details>'
         for shown in earlier
     ]
     hint = "<p>Some sounds and pictures are linked: keep this file in its run folder.</p>" if media.linked else ""
@@ -238,19 +238,19 @@ def _sounds(run: Path, log: Log, stage: str) -> str:
 
 
 def _shown(path: Path, step: int) -> Shown | None:
-    """The samples in a directory; None if they have been removed."""
+    """Read the samples in a directory; None: they have been removed."""
     try:
         listing = path / "samples.json"
-        found = config.from_document(_Listing, read_json(listing, ConfigError), listing, ConfigError)
+        document = config.from_document(_Listing, read_json(listing, ConfigError), listing, ConfigError)
     except ConfigError:
         return None
-    names, rate, count = list(found.names), found.sample_rate, found.samples
+    names, rate, count = list(document.names), document.sample_rate, document.samples
     files = [path / f"{i}.{kind}" for i in range(len(names)) for kind in ("png", "wav")]
     return Shown(path, step, names, count / rate, rate / 2) if all(file.is_file() for file in files) else None
 
 
 def _note(media: Media, shown: Shown, index: int, what: str, title: str = "") -> str:
-    """Picture and player of a note; its name is not repeated below if it is the title above."""
+    """Return the picture and player of a note; its name is not repeated below if it is the title above."""
     name = shown.names[index]
     caption = what if name == title else name if not title else f"{what}: {name}"
     return html.note(
@@ -263,7 +263,7 @@ def _note(media: Media, shown: Shown, index: int, what: str, title: str = "") ->
 
 
 def _flac(path: Path) -> bytes:
-    """A WAV file as FLAC."""
+    """Encode a WAV file as FLAC."""
     import soundfile
 
     try:
@@ -275,7 +275,7 @@ def _flac(path: Path) -> bytes:
 
 
 def _settings(settings: config.Config, record: Record) -> str:
-    """The settings that are not the preset's, of the stage at hand; all of them folded away."""
+    """Return the HTML of the stage's settings that differ from the preset; all of them are folded away."""
     other = "train.tokenizer." if record.stage == "var" else "train.var."
     known = settings.preset in config.preset_names()
     plain = html.flat(config.to_dict(config.preset(settings.preset))) if known else {}

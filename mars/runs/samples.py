@@ -37,7 +37,7 @@ SIZE = 256, 256  # pixels of a picture, height and width, at most
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A note to see and hear."""
+    """A note with its waveform and spectrogram."""
 
     name: str
     waveform: Tensor  # (samples,), full scale 1
@@ -51,7 +51,7 @@ class Sample:
 
 
 class Sampler:
-    """What a stage makes of the same few held-out notes, or training notes without any, whenever it is asked."""
+    """What a stage makes of the same few held-out notes, or training notes without any, called at intervals."""
 
     def __init__(self, stage: Stage, dataset: Dataset, seed: int) -> None:
         self.stage, self.dataset, self.seed = stage, dataset, seed
@@ -60,7 +60,7 @@ class Sampler:
         self.notes = notes if len(notes) else spread(dataset.split("train"), COUNT)
 
     def originals(self, model: Model) -> list[Sample]:
-        """The notes themselves; none if what the stage's model generates has nothing to do with them."""
+        """Return the notes themselves; none for a VAR without conditions, whose notes have nothing to do with them."""
         if model.var is not None and not model.var.config.condition:
             return []
         config = model.config.audio
@@ -70,7 +70,7 @@ class Sampler:
         return [Sample(*parts) for parts in zip(names, waveforms, spectrograms, strict=True)]
 
     def samples(self, model: Model) -> list[Sample]:
-        """Reconstructions of the notes by the stage's model, or notes generated for their conditions.
+        """Return reconstructions of the notes by the stage's model, or notes generated for their conditions.
 
         Raises:
             CheckpointError: the model gives numbers that are not finite.
@@ -89,16 +89,16 @@ class Sampler:
         ]
 
     def _generated(self, model: Model) -> list[Sample]:
-        made = []
+        samples = []
         for index, note in enumerate(self.notes):
-            asked = self._condition(model, int(note))
-            (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **asked)
+            condition = self._condition(model, int(note))
+            (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **condition)
             name = described(generated.condition) or f"note {index}"
-            made.append(Sample(name, generated.waveform, generated.spectrogram))
-        return made
+            samples.append(Sample(name, generated.waveform, generated.spectrogram))
+        return samples
 
     def _condition(self, model: Model, note: int) -> dict[str, Any]:
-        """What to ask for: what is known of the note, and known to the model."""
+        """Return the known labels of the note that the model has as conditions."""
         ranges = model.ranges
         return {name: value for name, value in self.dataset.known(note).items() if ranges.takes(name, value)}
 
@@ -128,5 +128,5 @@ def write(path: Path, samples: Sequence[Sample], sample_rate: int) -> None:
 
 
 def folder(run: Path, step: int) -> Path:
-    """Where the samples of a step are."""
+    """Return the folder of the samples of a step."""
     return run / FOLDER / f"step-{step:08d}"

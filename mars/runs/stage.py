@@ -1,4 +1,4 @@
-"""What the loop asks of a training stage."""
+"""The interface between the training loop and a stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ StageName = Literal["tokenizer", "var"]
 
 
 class Stage(Protocol):
-    """What a training stage supplies."""
+    """A training stage: the tokenizer's or the VAR's."""
 
     train: TrainConfig
 
@@ -26,7 +26,7 @@ class Stage(Protocol):
         """What is trained."""
 
     def batch(self, indices: np.ndarray) -> Any:
-        """Inputs for the notes of one micro-batch; called on other threads (`train.workers`), ahead of the steps."""
+        """Return the inputs of one micro-batch; called on other threads (`train.workers`), ahead of the steps."""
 
     def step(self, step: int, batches: list[Any], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
         """One optimiser update on this process's micro-batches, each with its own random stream.
@@ -36,16 +36,16 @@ class Stage(Protocol):
         """
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """What has gathered since the last call, for the log; `say` is given the warnings."""
+        """Return the metrics gathered since the last call, for the log; warnings go to `say`."""
 
     def validate(self) -> dict[str, Any]:
-        """Metrics on held-out notes, of the averaged weights; empty where no notes are held out."""
+        """Return the metrics of the EMA weights on held-out notes; empty if no notes are held out."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors needed to go on; those that are spread over processes as such."""
+        """Return all tensors needed to resume; sharded ones stay sharded."""
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
-        """Restore them, from whole tensors; CheckpointError if anything does not fit."""
+        """Restore `state()` from whole tensors. Raises `CheckpointError` if anything does not fit."""
 
     def snapshot(self) -> Model | None:
-        """The model with the averaged weights, able to generate; None but on the main process."""
+        """Return the complete model with the EMA weights on the main process, and None on the others."""

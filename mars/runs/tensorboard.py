@@ -1,4 +1,4 @@
-"""The log and the samples for TensorBoard, in `tensorboard/` of the run folder; needs the package tensorboard."""
+"""Writes the log and the samples for TensorBoard to `tensorboard/` in the run folder; needs the package tensorboard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Board:
         self.writer = SummaryWriter(str(run / FOLDER), purge_step=step + 1)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """A line of the log; a list gives a curve per scale."""
+        """Write a line of the log; a list gives a curve per scale."""
         where = kind(record)
         for name, value in record.items():
             values = {f"/{i}": v for i, v in enumerate(value, 1)} if isinstance(value, list) else {"": value}
@@ -33,14 +33,14 @@ class Board:
                     self.writer.add_scalar(f"{where}/{name}{suffix}", number, record["step"])
 
     def show(self, title: str, samples: Sequence[Sample], sample_rate: int, step: int) -> None:
-        """Sounds and pictures; the title groups them, the place in the sequence names them."""
+        """Write sounds and pictures; the title groups them, and their index names them."""
         for index, sample in enumerate(samples):
             self.writer.add_audio(f"{title}/{index}", sample.waveform, step, sample_rate)
             self.writer.add_image(f"{title}/{index}", sample.picture, step, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is buffered, and close the files."""
         self.writer.close()
 
 

@@ -1,6 +1,6 @@
-"""What a run shows of itself while it trains: its log, samples, report and TensorBoard.
+"""Monitoring of a run while it trains: its log, samples, report and TensorBoard.
 
-Nothing here may stop a training, except a full disk.
+No error here stops the training, except a full disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mars.runtime import process_peak
 class Watch:
     """Keeps the log of a run and, given a sampler, its samples, its report and (with `tensorboard`) TensorBoard.
 
-    Of several processes all take part, and the main one alone writes.
+    Every process calls it, and only the main one writes.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Watch:
 
     @contextmanager
     def session(self, step: int) -> Iterator[None]:
-        """From `step` on until the block is left."""
+        """Keep the log and TensorBoard open from `step` on, until the block ends."""
         self.step = step
         self.board = Board(self.run.path, step) if self.tensorboard else None
         try:
@@ -86,17 +86,17 @@ class Watch:
         self.log({"step": self.step, "event": name, **details})
 
     def memory(self) -> str:
-        """The peak of memory so far, to be shown."""
+        """Return the peak of memory so far, as text."""
         peak = process_peak(self.device)
         return "" if peak is None else f"{peak / 1e9:.1f} GB"
 
     def samples_due(self, step: int, last: bool) -> bool:
-        """Whether `show` makes samples after this step."""
+        """Return whether `show` makes samples after this step."""
         every = self.train.sample_every
         return self.sampler is not None and every > 0 and (last or step % every == 0)
 
     def show(self, step: int, last: bool) -> None:
-        """After each step: samples where they are due, and a report if there is news."""
+        """Write, after a step, samples if they are due, and a report if there is anything new."""
         self.step = step
         if self.sampler is not None and self.samples_due(step, last):
             with self._harmless("samples"):
@@ -110,13 +110,13 @@ class Watch:
             return
         rate = sampler.dataset.sample_rate
         where = self.run.path / samples.FOLDER / samples.ORIGINALS
-        shown = {samples.folder(self.run.path, self.step): ("sample", sampler.samples(model))}
+        folders = {samples.folder(self.run.path, self.step): ("sample", sampler.samples(model))}
         if not where.exists() and (originals := sampler.originals(model)):
-            shown[where] = "original", originals
-        for path, (title, made) in shown.items():
-            samples.write(path, made, rate)
+            folders[where] = "original", originals
+        for path, (title, notes) in folders.items():
+            samples.write(path, notes, rate)
             if self.board is not None:
-                self.board.show(title, made, rate, self.step)
+                self.board.show(title, notes, rate, self.step)
         self.event("samples")
         self.news = True
 
@@ -128,7 +128,7 @@ class Watch:
 
     @contextmanager
     def _harmless(self, what: str) -> Iterator[None]:
-        """Errors become a warning and a line of the log, but for a full disk."""
+        """Turn errors in the block into a warning and a line of the log, except for a full disk."""
         try:
             yield
         except Exception as error:

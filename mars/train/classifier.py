@@ -1,7 +1,7 @@
-"""Training a pitch or instrument classifier, with which evaluations listen (`mars.evaluate.embedders.classifier`).
+"""Training of the pitch and instrument classifiers that evaluations use (`mars.evaluate.embedders.classifier`).
 
-It learns from a dataset's train split and is judged on its valid split, which shares no instrument with it; the test
-split, which is what one evaluates with, is never looked at.
+It trains on a dataset's train split and is validated on its valid split, which shares no instrument with it; the test
+split, which is for evaluations, is never used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Examples:
 
 
 def examples(dataset: Dataset, task: Task, preset: Preset) -> Examples:
-    """What `task` learns from and is judged on.
+    """Select the notes that `task` trains on and is validated on.
 
     Raises:
         DataError: there are no such notes, or an instrument is in both splits.
@@ -59,9 +59,9 @@ def examples(dataset: Dataset, task: Task, preset: Preset) -> Examples:
     else:
         family = dataset.column("family")
         usable &= family >= 0
-        learnt = np.unique(family[usable & (split == 0)]) if preset.acoustic else np.arange(len(FAMILIES))
-        usable &= np.isin(family, learnt)
-        targets, classes = np.searchsorted(learnt, family).astype(np.int32), tuple(FAMILIES[i] for i in learnt)
+        families = np.unique(family[usable & (split == 0)]) if preset.acoustic else np.arange(len(FAMILIES))
+        usable &= np.isin(family, families)
+        targets, classes = np.searchsorted(families, family).astype(np.int32), tuple(FAMILIES[i] for i in families)
     train, valid = (np.flatnonzero(usable & (split == SPLITS.index(name))) for name in ("train", "valid"))
     kind = "acoustic notes" if preset.acoustic else "notes"
     for name, rows in (("train", train), ("valid", valid)):
@@ -94,7 +94,7 @@ def train(
     On a CPU the same arguments and number of threads give the same weights, unless `max_time` cuts in.
 
     Raises:
-        ConfigError, DataError: something asked for cannot be used.
+        ConfigError, DataError: an argument, a setting or the dataset cannot be used.
         Diverged: the loss is not finite.
         OSError: `out` cannot be written.
     """
@@ -155,7 +155,7 @@ def train(
 def _learn(fit: _Fit, max_time: float | None, console: Console) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Train to the last epoch, for `max_time` seconds (but a step at least) or until nothing gets better.
 
-    Returns what validation said after the best epoch, and the weights of then.
+    Returns the validation metrics of the best epoch, and its weights.
     """
     best: dict[str, Any] = {"accuracy": -1.0, "epoch": 0}
     weights: dict[str, Tensor] = {}
@@ -171,14 +171,14 @@ def _learn(fit: _Fit, max_time: float | None, console: Console) -> tuple[dict[st
                 if late:
                     break
             fit.epoch += 1
-            judged = fit.validate()
-            better = judged["accuracy"] > best["accuracy"]
+            validation = fit.validate()
+            better = validation["accuracy"] > best["accuracy"]
             if better:
-                best = {**judged, "epoch": fit.epoch}
+                best = {**validation, "epoch": fit.epoch}
                 weights = {name: t.detach().to("cpu", copy=True) for name, t in fit.network.state_dict().items()}
             console.print(
-                f"epoch {fit.epoch}  loss {np.mean(losses):.3f}  held-out loss {judged['loss']:.3f}  "
-                f"accuracy {judged['accuracy']:.4f}{'  best' if better else ''}"
+                f"epoch {fit.epoch}  loss {np.mean(losses):.3f}  held-out loss {validation['loss']:.3f}  "
+                f"accuracy {validation['accuracy']:.4f}{'  best' if better else ''}"
             )
     return best, weights
 
@@ -209,16 +209,16 @@ class _Fit:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
-        """What the network sees of these notes."""
+        """Return the network's input for these notes."""
         waveforms = self.dataset.waveforms(rows).to(self.device)
         return self.settings.front_end(waveforms).contiguous(memory_format=torch.channels_last)
 
     def targets(self, rows: np.ndarray) -> Tensor:
-        """Class of each of these notes."""
+        """Return the class of each of these notes."""
         return torch.from_numpy(self.notes.targets[rows].astype(np.int64)).to(self.device)
 
     def step(self) -> float:
-        """One update; the loss. Raises `Diverged`."""
+        """Do one update and return the loss. Raises `Diverged`."""
         rows = batch_indices(self.seed, self.done, self.settings.batch_size, self.notes.train)
         chance = stream(self.seed, 1, self.done)
         pictures = _masked(self.pictures(rows), self.settings.masks, chance)
@@ -239,7 +239,7 @@ class _Fit:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Loss, accuracy and where the errors are, on the held-out notes."""
+        """Return the loss, the accuracy and the kinds of errors on the held-out notes."""
         self.network.eval()
         valid = self.notes.valid
         parts = [self.network(self.pictures(rows)).float() for rows in np.array_split(valid, -(-len(valid) // 64))]
@@ -250,7 +250,7 @@ class _Fit:
 
 
 def _judge(predicted: np.ndarray, dataset: Dataset, notes: Examples) -> dict[str, Any]:
-    """Accuracy on the held-out notes, all and by family; with confusions of instruments, or kinds of pitch errors."""
+    """Return held-out accuracy, all and by family, and confusions of instruments or kinds of pitch errors."""
     truth = notes.targets[notes.valid]
     right = predicted == truth
     family = dataset.column("family")[notes.valid]
@@ -274,7 +274,7 @@ def _judge(predicted: np.ndarray, dataset: Dataset, notes: Examples) -> dict[str
 
 
 def _masked(pictures: Tensor, masks: int, chance: torch.Generator) -> Tensor:
-    """Pictures (B, 1, H, W) with spans of frames, `masks` in each, set to 0."""
+    """Return pictures (B, 1, H, W) with spans of frames, `masks` in each, set to 0."""
     frames = torch.arange(pictures.shape[3])
     for _ in range(masks):
         length, start = torch.rand(2, len(pictures), 1, generator=chance)

@@ -39,7 +39,7 @@ class Statistics:
     candidates: Tensor | None  # (V, D), what may take its place
 
     def reduce(self, world: World) -> None:
-        """Add up what the processes have."""
+        """Add up the sums of all processes."""
         for tensor in (self.counts, self.sums, self.candidates):
             if tensor is not None:
                 world.all_reduce(tensor)
@@ -49,18 +49,18 @@ class Statistics:
         self,
         ids: Tensor,
         residuals: Tensor | None,
-        kept: Tensor | None,
+        keep_mask: Tensor | None,
         generator: torch.Generator,
         part: tuple[int, int],
     ) -> None:
         """Add the tokens of a micro-batch.
 
-        ids: (B, L); residuals: (B, L, D), not needed for the counts alone; kept: bool (B, N), the scales that count.
+        ids: (B, L); residuals: (B, L, D), not needed for counts alone; keep_mask: bool (B, N), the scales that count.
         generator: draws the candidates. part: (i, n), micro-batch i of the n of this step over all processes; it draws
         for every n-th code, so that the sum holds one for each.
         """
         size = self.counts.shape[1]
-        counted = torch.ones_like(ids) if kept is None else kept[:, self.scale].to(ids.dtype)
+        counted = torch.ones_like(ids) if keep_mask is None else keep_mask[:, self.scale].to(ids.dtype)
         self.counts.view(-1).scatter_add_(0, (ids + self.scale * size).flatten(), counted.flatten())
         if residuals is None:
             return
@@ -75,18 +75,18 @@ class Statistics:
 
 
 class CodebookTraining:
-    """Watches a quantiser's codebook and, where its settings say so, updates it once per step."""
+    """Measures the use of a quantiser's codebook and, if its settings say so, updates it once per step."""
 
     def __init__(
         self,
         quantizer: Quantizer,
-        averaged: Quantizer,
+        ema: Quantizer,
         optimizer: Optimizer,
         tokens_per_step: int,
         world: World = ALONE,
     ) -> None:
         c, codes = quantizer.config, quantizer.codebook
-        self.quantizer, self.averaged, self.optimizer, self.world = quantizer, averaged, optimizer, world
+        self.quantizer, self.ema, self.optimizer, self.world = quantizer, ema, optimizer, world
         self.means, self.restarts = c.ema_codebook, c.restart_dead_codes > 0
         size = len(codes)
         starts = quantizer.starts
@@ -103,61 +103,61 @@ class CodebookTraining:
 
     def _statistics(self, means: bool, restarts: bool) -> Statistics:
         codes, counts = self.quantizer.codebook.detach(), torch.zeros_like(self.counts)
-        sums, candidates = (torch.zeros_like(codes) if wanted else None for wanted in (means, restarts))
+        sums, candidates = (torch.zeros_like(codes) if enabled else None for enabled in (means, restarts))
         return Statistics(self.scale, counts, sums, candidates)
 
     def gather(self, quantized: Quantized, generator: torch.Generator, part: tuple[int, int]) -> None:
         """Add a micro-batch to the statistics of the step; see `Statistics.add`."""
-        self.gathered.add(quantized.ids, quantized.residuals, quantized.kept, generator, part)
+        self.gathered.add(quantized.ids, quantized.residuals, quantized.keep_mask, generator, part)
 
     @torch.no_grad()
     def start(self, latents: Mapping[int, Tensor], parts: int, seed: int) -> None:
-        """k-means: let the codebook start as the means of the residuals of these latent maps (B, D, H, W).
+        """Initialise the codebook by k-means on the residuals of these latent maps (B, D, H, W).
 
-        What is left of a latent for the finer scales depends on the codes of the coarser ones, so every round runs the
+        The residual of a latent at the finer scales depends on the codes of the coarser ones, so every round runs the
         quantiser itself, and codes that nothing chose are drawn anew from its residuals.
 
-        latents: those of the `parts` maps that this process has, by number.
+        latents: this process's share of the `parts` maps, by their number.
         """
         q = self.quantizer
         for round_ in range(KMEANS_ROUNDS + 1):
-            found = self._statistics(means=True, restarts=True)
+            statistics = self._statistics(means=True, restarts=True)
             for i, f in latents.items():
                 ids, totals = q.search(f)
                 residuals = q.residuals(f, totals if round_ else torch.zeros_like(totals))
-                found.add(ids, residuals, None, stream(seed, 3, round_, i), (i, parts))
-            found.reduce(self.world)
-            assert found.sums is not None
-            assert found.candidates is not None
-            chosen = found.counts.sum(0)[:, None]
-            means = found.sums / chosen.clamp_min(1)
+                statistics.add(ids, residuals, None, stream(seed, 3, round_, i), (i, parts))
+            statistics.reduce(self.world)
+            assert statistics.sums is not None
+            assert statistics.candidates is not None
+            chosen = statistics.counts.sum(0)[:, None]
+            means = statistics.sums / chosen.clamp_min(1)
             # The first round draws the seeds, from the latents at the grids of all scales.
-            q.codebook.copy_(means.where((chosen > 0) & (round_ > 0), found.candidates))
-        self.averaged.codebook.copy_(q.codebook)
+            q.codebook.copy_(means.where((chosen > 0) & (round_ > 0), statistics.candidates))
+        self.ema.codebook.copy_(q.codebook)
         self.total = q.codebook * self.size[:, None]
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """After the backward pass of a step: take its statistics in, unless its loss or gradient was not `finite`."""
-        found, self.gathered = self.gathered, self._statistics(self.means, self.restarts)
-        found.reduce(self.world)
-        self.counts += found.counts * finite
+        """Apply the statistics of a step, after its backward pass, unless its loss or gradient was not `finite`."""
+        statistics, self.gathered = self.gathered, self._statistics(self.means, self.restarts)
+        statistics.reduce(self.world)
+        self.counts += statistics.counts * finite
         if not (self.means or self.restarts):
             return
         c, codes = self.quantizer.config, self.quantizer.codebook
-        size = self.size.lerp(found.counts.sum(0).to(self.size.dtype), 1 - c.codebook_decay)
+        size = self.size.lerp(statistics.counts.sum(0).to(self.size.dtype), 1 - c.codebook_decay)
         new, total = codes.detach(), self.total
-        if found.sums is not None:
-            total = total.lerp(found.sums, 1 - c.codebook_decay)
+        if statistics.sums is not None:
+            total = total.lerp(statistics.sums, 1 - c.codebook_decay)
             mass = size.sum()
             new = total / ((size + EPSILON) * (mass / (mass + len(size) * EPSILON)))[:, None]
-        if found.candidates is not None:
+        if statistics.candidates is not None:
             mean = size.mean()
             dead = (size < c.restart_dead_codes * mean) & finite
-            new = found.candidates.where(dead[:, None], new)
-            total = (found.candidates * mean).where(dead[:, None], total)
+            new = statistics.candidates.where(dead[:, None], new)
+            total = (statistics.candidates * mean).where(dead[:, None], total)
             size = mean.where(dead, size)
-            self.averaged.codebook.copy_(new.where(dead[:, None], self.averaged.codebook))
+            self.ema.codebook.copy_(new.where(dead[:, None], self.ema.codebook))
             self.optimizer.restart(codes, dead)
         codes.copy_(new.where(finite, codes))
         self.size, self.total = size.where(finite, self.size), total.where(finite, self.total)
@@ -190,7 +190,7 @@ class CodebookTraining:
         return {"train_codes_used": used, "train_perplexity": perplexity, "collapsed": collapsed}
 
     def state(self) -> dict[str, Tensor]:
-        """What an interrupted run needs to go on."""
+        """Return the tensors that an interrupted run needs to resume."""
         return {
             "counts": self.counts,
             "peak": self.peak,
@@ -212,7 +212,7 @@ class CodebookTraining:
 
 
 def usage(counts: Tensor) -> tuple[list[int], list[float]]:
-    """Per scale: how many different codes were chosen, and the perplexity of the choice. counts: (N, V)."""
+    """Return per scale: how many different codes were chosen, and the perplexity of the choice. counts: (N, V)."""
     counts = counts.double()
     p = counts / counts.sum(1, keepdim=True).clamp_min(1)
     perplexity = (-torch.xlogy(p, p).sum(1)).exp()

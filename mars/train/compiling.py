@@ -1,8 +1,8 @@
-"""torch.compile of the transformer blocks, proven before the first step.
+"""Compilation of the transformer blocks with torch.compile, tried out before the first step.
 
 Blocks are compiled one by one in place (`nn.Module.compile`): all of a kind share one graph, names in the state dict
 stay, and wrappers around the model see the same modules. Shapes are static: micro-batches are all of one size, and
-validation runs the averaged weights, which are not compiled. As compilation is lazy, a missing compiler would show in
+validation runs the EMA weights, which are not compiled. As compilation is lazy, a missing compiler would show in
 the middle of the first step; a dry run of that step shows it before.
 """
 
@@ -21,28 +21,28 @@ AUTO = ("cuda",)  # device types. On one core of a Xeon it took 20 s and saved 3
 
 
 class Compilable(Protocol):
-    """What compilation asks of a stage."""
+    """The interface that compilation needs of a stage."""
 
     train: TrainConfig
     device: torch.device
 
     def blocks(self) -> list[nn.Module]:
-        """The modules to be compiled."""
+        """Return the modules to compile."""
 
     def dry_run(self) -> None:
-        """The forward and backward pass of a micro-batch; leaves no trace."""
+        """Run the forward and backward pass of a micro-batch, and leave no trace."""
 
 
 def compile_blocks(stage: Compilable, say: Callable[[str], None]) -> bool:
-    """Compile the blocks of `stage` if `train.compile` asks for it; whether they are compiled.
+    """Compile the blocks of `stage` if `train.compile` says so, and return whether they are compiled.
 
-    With "auto" they are on CUDA, and a failure is said and leaves them as they were.
+    "auto" compiles on CUDA; if that fails, `say` gets a warning and the blocks stay as they were.
 
     Raises:
         ConfigError: `train.compile` is "on" and compilation fails.
     """
-    asked = stage.train.compile
-    if asked == "off" or (asked == "auto" and stage.device.type not in AUTO):
+    mode = stage.train.compile
+    if mode == "off" or (mode == "auto" and stage.device.type not in AUTO):
         return False
     blocks = stage.blocks()
     for block in blocks:
@@ -54,7 +54,7 @@ def compile_blocks(stage: Compilable, say: Callable[[str], None]) -> bool:
             block._compiled_call_impl = None
         stage.dry_run()  # what fails without compilation too is not its fault, and is raised as it is
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if asked == "on":
+        if mode == "on":
             raise ConfigError(
                 f"train.compile=on: torch.compile failed ({reason}); install what it names or use train.compile=off"
             ) from error

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 
 class Deadline:
-    """Says when there is no time left for more work, taken to last as long as the longest of its kind so far.
+    """Decides whether there is time for more work, which is expected to last as long as the longest of its kind so far.
 
     Args:
         seconds: from now; None: there is no deadline.
-        expected: seconds that a kind of work may last, as long as nothing was measured.
+        expected: seconds that a kind of work may last, until one is measured.
     """
 
     def __init__(self, seconds: float | None, expected: Mapping[str, float] | None = None) -> None:
@@ -23,12 +23,12 @@ class Deadline:
 
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """Measure one piece of work."""
+        """Measure the block as one piece of work."""
         start = time.monotonic()
         yield
         self.longest[kind] = max(self.longest.get(kind, 0.0), time.monotonic() - start)
 
     def leaves_time_for(self, *kinds: str) -> bool:
-        """Whether one piece of each kind would end in time."""
+        """Return whether one piece of each kind would end in time."""
         needed = sum(self.longest.get(kind, self.expected.get(kind, 0.0)) for kind in kinds)
         return time.monotonic() + needed <= self.end

@@ -21,16 +21,16 @@ Metrics = Mapping[str, float | Tensor]
 
 
 class Verdicts:
-    """Whether the loss of each step was finite, found out without making a GPU wait for the host.
+    """Checks that the loss of each step is finite, without making a GPU wait for the host.
 
-    What a step on a GPU gave is read one step later, when its copy to the host has long arrived.
+    The result of a step on a GPU is read one step later, when its copy to the host has arrived.
     """
 
     def __init__(self) -> None:
         self._arriving: deque[tuple[int, Metrics, Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Take the "loss" of a step."""
+        """Add the metrics of a step, whose "loss" is checked."""
         loss, event = torch.as_tensor(metrics["loss"]).detach(), None
         if loss.device.type == "cuda":
             event = torch.cuda.Event()
@@ -39,7 +39,7 @@ class Verdicts:
         self._arriving.append((step, metrics, loss, event))
 
     def known(self, wait: bool) -> Iterator[tuple[int, Metrics, bool]]:
-        """Step, metrics and verdict of each step that is known and was not given before; all if it may `wait`."""
+        """Yield step, metrics and whether it was finite for each step newly known; for all if it may `wait`."""
         while self._arriving and (wait or len(self._arriving) > 1 or self._arriving[0][3] is None):
             step, metrics, loss, event = self._arriving.popleft()
             if event is not None:
@@ -56,11 +56,11 @@ class BadSteps:
         self.steps: list[dict[str, object]] = []
 
     def forget(self) -> None:
-        """A step was good."""
+        """Forget the bad steps: a step was good."""
         self.steps.clear()
 
     def add(self, step: int, metrics: Metrics, notes: Sequence[object]) -> None:
-        """A step was bad; `notes` are the names of its notes.
+        """Record a bad step; `notes` are the names of its notes.
 
         Raises:
             Diverged: it was the tenth in a row.

@@ -1,4 +1,4 @@
-"""The loop of both stages: draw a batch, step, log, validate, save; resume from what was saved.
+"""The training loop of both stages: draw a batch, step, log, validate, save; and resume from a checkpoint.
 
 Every random choice depends on (seed, step, micro-batch) alone, so a resumed run needs no saved random state, and it
 does not matter which process takes which micro-batch, nor how many there are (`world`). Every process runs this loop
@@ -40,7 +40,7 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def batch_indices(seed: int, step: int, batch: int, notes: np.ndarray) -> np.ndarray:
-    """The notes of one step: each epoch is a new permutation, and an epoch's rest opens the next one."""
+    """Return the notes of one step, by index: each epoch is a permutation, and an epoch's rest opens the next one."""
     chosen: list[np.ndarray] = []
     position, end = step * batch, (step + 1) * batch
     while position < end:
@@ -65,7 +65,7 @@ def run(
 ) -> int:
     """Train to the configured number of steps, or until `max_steps`, a signal, or as long as `max_time` seconds allow.
 
-    SIGTERM, SIGINT and SIGUSR1, in any of the processes, finish the step and save; `max_time` leaves time for that.
+    After SIGTERM, SIGINT or SIGUSR1 in any process the step is finished and saved; `max_time` leaves time for that.
     `names` are the notes' names, for `diverged.json`. Without a `watch` the run has a log but shows nothing else of
     itself. Returns the number of steps done, over all sessions.
 
@@ -97,13 +97,13 @@ def run(
         return [stage.batch(parts[i]) for i in mine]
 
     def take_verdicts(wait: bool) -> None:
-        for step, found, finite in verdicts.known(wait):
+        for step, metrics, finite in verdicts.known(wait):
             if finite:
                 bad.forget()
             else:
                 position.skipped += 1
-                drawn = batch_indices(seed, step - 1, batch, notes).tolist()
-                bad.add(step, found, [names[i] for i in drawn] if names else drawn)
+                indices = batch_indices(seed, step - 1, batch, notes).tolist()
+                bad.add(step, metrics, [names[i] for i in indices] if names else indices)
 
     def save() -> None:
         nonlocal saved
@@ -181,7 +181,7 @@ def run(
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """A stop signal sets a flag, the same one again acts as usual; gives the function that reads the flag."""
+    """Let a stop signal set a flag, and the same one again act as usual; yields the function that reads the flag."""
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
 

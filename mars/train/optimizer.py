@@ -1,4 +1,4 @@
-"""The learning-rate schedules, and the optimiser with clipping and the average of the weights."""
+"""The learning-rate schedules, and the optimiser with gradient clipping and the EMA of the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mars.train.spans import span
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of `step`: linear warm-up, then a cosine, or VAR's "lin0" (flat for 5 %, then linear)."""
+    """Return the learning rate of `step`: linear warm-up, then a cosine or VAR's "lin0" (flat for 5 %, then linear)."""
     warmup = config.warmup * config.steps
     if step < warmup:
         return config.peak_lr * (step + 1) / (warmup + 1)
@@ -28,7 +28,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def not_finite(value: Tensor) -> Tensor:
-    """float32 (): 1 where `value` (), is infinite or NaN, else 0; on its device, so that the host need not wait."""
+    """Return float32 (): 1 if `value` () is infinite or NaN, else 0; on its device, so that the host need not wait."""
     return value.isfinite().logical_not().float()
 
 
@@ -70,13 +70,13 @@ def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], rounds: 
 
 
 class Optimizer:
-    """AdamW with the schedule, gradient clipping and an average of the weights (EMA).
+    """AdamW with the schedule, gradient clipping and an EMA (exponential moving average) of the weights.
 
     With "muon" the matrices of the transformer blocks are updated by orthogonalised momentum instead (Jordan et al.
     2024), scaled so that the same learning rate serves both.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, averaged: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module, config: TrainConfig, ema: nn.Module | None = None) -> None:
         self.config = config
         self.names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -103,21 +103,21 @@ class Optimizer:
             self.optimizers.append(
                 kind(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
-        self.averaged = [World.local(p) for p in averaged.parameters()] if averaged is not None else None
-        self.current = [World.local(p) for p in module.parameters()]  # what is averaged: a frozen codebook, too
+        self.ema = [World.local(p) for p in ema.parameters()] if ema is not None else None
+        self.current = [World.local(p) for p in module.parameters()]  # what the EMA follows: a frozen codebook, too
         self.waits = bool(matrices) or any(World.local(p) is not p for p in self.parameters)
 
     def clip(self) -> Tensor:
-        """Clip the gradients; their global norm before that. The host does not wait for it."""
+        """Clip the gradients, and return their global norm before that; the host does not wait for it."""
         limit = self.config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
     def update(self, step: int, bad: Tensor | None = None) -> float:
-        """Apply the gradients with the scheduled rate, which is returned; then forget them.
+        """Apply the gradients with the scheduled learning rate, which is returned; then drop them.
 
-        bad: float32 (), where it is 1 nothing changes but that the gradients are forgotten. It stays on its device:
-            AdamW and the average read it in their kernels. Muon and sharded weights cannot, so there the host waits.
+        bad: float32 (); if it is 1, nothing changes but that the gradients are dropped. It stays on its device:
+            AdamW and the EMA read it in their kernels. Muon and sharded weights cannot, so there the host waits.
         """
         rate = learning_rate(self.config, step)
         if self.waits and bad is not None:
@@ -132,20 +132,20 @@ class Optimizer:
                 optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
             with span("optimizer"):
                 optimizer.step()
-        if self.averaged is not None:
+        if self.ema is not None:
             with span("average"):
-                self._average(self.averaged, min(self.config.ema, (1 + step) / (10 + step)), bad)  # quick at first
+                self._update_ema(self.ema, min(self.config.ema, (1 + step) / (10 + step)), bad)  # quick at first
         self.forget()
         return rate
 
     @torch.no_grad()
-    def _average(self, averaged: list[Tensor], decay: float, bad: Tensor | None) -> None:
-        """mean += (1 - decay) (weight - mean), as a step of gradient descent: that has a fused kernel that reads `bad`.
+    def _update_ema(self, ema: list[Tensor], decay: float, bad: Tensor | None) -> None:
+        """Update ema += (1 - decay) (weight - ema), as a step of SGD, whose fused kernel reads `bad`.
 
-        With the weight as the gradient to go up along and a decay of 1: mean - rate (mean - weight).
+        With the weight as the gradient to ascend and a weight decay of 1: ema - rate (ema - weight).
         """
         torch._fused_sgd_(
-            averaged,
+            ema,
             self.current,
             [],
             weight_decay=1.0,
@@ -170,7 +170,7 @@ class Optimizer:
                 value.masked_fill_(rows[:, None], 0)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts by parameter name; empty before the first update."""
+        """Return the moments and step counts by parameter name; empty before the first update."""
         names = {id(p): name for name, p in zip(self.names, self.parameters, strict=True)}
         return {
             f"{names[id(p)]}/{key}": value

@@ -1,4 +1,4 @@
-"""What a training step needs, before it is run: memory, FLOPs, and the micro-batch that fits.
+"""Plans a training step without running it: memory, FLOPs, and the micro-batch that fits.
 
 The stage's own step runs on fake tensors, which have shapes but no data: no GPU, no dataset and hardly any memory is
 used. The fake tensors are a CPU's, since a PyTorch without CUDA cannot run a backward pass on fake CUDA ones; the
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from mars.config import Config, TrainConfig
 from mars.data import Dataset
 from mars.kernels import _backend, costs
-from mars.labels import LABELS
+from mars.labels import LABELS, Words
 from mars.models.tokenizer import Tokenizer
 from mars.runs.stage import StageName
 from mars.runtime import native_bfloat16, stream
@@ -40,6 +40,8 @@ RESERVED = 1 << 30  # bytes: the CUDA context, and the workspaces of cuBLAS and 
 FRAGMENTED = 0.05  # share of the memory that lies unused between the allocator's blocks
 ROWS = 2048  # of a micro-batch's matrices, below which a GPU idles: worth a third more FLOPs
 
+NO_WORDS: Words = MappingProxyType({})
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -47,7 +49,7 @@ Device = Literal["cpu", "cuda"]
 class Step:
     """One planned step, in bytes and FLOPs."""
 
-    held: int  # before the step: weights, moments, averaged weights, the batches of this and of the next step
+    held: int  # before the step: weights, moments, EMA weights, the batches of this and of the next step
     peak: int  # most during the step
     loading: int  # what preparing one micro-batch takes meanwhile
     flops: int
@@ -55,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What a stage needs and what fits, with or without activation checkpointing."""
+    """The memory of a stage and the micro-batch that fits, with or without activation checkpointing."""
 
     checkpointing: bool
     peak: int  # bytes, at the micro-batch of the settings
@@ -66,7 +68,7 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage needs. Sizes are in bytes; of FLOPs, matrix products, convolutions and attention count."""
+    """The plan of a stage. Sizes are in bytes; FLOPs count matrix products, convolutions and attention."""
 
     stage: StageName
     preset: str
@@ -87,12 +89,12 @@ class Plan:
 
     @property
     def notes(self) -> int:
-        """Notes of a step."""
+        """The notes of a step."""
         return self.batch_size * self.accumulate
 
     @property
     def planned(self) -> Fit:
-        """That of the settings as they are."""
+        """The fit for the settings as they are."""
         return self.fits[self.checkpointing]
 
 
@@ -140,35 +142,47 @@ class Allocations(TorchDispatchMode):
 
 
 class Notes:
-    """Stands in for a dataset: silent notes without labels, all of them for training."""
+    """A stand-in for a dataset: silent notes, all of them for training."""
 
-    words: Mapping[str, list[str]] = MappingProxyType({})
     fingerprint = ""
 
-    def __init__(self, samples: int, count: int = 1024) -> None:
-        self.samples, self.count = samples, count
+    def __init__(self, samples: int, words: Words = NO_WORDS) -> None:
+        """Make the notes. samples: of each; words: those of the open labels, each of which some note has."""
+        self.samples, self.words = samples, words
+        self.count = max([1024, *map(len, words.values())])
 
     def __len__(self) -> int:
         return self.count
 
     def split(self, name: str) -> np.ndarray:
-        """int64 (notes,)."""
+        """Return the indices of a split, int64 (notes,)."""
         return np.arange(self.count)
 
     def waveforms(self, indices: np.ndarray) -> Tensor:
-        """float32 (notes, samples)."""
+        """Return silence, float32 (notes, samples)."""
         return torch.zeros(len(indices), self.samples)
 
     def labels(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """int32 (notes,) each."""
-        return dict.fromkeys(LABELS, np.full(self.count, -1, np.int32))
+        """Return the numbers of every label, int32 (notes,) each: -1 (unknown), but for the labels of `words`."""
+        unknown = dict.fromkeys(LABELS, np.full(self.count, -1, np.int32))
+        known = {
+            name: np.arange(self.count, dtype=np.int32) % len(words) for name, words in self.words.items() if words
+        }
+        return unknown | known
 
 
 class DryRun:
-    """A stage on fake tensors, that has taken its first step and so has the optimiser's moments."""
+    """A stage on fake tensors that has done its first step, so that the optimiser's moments exist."""
 
-    def __init__(self, config: Config, stage: StageName, device: Device, *, at: int | None = None) -> None:
-        """at: the step to run; None: the last one, in which all terms of the loss are on."""
+    def __init__(
+        self, config: Config, stage: StageName, device: Device, *, at: int | None = None, words: Words = NO_WORDS
+    ) -> None:
+        """Make the stage.
+
+        Args:
+            at: the step to run; None: the last one, in which all terms of the loss are on.
+            words: those of the open labels in the training notes, whose embeddings a VAR with such conditions has.
+        """
         train = getattr(config.train, stage)
         self.device = device
         self.allocations = Allocations(alignment=512 if device == "cuda" else 1)
@@ -177,7 +191,7 @@ class DryRun:
         if precision == "auto":
             precision = "bfloat16" if device == "cuda" or native_bfloat16(torch.device("cpu")) else "float32"
         settings = config.with_train(stage, precision=precision)
-        cpu, notes = torch.device("cpu"), cast(Dataset, Notes(config.audio.samples))
+        cpu, notes = torch.device("cpu"), cast(Dataset, Notes(config.audio.samples, words))
         with self._pretending():
             self.stage: TokenizerStage | VARStage
             if stage == "tokenizer":
@@ -190,7 +204,7 @@ class DryRun:
         self.step(train.batch_size, 1)
 
     def step(self, batch: int, micro_batches: int) -> Step:
-        """A step of micro-batches of `batch` notes, while those of the next steps (`train.workers`) are at hand."""
+        """Run a step of micro-batches of `batch` notes, with those of the next steps (`train.workers`) in memory."""
         count = self.allocations
         with self._pretending():
             count.peak = count.held
@@ -206,10 +220,10 @@ class DryRun:
             return Step(held=held, peak=count.peak, loading=loading, flops=count.flops - flops)
 
     def sizes(self) -> dict[str, int]:
-        """Parameters of the model, and bytes of what stays from step to step."""
+        """Return the number of parameters, and the bytes of what stays from step to step."""
         members = vars(self.stage).values()
         held = {id(t): t for m in members if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())}
-        for tensor in (*self.stage.averaged.parameters(), *self.stage.averaged.buffers()):
+        for tensor in (*self.stage.ema.parameters(), *self.stage.ema.buffers()):
             held.pop(id(tensor), None)
         weights = held.values()
         return {
@@ -217,7 +231,7 @@ class DryRun:
             "weights": sum(t.nbytes for t in weights),
             "gradients": sum(t.nbytes for t in weights if t.requires_grad),
             "optimizer": sum(t.nbytes for o in members if isinstance(o, Optimizer) for t in o.state().values()),
-            "averaged": sum(p.nbytes for p in self.stage.averaged.parameters()),
+            "averaged": sum(p.nbytes for p in self.stage.ema.parameters()),
         }
 
     @contextmanager
@@ -248,14 +262,14 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 class Planner:
-    """Plans of a stage for any amount of memory."""
+    """Plans of a stage for any amount of memory; words: as for `DryRun`."""
 
-    def __init__(self, config: Config, stage: StageName, device: Device = "cuda") -> None:
+    def __init__(self, config: Config, stage: StageName, device: Device = "cuda", *, words: Words = NO_WORDS) -> None:
         self.config, self.stage, self.device = config, stage, device
-        self._needs = [_Needs(config.with_train(stage, checkpointing=on), stage, device) for on in (False, True)]
+        self._needs = [_Needs(config.with_train(stage, checkpointing=on), stage, device, words) for on in (False, True)]
 
     def plan(self, memory: int) -> Plan:
-        """What the stage needs on a device with `memory` bytes, and the micro-batch that fits it."""
+        """Return what the stage needs on a device with `memory` bytes, and the micro-batch that fits it."""
         train: TrainConfig = getattr(self.config.train, self.stage)
         usable = max(0, int(memory * (1 - FRAGMENTED)) - RESERVED)
         plain, checkpointed = (needs.fit(usable) for needs in self._needs)
@@ -280,12 +294,12 @@ class Planner:
 
 
 class _Needs:
-    """Bytes that a step needs by its micro-batch: the notes of a step are given."""
+    """The bytes that a step needs, as a function of its micro-batch, for a given number of notes."""
 
-    def __init__(self, config: Config, stage: StageName, device: Device) -> None:
+    def __init__(self, config: Config, stage: StageName, device: Device, words: Words) -> None:
         self.train: TrainConfig = getattr(config.train, stage)
         self.notes = self.train.notes_per_step
-        self.dry_run = DryRun(config, stage, device)
+        self.dry_run = DryRun(config, stage, device, words=words)
         self._steps: dict[tuple[int, int], Step] = {}
         two, three = (self._step(self.train.batch_size, n) for n in (2, 3))
         self.flops = two.flops + (self.train.accumulate - 2) * (three.flops - two.flops)
@@ -296,7 +310,7 @@ class _Needs:
         return step.peak + step.loading + math.ceil(max(self.notes - 2 * batch, 0) * self._more)
 
     def fit(self, usable: int) -> Fit:
-        """What fits into `usable` bytes."""
+        """Return the largest fit into `usable` bytes."""
         largest = _largest(self, usable, self.train.batch_size, self.dry_run.allocations.held)
         return Fit(
             checkpointing=self.train.checkpointing,
@@ -313,21 +327,21 @@ class _Needs:
 
 
 def _largest(needs: Callable[[int], int], usable: int, guess: int, least: int) -> int:
-    """The largest micro-batch that needs at most `usable` bytes, 0 if not even one does; `least` is what none needs."""
-    found = {0: least}
+    """Return the largest micro-batch that needs at most `usable` bytes, or 0; `least`: the bytes without any."""
+    needed = {0: least}
     low, high = 0, math.inf
     while high - low > 1:
-        found[guess] = needs(guess)
-        if found[guess] <= usable:
+        needed[guess] = needs(guess)
+        if needed[guess] <= usable:
             low = guess
         else:
             high = guess
-        a, b, *_ = sorted(found, key=lambda n: abs(found[n] - usable))
-        slope = (found[a] - found[b]) / (a - b)  # needs are nearly affine
-        wanted = a + (usable - found[a]) / slope if slope > 0 else math.inf
-        if a == low > 0 < b and wanted < low + 1:
+        a, b, *_ = sorted(needed, key=lambda n: abs(needed[n] - usable))
+        slope = (needed[a] - needed[b]) / (a - b)  # needs are nearly affine
+        estimate = a + (usable - needed[a]) / slope if slope > 0 else math.inf
+        if a == low > 0 < b and estimate < low + 1:
             break
-        guess = int(max(min(wanted, high - 1, 8 * low + 8), low + 1))
+        guess = int(max(min(estimate, high - 1, 8 * low + 8), low + 1))
     return low
 
 
@@ -344,7 +358,7 @@ def _recommended(plain: Fit, checkpointed: Fit, tokens: int, train: TrainConfig)
 
 
 def report(plan: Plan, before: str = "") -> str:
-    """The plan in words; `before` is put before each of the settings that are recommended."""
+    """Describe the plan as text; `before` precedes each recommended setting."""
     place = "a CUDA GPU" if plan.device == "cuda" else "a CPU"
     fixed = (("weights", plan.weights), ("gradients", plan.gradients), ("optimizer", plan.optimizer))
     lines = [
@@ -352,7 +366,7 @@ def report(plan: Plan, before: str = "") -> str:
         f"{plan.accumulate} x {plan.batch_size} = {plan.notes} notes a step",
         f"estimated on fake tensors for {place}, {plan.precision}; nothing was run or measured",
         "",
-        *(f"{name:<18}{_gb(size)}" for name, size in (*fixed, ("averaged weights", plan.averaged))),
+        *(f"{name:<18}{_gb(size)}" for name, size in (*fixed, ("EMA weights", plan.averaged))),
         "",
         f"{'checkpointing':<18}{'false':>12}{'true':>12}",
     ]

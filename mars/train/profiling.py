@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Profiles of a training step: where its time goes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def profile_steps(
 ) -> None:
     """Train `stage` for a few steps, write a Chrome trace of them to `out` and print where the time went.
 
-    The steps are those around the middle of the run, so that a discriminator takes part; batches are made in between.
+    The steps are those around the middle of the run, so that a discriminator has joined; batches are made in between.
 
     Raises:
         OSError: the trace cannot be written.
@@ -66,7 +66,7 @@ def _parts(seconds: dict[str, float], title: str) -> Table:
 
 
 def _operators(recorded: profile, device: torch.device) -> Table:
-    """The operators that take the longest by themselves: on a GPU the time of their kernels."""
+    """Return the operators that take the longest by themselves: on a GPU the time of their kernels."""
     cost = attrgetter("self_device_time_total" if device.type == "cuda" else "self_cpu_time_total")
     events = [event for event in recorded.key_averages() if not event.key.startswith("mars: ")]
     table = Table("operator", "ms", "calls", title="the most expensive operators, per step")

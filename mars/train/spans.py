@@ -46,7 +46,7 @@ _clock: _Clock | None = None  # of the profile being made
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """A named part of a step."""
+    """Mark the block as a named part of a step."""
     with record_function(f"mars: {name}"):
         if _clock is None:
             yield
@@ -60,7 +60,7 @@ def span(name: str) -> Iterator[None]:
 
 @contextmanager
 def timed(device: torch.device, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
-    """Time the parts of steps meanwhile; the forward passes of `modules` are parts too."""
+    """Time the parts of the steps in the block; the forward passes of `modules` are parts too."""
     global _clock
     _clock = _Clock(device)
     spans: list[Any] = []

@@ -1,4 +1,4 @@
-"""Set up a run: settings, data, run folder; then hand over to the loop."""
+"""Sets up a run (settings, data, run folder) and hands it to the loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from mars import checkpoint, config, lock, model, runtime, terminal
+from mars import checkpoint, config, labels, lock, model, runtime, terminal
 from mars.config import Config
 from mars.data import Dataset, open_dataset
 from mars.distributed import World, join
@@ -57,25 +57,25 @@ def train(
     began: float | None = None,
     tokenizer: Path | None = None,
     shard: bool = False,
-    following: Callable[[Path], str] | None = None,
+    next_command: Callable[[Path], str] | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train a tokenizer, or a VAR on the tokens of one; returns the run folder.
+    """Train a tokenizer, or a VAR on the tokens of one, and return the run folder.
 
     Args:
         overrides: settings to change, each as "KEY=VALUE".
-        resume: "auto" goes on where `out` is a run, "never" refuses to; or the run folder to go on with.
+        resume: "auto" resumes if `out` is a run, "never" refuses to; or the run folder to resume.
         max_time: seconds after which training stops, saved.
-        profile: write a trace of a few steps there instead, and make no run folder; returned.
+        profile: path at which to write a trace of a few steps instead of a run folder; it is returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
         tokenizer: run or model that a VAR is trained on; None: the newest run.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
-        following: the command to type after the run at this path has come to its end, which is then printed.
-        console: what is said goes there; None: to stderr.
+        next_command: gives the command to type after the run at a path has ended, which is then printed.
+        console: where messages go; None: to stderr.
 
     Raises:
-        ConfigError, DataError, CheckpointError: something asked for cannot be used, or the audio of the dataset is not
-            what was packed.
+        ConfigError, DataError, CheckpointError: an argument or a setting cannot be used, or the audio of the dataset is
+            not what was packed.
         Diverged, OSError: see `mars.train.loop.run`.
     """
     if tensorboard:
@@ -111,12 +111,12 @@ def train(
     settings = settings.resolved(stage_name, len(notes))
     world.check(getattr(settings.train, stage_name))
     _check_dataset(settings, dataset, console.print)
-    if (had := dataset.samples) != (wanted := settings.audio.samples):
-        change = "cut" if had > wanted else "padded with silence"
+    if (stored := dataset.samples) != (expected := settings.audio.samples):
+        change = "cut" if stored > expected else "padded with silence"
         rate = dataset.sample_rate
-        console.print(f"the notes, of {had / rate:.3g} s, are {change} to {wanted / rate:.3g} s (audio.samples)")
+        console.print(f"the notes, of {stored / rate:.3g} s, are {change} to {expected / rate:.3g} s (audio.samples)")
 
-    def made() -> TokenizerStage | VARStage:
+    def make_stage() -> TokenizerStage | VARStage:
         _verify(dataset, console, world)
         stage: TokenizerStage | VARStage
         if trained is None:
@@ -124,17 +124,17 @@ def train(
         else:
             cache = (out.parent if out is not None else RUNS) / TOKENS
             tokens = _tokens(cache, trained, settings, dataset, console, world)
-            heard = trained.data.get("tokenizer")
-            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, heard)
+            trained_on = trained.data.get("tokenizer")
+            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, trained_on)
         compile_blocks(stage, console.print)
         return stage
 
     if profile is not None:
-        profile_steps(made(), notes, seed=seed, device=world.device, out=profile, console=console)
+        profile_steps(make_stage(), notes, seed=seed, device=world.device, out=profile, console=console)
         return profile
     origin["data_path"] = None if data is None else str(data.resolve())
     with _open_run(out, stage_name, settings, dataset, seed, resume, console, origin, world) as run:
-        stage = made()
+        stage = make_stage()
         if world.main:
             runtime.free_space(run.path, run.space_needed(stage))
         count = sum(p.numel() for p in stage.model.parameters()) / 1e6
@@ -160,8 +160,8 @@ def train(
                 tensorboard=tensorboard,
             ),
         )
-    if done >= stage.train.steps and following is not None:
-        console.print(f"next: {following(run.path)}", markup=False)
+    if done >= stage.train.steps and next_command is not None:
+        console.print(f"next: {next_command(run.path)}", markup=False)
     return run.path
 
 
@@ -174,10 +174,10 @@ def settings_of(
     resume: Resume = "auto",
     tokenizer: Path | None = None,
 ) -> Config:
-    """The settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
+    """Return the settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
 
     Raises:
-        ConfigError, CheckpointError: something asked for cannot be used.
+        ConfigError, CheckpointError: an argument or a setting cannot be used.
     """
     out = _resumed(out, resume)
     if tokenizer is None:
@@ -185,13 +185,28 @@ def settings_of(
     return _var_settings(out, config.load(model.locate(tokenizer) / "config.json"), preset, overrides, tokenizer)
 
 
+def words_of(settings: Config, data: Path | None) -> labels.Words:
+    """Return the words of the open labels that a VAR with these settings would learn from a dataset, by label.
+
+    The dataset is opened only where that matters: for an open condition, or any if `data` names one.
+
+    Raises:
+        DataError: the dataset cannot be opened.
+    """
+    attributes = settings.var.condition
+    if not any(data is not None or labels.LABELS[name].open for name in attributes):
+        return {}
+    dataset = open_dataset(data)
+    return labels.vocabularies(attributes, dataset.labels(dataset.split("train")), dataset.words)
+
+
 def newest_tokenizer(preset: str | None = None) -> Path:
-    """The newest tokenizer run under `runs/` that has a model, of `preset` if that is given.
+    """Return the newest tokenizer run under `runs/` that has a model, of `preset` if that is given.
 
     Raises:
         ConfigError: there is none.
     """
-    found = []
+    candidates = []
     for path in RUNS.glob("*/run.json"):
         try:
             record = read_record(path.parent)
@@ -200,13 +215,13 @@ def newest_tokenizer(preset: str | None = None) -> Path:
         exported = checkpoint.current(path.parent / "model") / "config.json"
         usable = record.stage == "tokenizer" and exported.is_file()
         if usable and preset in (None, record.preset):
-            found.append((record.created, path.parent))
-    if not found:
+            candidates.append((record.created, path.parent))
+    if not candidates:
         kind = f"tokenizer run of preset {preset}" if preset else "tokenizer run"
         raise ConfigError(
             f"there is no {kind} under {RUNS}/; train one first (`mars-train tokenizer`) or name it with `tokenizer`"
         )
-    return max(found)[1]
+    return max(candidates)[1]
 
 
 def _prepare(device: str, threads: int | None) -> World:
@@ -219,7 +234,7 @@ def _prepare(device: str, threads: int | None) -> World:
 
 
 def _resumed(out: Path | None, resume: Resume) -> Path | None:
-    """The run folder asked for, by `out` or by `resume`."""
+    """Return the run folder that `out` or `resume` names."""
     if resume in ("auto", "never"):
         return out
     if not (Path(resume) / "run.json").is_file():
@@ -236,7 +251,7 @@ def _settings(out: Path | None, preset: str | None, overrides: tuple[str, ...], 
 
 
 def _source(tokenizer: Path | None, out: Path | None, preset: str | None, console: Console, world: World) -> Path:
-    """The tokenizer to train on: the one named, else that of the run to go on with, else the newest run."""
+    """Return the tokenizer to train on: the one named, else that of the run to go on with, else the newest run."""
     if tokenizer is None and out is not None and (out / "run.json").is_file():
         record = read_record(out)
         if record.stage != "var":
@@ -252,12 +267,12 @@ def _source(tokenizer: Path | None, out: Path | None, preset: str | None, consol
 def _var_settings(
     out: Path | None, trained: Config, preset: str | None, overrides: tuple[str, ...], source: Path
 ) -> Config:
-    """The tokenizer's settings, with those of the preset for the rest."""
+    """Return the settings of a VAR: the tokenizer's own, and the preset's for the rest."""
     if preset is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
     name = preset or trained.preset
     plain = config.preset(name) if preset or name in config.preset_names() else trained
-    asked = config.override(plain, overrides, "var")
+    settings = config.override(plain, overrides, "var")
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(
@@ -268,24 +283,24 @@ def _var_settings(
             f"`preset` {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave `preset` out"
         )
-    return dataclasses.replace(asked, audio=trained.audio, tokenizer=trained.tokenizer)
+    return dataclasses.replace(settings, audio=trained.audio, tokenizer=trained.tokenizer)
 
 
 def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path | None) -> str | None:
-    """What to say where the tokenizer was not trained on the dataset at hand, or nobody knows; None: it was."""
-    ours = _called({"data": dataset.fingerprint, "data_path": data})
-    theirs = trained.data.get("tokenizer")
-    if theirs == dataset.fingerprint:
+    """Return the warning if the tokenizer was not trained on this dataset, or that is unknown; None: it was."""
+    dataset_name = _called({"data": dataset.fingerprint, "data_path": data})
+    trained_on = trained.data.get("tokenizer")
+    if trained_on == dataset.fingerprint:
         return None
-    if theirs is None:
-        return f"what the tokenizer {source} was trained on is not recorded; the VAR learns {ours}"
+    if trained_on is None:
+        return f"what the tokenizer {source} was trained on is not recorded; the VAR learns {dataset_name}"
     record = checkpoint.read_json(source / "run.json") if (source / "run.json").is_file() else None
-    known = record if isinstance(record, dict) and record.get("data") == theirs else {"data": theirs}
-    return f"the tokenizer {source} was trained on {_called(known)}, not on {ours}"
+    known = record if isinstance(record, dict) and record.get("data") == trained_on else {"data": trained_on}
+    return f"the tokenizer {source} was trained on {_called(known)}, not on {dataset_name}"
 
 
 def _called(record: Mapping[str, Any]) -> str:
-    """A dataset in words, from what `run.json` says of it."""
+    """Describe a dataset by what `run.json` says of it."""
     path = record.get("data_path")
     if path is None:
         path = "the built-in notes" if record.get("data") == open_dataset(None).fingerprint else "a dataset"
@@ -308,15 +323,15 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
 
 
 def _verify(dataset: Dataset, console: Console, world: World) -> None:
-    """Check the audio, once on each machine; the other processes hear at every step of it that it goes on."""
+    """Verify the audio once on each machine; meanwhile the other processes are kept from timing out."""
     if world.first_here:
         with terminal.progress(console, transient=True) as tell:
 
-            def told(done: int, size: int) -> None:
+            def report(done: int, size: int) -> None:
                 tell("checking the audio (MB)", done // 10**6, size // 10**6)
                 world.any(True)
 
-            dataset.verify(told)
+            dataset.verify(report)
     while world.any(False):
         pass
 
@@ -333,7 +348,7 @@ def _open_run(
     origin: dict[str, Any],
     world: World,
 ) -> Iterator[folder.RunFolder]:
-    """Make the run folder, or check that an existing one is the same run; nobody else may train in it meanwhile.
+    """Make the run folder, or check that an existing one is the same run, and keep it locked in the block.
 
     The main process does so for all.
     """
@@ -351,8 +366,8 @@ def _open_run(
     }
     identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
-    asked = json.dumps([run.identity, str(path)])
-    if world.broadcast(asked) != asked:  # this waits for all to have read what the main process may write now
+    signature = json.dumps([run.identity, str(path)])
+    if world.broadcast(signature) != signature:  # this waits for all to have read what the main process may write now
         raise ConfigError("started with other settings, data or `out` than process 0")
     if not world.main:
         world.barrier()
@@ -375,7 +390,7 @@ def _open_run(
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether a folder is empty, or was left by a trainer that was stopped before it wrote `run.json`."""
+    """Return whether a folder is empty, or was left by a trainer that was stopped before it wrote `run.json`."""
     if not path.is_dir():
         return False
     names = {p.name for p in path.iterdir()} - {lock.NAME, "config.json"}
@@ -383,7 +398,7 @@ def _abandoned(path: Path) -> bool:
 
 
 def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Resume) -> None:
-    """ConfigError unless the run folder `path` is of this run and may be gone on with."""
+    """Raise `ConfigError` unless the run folder `path` is of this run and may be resumed."""
     if resume == "never":
         raise ConfigError(f"`out` {path} is a run already; name a new folder or leave out `resume` never")
     read_record(path)  # which sees that it is a record
@@ -397,12 +412,8 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Res
             raise ConfigError(
                 f"`out` {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"
             )
-    if known.get("data") != record["data"]:
-        raise ConfigError(
-            f"{path} is a run on {_called(known)}, not on {_called(record)}; name that dataset, or a new folder"
-        )
-    had, asked = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
-    if (other := folder.difference(had, asked, "config")) is not None:
+    recorded, requested = (config.to_dict(c) for c in (config.load(path / "config.json"), settings))
+    if (other := folder.difference(recorded, requested, "config")) is not None:
         raise ConfigError(
             f"`out` {path} is a run with other settings: {other}; repeat its `overrides`, or name a new folder with "
             "`out`"

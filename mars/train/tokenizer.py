@@ -41,23 +41,23 @@ class TokenizerStage:
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = Tokenizer(config).to(device)
             self.discriminator = Discriminator(config.audio.channels).to(device) if self.train.adversarial else None
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.encoder.checkpointing = self.model.decoder.checkpointing = self.train.checkpointing
-        self.optimizer = Optimizer(self.model, self.train, self.averaged)
+        self.optimizer = Optimizer(self.model, self.train, self.ema)
         self.wrapped = self.world.wrap(self.model)
         if self.discriminator is not None:
             self.d_start, d_train = discriminator_schedule(self.train)
             self.d_optimizer = Optimizer(self.discriminator, d_train)
             self.d_wrapped = self.world.wrap(self.discriminator)
         per_step = self.train.notes_per_step * config.tokenizer.tokens
-        self.codebook = CodebookTraining(self.model.quantizer, self.averaged.quantizer, self.optimizer, per_step, world)
+        self.codebook = CodebookTraining(self.model.quantizer, self.ema.quantizer, self.optimizer, per_step, world)
 
     def batch(self, indices: np.ndarray) -> Tensor:
-        """CMX tensors (B, C, F, T)."""
+        """Return the CMX tensors (B, C, F, T) of notes."""
         return audio.multiplexed(to_device(self.dataset.waveforms(indices), self.device), self.config.audio)
 
     def adversarial_weight(self, step: int) -> float:
-        """Weight of the adversarial term: 0 until its start, then a linear ramp."""
+        """Return the weight of the adversarial term: 0 until its start, then a linear ramp."""
         t = self.train
         if self.discriminator is None or step < self.d_start:
             return 0.0
@@ -65,7 +65,7 @@ class TokenizerStage:
         return t.adversarial_weight * min((step - self.d_start + 1) / ramp, 1.0)
 
     def step(self, step: int, batches: list[Tensor], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
-        """One update of the tokenizer and, once it has joined, of the discriminator."""
+        """Do one update of the tokenizer and, once it has joined, of the discriminator."""
         if step == 0 and self.config.tokenizer.kmeans_init:
             self._start_codebook()
         self.model.train()
@@ -110,11 +110,11 @@ class TokenizerStage:
         return {**sums, "loss": sums["loss"].where(bad == 0, nan), "lr": rate}
 
     def blocks(self) -> list[nn.Module]:
-        """What torch.compile gets."""
+        """Return the modules to compile."""
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
     def dry_run(self) -> None:
-        """The forward and backward pass of a micro-batch; leaves no trace."""
+        """Run the forward and backward pass of a micro-batch, and leave no trace."""
         self.wrapped.train()
         x = self.batch(np.zeros(self.train.batch_size, np.int64))
         with autocast(self.device, self.train.precision):
@@ -123,7 +123,7 @@ class TokenizerStage:
         self.optimizer.forget()
 
     def _discriminate(self, step: int, pairs: list[tuple[Tensor, Tensor]], bad: Tensor) -> dict[str, Tensor]:
-        """One update of the discriminator on real and reconstructed tensors, unless the tokenizer's step was bad."""
+        """Do one update of the discriminator on real and reconstructed tensors, unless the tokenizer's step was bad."""
         assert self.discriminator is not None
         self.discriminator.requires_grad_(True)
         total = torch.zeros((), device=self.device)
@@ -142,7 +142,7 @@ class TokenizerStage:
 
     @torch.no_grad()
     def _start_codebook(self) -> None:
-        """Let the codebook start from the latents of some training notes."""
+        """Initialise the codebook from the latents of some training notes."""
         notes = self.dataset.split("train")
         order = torch.randperm(len(notes), generator=stream(self.seed, 3))
         notes = notes[order[: self.config.tokenizer.kmeans_init].numpy()]
@@ -150,7 +150,7 @@ class TokenizerStage:
         with autocast(self.device, self.train.precision):
             mine = range(self.world.rank, len(parts), self.world.size)
             # The average still is the model itself, and is never compiled: these parts differ in length.
-            latents = {i: self.averaged.latent(self.batch(parts[i])) for i in mine}
+            latents = {i: self.ema.latent(self.batch(parts[i])) for i in mine}
         self.codebook.start(latents, len(parts), self.seed)
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class TokenizerStage:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Errors of the averaged weights on held-out notes, and the codebook's use per scale; empty without any."""
+        """Return errors of the EMA weights on held-out notes, and the codebook's use per scale; empty without any."""
         notes = spread(self.dataset.split("valid"), self.train.validate_notes)
         if not len(notes):
             return {}
@@ -168,21 +168,19 @@ class TokenizerStage:
         for part in np.array_split(notes, -(-len(notes) // self.train.batch_size)):
             x = self.batch(part)
             with autocast(self.device, self.train.precision):
-                y, quantized = self.averaged(x)
+                y, quantized = self.ema(x)
             difference = y.clamp(-1, 1) - x
             squared += difference.square().mean().item() * len(part) / len(notes)
             absolute += difference.abs().mean().item() * len(part) / len(notes)
             ids.append(quantized.ids.cpu())
-        use, perplexity = codebook_use(
-            torch.cat(ids), self.averaged.quantizer.starts, self.config.tokenizer.codebook_size
-        )
+        use, perplexity = codebook_use(torch.cat(ids), self.ema.quantizer.starts, self.config.tokenizer.codebook_size)
         return {"val_mse": squared, "val_mae": absolute, "codes_used": use, "perplexity": perplexity}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights, averaged weights, optimisers, codebook statistics, discriminator."""
+        """Weights, EMA weights, optimisers, codebook statistics, discriminator."""
         state = {
             "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
+            "averaged": self.ema.state_dict(),
             "optimizer": self.optimizer.state(),
             "codebook": self.codebook.state(),
         }
@@ -192,11 +190,11 @@ class TokenizerStage:
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], source: Path) -> None:
         """Restore `state()`."""
-        wanted = self.state().keys()
-        if state.keys() != wanted:
-            raise CheckpointError(f"{source} holds {sorted(state)}, this run needs {sorted(wanted)}")
+        expected = self.state().keys()
+        if state.keys() != expected:
+            raise CheckpointError(f"{source} holds {sorted(state)}, this run needs {sorted(expected)}")
         checkpoint.load_weights(self.model, state["model"], source)
-        checkpoint.load_weights(self.averaged, state["averaged"], source)
+        checkpoint.load_weights(self.ema, state["averaged"], source)
         self.optimizer.load_state(state["optimizer"], source)
         self.codebook.load_state(state["codebook"], source)
         if self.discriminator is not None:
@@ -205,19 +203,19 @@ class TokenizerStage:
                 self.d_optimizer.load_state(state["d_optimizer"], source)
 
     def snapshot(self) -> Model | None:
-        """The averaged tokenizer, not copied; None but on the main process."""
+        """Return the model with the EMA tokenizer, not copied, on the main process, and None on the others."""
         if not self.world.main:
             return None
-        return Model(config=self.config, tokenizer=self.averaged, data={"tokenizer": self.dataset.fingerprint})
+        return Model(config=self.config, tokenizer=self.ema, data={"tokenizer": self.dataset.fingerprint})
 
 
 def codebook_use(ids: Tensor, starts: list[int], size: int) -> tuple[list[int], list[float]]:
-    """Per scale: how many different codes the tokens (B, L) use, and the perplexity of their distribution."""
+    """Return per scale: how many different codes the tokens (B, L) use, and the perplexity of their distribution."""
     return usage(torch.stack([torch.bincount(ids[:, a:b].flatten(), minlength=size) for a, b in pairwise(starts)]))
 
 
 def discriminator_schedule(train: TrainConfig) -> tuple[int, TrainConfig]:
-    """The step at which the discriminator joins, and its settings, whose schedule counts from there."""
+    """Return the step at which the discriminator joins, and its settings, whose schedule counts from there."""
     start = math.ceil(train.adversarial_start * train.steps)
     steps = max(train.steps - start, 1)
     warmup = min(train.discriminator_warmup * train.steps / steps, 1.0)

@@ -1,4 +1,4 @@
-"""The tokens of a dataset, made once per tokenizer and dataset and kept beside the runs.
+"""The tokens of a dataset, computed once per tokenizer and dataset and cached beside the runs.
 
 `runs/.tokens/<key>/` holds `ids.safetensors` of shape (notes, L) in the smallest integer type and a manifest of sha256
 sums. The folder appears complete or not at all, and is checked and read into memory when it is opened.
@@ -38,26 +38,26 @@ def cached_tokens(
     advance: Callable[[int], None],
     say: Callable[[str], None],
 ) -> Tensor:
-    """Tokens of every note, (notes, L) uint8, uint16 or int32: from `folder` if they are there, else made and kept.
+    """Return the tokens of every note, (notes, L) uint8, uint16 or int32: cached in `folder`, or else computed.
 
-    A damaged entry is made again; where the folder cannot be written they stay in memory. Either is said. Several
-    processes share the work, unless all of them find the tokens.
+    A damaged entry is computed again; if the folder cannot be written the tokens stay in memory. `say` gets a warning
+    of either. Several processes share the work, unless all of them find the tokens.
     """
     path = folder / _key(tokenizer, config, dataset)
-    found, problem = None, ""
+    cached, problem = None, ""
     if path.is_dir():
         try:
             checkpoint.verify(path)
             ids = checkpoint.read_tensors(path / "ids.safetensors")["ids"]
             if ids.shape == (len(dataset), config.tokenizer.tokens):
-                found = ids.clone()  # as read they are mapped, and a file cut short later would end the process
+                cached = ids.clone()  # as read they are mapped, and a file cut short later would end the process
             else:
                 problem = f"{path} holds tokens of shape {tuple(ids.shape)}"
         except (CheckpointError, KeyError) as error:
             problem = str(error)
-    lacking = world.any(found is None)
-    if found is not None and not lacking:
-        return found
+    missing = world.any(cached is None)
+    if cached is not None and not missing:
+        return cached
     if problem:
         say(f"warning: {problem}; making the tokens again")
         if world.main:
@@ -74,7 +74,7 @@ def cached_tokens(
 
 
 def _key(tokenizer: Tokenizer, config: Config, dataset: Dataset) -> str:
-    """Hex sum of all that the tokens depend on."""
+    """Return the sha256, in hexadecimal, of all that the tokens depend on."""
     settings = {name: to_dict(getattr(config, name)) for name in ("audio", "tokenizer")}
     digest = hashlib.sha256(json.dumps([VERSION, dataset.fingerprint, PRECISION, settings]).encode())
     for name, weight in sorted(tokenizer.state_dict().items()):
@@ -87,10 +87,10 @@ def _key(tokenizer: Tokenizer, config: Config, dataset: Dataset) -> str:
 def tokenize(
     tokenizer: Tokenizer, config: Config, dataset: Dataset, world: World, advance: Callable[[int], None]
 ) -> Tensor:
-    """Tokens of every note, (notes, L), in the smallest of uint8, uint16 and int32 that holds them.
+    """Compute the tokens of every note, (notes, L), in the smallest of uint8, uint16 and int32 that holds them.
 
-    Batches are of fixed size; `advance` is told how many notes are done. Several processes take the batches in turn,
-    and all get all tokens.
+    Batches are of fixed size; `advance` is called with the number of notes done. Several processes take the batches in
+    turn, and all get all tokens.
     """
     size, codes = config.train.var.batch_size, config.tokenizer.codebook_size
     dtype = torch.uint8 if codes <= 1 << 8 else torch.uint16 if codes <= 1 << 16 else torch.int32

@@ -28,7 +28,7 @@ from mars.train.spans import span
 
 
 class Objective(nn.Module):
-    """What a VAR is trained on and judged by, in one module: DDP and FSDP2 act on all uses of the weights inside it."""
+    """The losses of training and validation as one module: DDP and FSDP2 act on all uses of the weights inside it."""
 
     def __init__(self, model: VAR) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Objective(nn.Module):
     def forward(
         self, ids: Tensor, inputs: Tensor, condition: Tensor, generator: torch.Generator | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """In training mode the mean cross-entropy in nats; else that of each token, and whether it was likeliest.
+        """Return the mean cross-entropy in nats; in evaluation mode that of each token, and whether it was likeliest.
 
         Args:
             ids: int64 (B, L), the tokens; the results per token have this shape.
@@ -73,7 +73,7 @@ class VARStage:
         Args:
             tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`.
             shard: spread the VAR over the processes.
-            tokenizer_data: fingerprint of the dataset that the tokenizer was trained on; None: nobody knows.
+            tokenizer_data: fingerprint of the dataset that the tokenizer was trained on; None: unknown.
         """
         self.config = config.resolved("var", len(dataset.split("train")))
         self.train = self.config.train.var
@@ -82,24 +82,24 @@ class VARStage:
         self.data = {"var": dataset.fingerprint} | ({"tokenizer": tokenizer_data} if tokenizer_data else {})
         columns, attributes = dataset.labels(), config.var.condition
         learning = dataset.labels(dataset.split("train"))
-        self.words = labels.learnt(attributes, learning, dataset.words)
+        self.words = labels.vocabularies(attributes, learning, dataset.words)
         self.conditions = labels.column_ids(columns, attributes, dataset.words, self.words)
         self.notes = labels.entries(learning, attributes, dataset.words)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer, self.words).to(device)
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.checkpointing = self.train.checkpointing
-        self.objective, self.validated = Objective(self.model), Objective(self.averaged)
+        self.objective, self.validated = Objective(self.model), Objective(self.ema)
         self.sharded = shard
         if shard:
             for objective in (self.objective, self.validated):
                 self.world.shard(objective, objective.model.blocks)
         self.trained = self.objective if shard else self.world.wrap(self.objective)
-        self.optimizer = Optimizer(self.model, self.train, self.averaged)
+        self.optimizer = Optimizer(self.model, self.train, self.ema)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, L), teacher-forcing inputs (B, L - n_1, D) and condition (B, attributes)."""
+        """Return tokens (B, L), teacher-forcing inputs (B, L - n_1, D) and condition (B, attributes)."""
         ids = to_device(self.tokens[indices].long(), self.device)
         with torch.no_grad():
             inputs = self.tokenizer.quantizer.teacher_inputs(ids)
@@ -108,7 +108,7 @@ class VARStage:
     def step(
         self, step: int, batches: list[tuple[Tensor, Tensor, Tensor]], streams: list[torch.Generator]
     ) -> dict[str, float | Tensor]:
-        """One update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
+        """Do one update; the loss is the mean cross-entropy over all tokens of all scales, in nats."""
         self.trained.train()
         total = torch.zeros((), device=self.device)
         for i, ((ids, inputs, condition), generator) in enumerate(zip(batches, streams, strict=True)):
@@ -126,11 +126,11 @@ class VARStage:
         return {"loss": total.where(bad == 0, nan), "grad_norm": norm, "lr": self.optimizer.update(step, bad=bad)}
 
     def blocks(self) -> list[nn.Module]:
-        """What torch.compile gets."""
+        """Return the modules to compile."""
         return list(self.model.blocks)
 
     def dry_run(self) -> None:
-        """The forward and backward pass of a micro-batch; leaves no trace."""
+        """Run the forward and backward pass of a micro-batch, and leave no trace."""
         self.trained.train()
         ids, inputs, condition = self.batch(np.zeros(self.train.batch_size, np.int64))
         with autocast(self.device, self.train.precision):
@@ -146,12 +146,12 @@ class VARStage:
         return torch.where(to_device(hidden, self.device), self.model.null_condition(len(condition)), condition)
 
     def report(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """Nothing gathers here."""
+        """Return nothing: this stage gathers no metrics."""
         return {}
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Cross-entropy (nats per token) and accuracy of the averaged weights on held-out notes, per scale.
+        """Return the cross-entropy (nats per token) and accuracy of the EMA weights on held-out notes, per scale.
 
         Empty where no notes are held out.
         """
@@ -174,10 +174,10 @@ class VARStage:
         }
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights, averaged weights, optimiser."""
+        """Weights, EMA weights, optimiser."""
         return {
             "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
+            "averaged": self.ema.state_dict(),
             "optimizer": self.optimizer.state(),
         }
 
@@ -186,12 +186,12 @@ class VARStage:
         if state.keys() != {"model", "averaged", "optimizer"}:
             raise CheckpointError(f"{source} holds {sorted(state)}; it is of another stage")
         checkpoint.load_weights(self.model, state["model"], source, self.world.part)
-        checkpoint.load_weights(self.averaged, state["averaged"], source, self.world.part)
+        checkpoint.load_weights(self.ema, state["averaged"], source, self.world.part)
         self.optimizer.load_state(state["optimizer"], source)
 
     def snapshot(self) -> Model | None:
-        """Tokenizer and averaged VAR, able to generate: as they are or, if sharded, copied to the CPU."""
-        var = self._whole_average() if self.sharded else self.averaged
+        """Return the model of tokenizer and EMA VAR, both as they are or, if sharded, copied to the CPU."""
+        var = self._gathered_ema() if self.sharded else self.ema
         if not self.world.main:
             return None
         tokenizer = copy.deepcopy(self.tokenizer).cpu() if self.sharded else self.tokenizer  # where the VAR is
@@ -199,13 +199,13 @@ class VARStage:
             config=self.config, tokenizer=tokenizer, var=var, notes=self.notes, words=self.words, data=self.data
         )
 
-    def _whole_average(self) -> VAR | None:
-        """The averaged VAR on the CPU of the main process, to which every process contributes."""
-        weights = self.world.gather(self.averaged.state_dict())
+    def _gathered_ema(self) -> VAR | None:
+        """Return the EMA VAR on the CPU of the main process, to which every process contributes."""
+        weights = self.world.gather(self.ema.state_dict())
         if not self.world.main:
             return None
         with torch.device("meta"):
             var = VAR(self.config.var, self.config.tokenizer, self.words)
         var.load_state_dict(weights, assign=True)
-        var.scale_of = self.averaged.scale_of.cpu()
+        var.scale_of = self.ema.scale_of.cpu()
         return var.requires_grad_(False).eval()

@@ -14,7 +14,7 @@ from mars.data.decode import CHANGES, decode
 from mars.data.folder import pack_folder, read_csv
 from mars.data.packed import Packing, left_out
 from mars.errors import BadFileError, DataError, MissingPackage, TooManyBadError
-from mars.text import one_line
+from mars.text import is_one_line
 from tests.data.conftest import list_again
 
 RATE = 16_000
@@ -332,7 +332,7 @@ def test_any_printable_name_is_accepted(notes, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["new\nline", "tab\t", "line\u2028sep", "\u202egnp", "bell\x07", "\x85", "\udce9"])
 def test_names_that_break_a_line_are_not(name):
-    assert not one_line(name)
+    assert not is_one_line(name)
 
 
 def test_notes_of_two_folders_are_not_halved(notes, tmp_path):

@@ -110,10 +110,10 @@ def test_audio_that_was_overwritten_is_found_by_its_checksum(tmp_path):
     file = out / "audio.i16"
     file.write_bytes(file.read_bytes()[::-1])
     dataset = Dataset.open(out)  # whose size is right
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     with pytest.raises(DataError, match=r"audio.i16 differs from its checksum; put back the file that was packed"):
-        dataset.verify(lambda done, of: told.append((done, of)))
-    assert told == [(8000, 8000)]
+        dataset.verify(lambda done, of: calls.append((done, of)))
+    assert calls == [(8000, 8000)]
     with pytest.raises(DataError, match="differs from its checksum"):
         Dataset.open(out, verify=True)
 

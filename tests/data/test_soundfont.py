@@ -217,11 +217,11 @@ def test_every_instrument_plays_its_compass_from_its_lowest_note_to_its_highest(
     played = {preset.program: set() for preset in PRESETS}
     for job in choose(PRESETS, None, 0):
         played[job.preset.program].add(job.labels.pitch)
-    wanted = {program: set() for program in played}
+    expected = {program: set() for program in played}
     for compass, programs in COMPASS.items():
         low, high = map(midi, compass.split())
-        wanted |= {program: set(range(low, high + 1)) for program in programs}
-    assert played == wanted
+        expected |= {program: set(range(low, high + 1)) for program in programs}
+    assert played == expected
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def test_the_filter_is_butterworths_of_order_4(hertz):
 def test_the_filter_is_scipys():
     signal = pytest.importorskip("scipy.signal")
     x = torch.rand(2, 5000, dtype=torch.float64) - 0.5
-    wanted = signal.lfilter(*signal.butter(4, 1000, fs=16_000), x.numpy())
-    torch.testing.assert_close(low_pass(x), torch.from_numpy(wanted), rtol=0, atol=1e-12)
+    expected = signal.lfilter(*signal.butter(4, 1000, fs=16_000), x.numpy())
+    torch.testing.assert_close(low_pass(x), torch.from_numpy(expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("samples", [2, 255, 256, 257, 1000])

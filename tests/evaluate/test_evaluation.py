@@ -7,9 +7,9 @@ import pytest
 import soundfile
 
 import mars.evaluate
-from mars.data import open_dataset
 from mars.errors import ConfigError
 from mars.evaluate import Options, evaluation, report
+from tests.builtin import write
 
 
 @pytest.fixture
@@ -20,23 +20,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(folder, rows, split="test"):
-    dataset = open_dataset(None)
-    folder.mkdir()
-    for i in dataset.split(split)[rows]:
-        soundfile.write(folder / f"{dataset.names[i]}.wav", dataset.waveforms([i])[0].numpy(), dataset.sample_rate)
-    return folder
-
-
 def test_notes_of_a_folder_are_scored(folder):
     real, fake = write(folder / "real", range(6)), write(folder / "fake", range(5), split="valid")
-    done, said = set(), []
+    done, messages = set(), []
     result = mars.evaluate.run(
         real,
         fake,
         Options(metrics=("mse", "mae")),
         json_file=folder / "out" / "report.json",
-        say=said.append,
+        say=messages.append,
         progress=lambda what, done_, of: done.add(what),
     )
     assert result.files == (folder / "out" / "report.json",)
@@ -44,11 +36,11 @@ def test_notes_of_a_folder_are_scored(folder):
     assert tuple(result.report.metrics) == ("mse", "mae")
     assert (result.report.mode, result.report.sets["fake"].notes) == ("generation", 5)
     assert f"read {fake}" in done
-    assert said == []
+    assert messages == []
     assert sorted(path.name for path in folder.iterdir()) == ["fake", "out", "real"]  # no features are kept
-    copied = mars.evaluate.run(real, real, Options(metrics=("mse",), baselines=False), say=said.append)
+    copied = mars.evaluate.run(real, real, Options(metrics=("mse",), baselines=False), say=messages.append)
     assert copied.report.metrics["mse"].value == 0
-    (message,) = said
+    (message,) = messages
     assert message.startswith(f"note: every note of {real} has the name of a real one")
     assert "say so with `pairs`" in message
 

@@ -33,10 +33,10 @@ def test_filters_are_librosas():
 
 def test_log_mel_is_librosas():
     given = waveforms()
-    found = log_mel(given)
-    assert found.shape == (3, 80, 251)
-    assert found.dtype == torch.float32
-    for waveform, spectrogram in zip(given, found, strict=True):
+    actual = log_mel(given)
+    assert actual.shape == (3, 80, 251)
+    assert actual.dtype == torch.float32
+    for waveform, spectrogram in zip(given, actual, strict=True):
         magnitudes = librosa.feature.melspectrogram(
             y=np.clip(waveform.numpy(), -1, 1), sr=16_000, n_fft=1024, hop_length=256, n_mels=80, fmin=20, fmax=8000,
             power=1.0,

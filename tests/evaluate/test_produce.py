@@ -94,9 +94,9 @@ def test_reconstructions_pair_up_whatever_the_notes_are_called(kind, packed, mod
 
 
 def test_a_reconstruction_is_what_the_model_makes_of_the_note(model, builtin, tmp_path):
-    told = []
-    found = reconstruct(model, builtin, tmp_path, iterations=2, seed=3, progress=lambda *p: told.append(p))
-    assert told == [(TILE, len(builtin)), (len(builtin), len(builtin))]
+    calls = []
+    found = reconstruct(model, builtin, tmp_path, iterations=2, seed=3, progress=lambda *p: calls.append(p))
+    assert calls == [(TILE, len(builtin)), (len(builtin), len(builtin))]
     assert found == {
         "model_hash": "h",
         "settings": {"made": "reconstructions", "of": builtin.fingerprint, "iterations": 2, "seed": 3},
@@ -179,9 +179,9 @@ def test_what_was_lost_is_made_again(made, model, builtin, monkeypatch):
     files[2].unlink()
     files[3].write_bytes(files[3].read_bytes()[:99])
     files[-1].unlink()
-    told = []
-    assert make(kind, model, builtin, out, progress=lambda *p: told.append(p)) == found
-    assert told[-1] == (len(builtin), len(builtin))
+    calls = []
+    assert make(kind, model, builtin, out, progress=lambda *p: calls.append(p)) == found
+    assert calls[-1] == (len(builtin), len(builtin))
     assert contents(out) == before
     monkeypatch.setattr(audio, "griffin_lim", None)
     assert make(kind, model, builtin, out) == found

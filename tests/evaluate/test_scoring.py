@@ -164,13 +164,13 @@ def test_reconstructions_are_compared_with_their_originals(folders, tmp_path):
     for name, waveform in zip(real.names, real.waveforms().numpy(), strict=True):
         soundfile.write(louder / name, 0.5 * waveform, 16_000)
     fake = open_notes(louder)
-    found = assess(folders, fake, Settings(mode="reconstruction", bins=5))
-    wanted = mel.mel_errors(mel.log_mel(real.waveforms()), mel.log_mel(fake.waveforms()))
-    assert found.metrics["mse"].value == pytest.approx(float(wanted.mse.mean()), rel=1e-9)
-    assert found.metrics["mae"].value == pytest.approx(float(wanted.mae.mean()), rel=1e-9)
-    assert found.metrics["mse"].params["against"] == "the original"
-    assert "copy_ratio" not in found.metrics
-    floor = found.baselines[REAL_VS_REAL]
+    actual = assess(folders, fake, Settings(mode="reconstruction", bins=5))
+    expected = mel.mel_errors(mel.log_mel(real.waveforms()), mel.log_mel(fake.waveforms()))
+    assert actual.metrics["mse"].value == pytest.approx(float(expected.mse.mean()), rel=1e-9)
+    assert actual.metrics["mae"].value == pytest.approx(float(expected.mae.mean()), rel=1e-9)
+    assert actual.metrics["mse"].params["against"] == "the original"
+    assert "copy_ratio" not in actual.metrics
+    floor = actual.baselines[REAL_VS_REAL]
     assert (floor["mse"].value, floor["mse"].reason) == (None, "the notes have no originals to be compared with")
     assert floor["ikid"].value is not None
     (louder / real.names[0]).unlink()
@@ -193,16 +193,16 @@ def test_the_published_profile_is_that_of_the_published_programs(folders):
     real = open_notes(folders["real"])
     fake = anchor(open_notes(folders["fresh"]))
     networks, settings = classifiers(), Settings(profile="vinay2022", bins=5)
-    found = assess(folders, fake, settings, networks, baselines=False)
-    assert tuple(found.metrics) == Settings(profile="vinay2022").possible
-    assert found.metrics["pkid"].reason == "want as many notes to evaluate as real ones, got 30 and 40"
+    actual = assess(folders, fake, settings, networks, baselines=False)
+    assert tuple(actual.metrics) == Settings(profile="vinay2022").possible
+    assert actual.metrics["pkid"].reason == "want as many notes to evaluate as real ones, got 30 and 40"
     for name, role in (("pis", "pitch"), ("iis", "instrument")):
-        wanted = inception_score.inception_score_vinay2022(networks[role].embed(fake.waveforms()).logits)
-        assert found.metrics[name].value == pytest.approx(wanted.mean, rel=1e-5)
-        assert found.metrics[name].details["shuffled"] == pytest.approx(wanted.mean, rel=1e-5)  # they fill no batch
+        expected = inception_score.inception_score_vinay2022(networks[role].embed(fake.waveforms()).logits)
+        assert actual.metrics[name].value == pytest.approx(expected.mean, rel=1e-5)
+        assert actual.metrics[name].details["shuffled"] == pytest.approx(expected.mean, rel=1e-5)  # they fill no batch
     bins = ndb.fit_bins_vinay2022(mel.log_mel(real.waveforms()).flatten(1), 5, seed=2020)
-    wanted = ndb.different_bins(bins, mel.log_mel(fake.waveforms()).flatten(1)).ratio
-    assert found.metrics["ndb_k"].value == wanted
+    expected = ndb.different_bins(bins, mel.log_mel(fake.waveforms()).flatten(1)).ratio
+    assert actual.metrics["ndb_k"].value == expected
     thirty = real.subset(range(30))
 
     def with_thirty(settings):
@@ -353,33 +353,33 @@ def test_reports_that_are_none_are_refused(generated, tmp_path):
 
 def test_roles_are_all_there():
     assert set(listeners()) == set(ROLES)
-    for settings, wanted in (
+    for settings, expected in (
         (Settings(), set(ROLES)),
         (Settings(profile="vinay2022"), {"pitch", "instrument", "vggish"}),
         (Settings(metrics=("mse", "ndb_k")), set()),
         (Settings(metrics=("mse", "pis")), {"pitch"}),
         (Settings(profile="vinay2022", metrics=("pis",), as_published=True), {"instrument"}),
     ):
-        assert settings.roles == wanted
+        assert settings.roles == expected
 
 
 def test_a_value_and_its_interval_are_of_one_estimate_and_the_means_of_parts_are_details(generated, folders):
     fresh, real = open_notes(folders["fresh"]), open_notes(folders["real"])
     for name, role in (("pis", "pitch"), ("iis", "instrument"), ("pkid", "pitch"), ("ikid", "instrument")):
-        found, network = generated.metrics[name], listeners()[role]
+        actual, network = generated.metrics[name], listeners()[role]
         ours = network.embed(fresh.waveforms())
         if name.endswith("is"):
-            wanted = inception_score.inception_score(ours.logits, seed=2020)
-            parts = found.details["splits_mean"], found.details["splits_std"]
-            assert wanted.mean != pytest.approx(wanted.full.value, rel=1e-3)
+            expected = inception_score.inception_score(ours.logits, seed=2020)
+            parts = actual.details["splits_mean"], actual.details["splits_std"]
+            assert expected.mean != pytest.approx(expected.full.value, rel=1e-3)
         else:
             theirs = network.embed(real.waveforms())
-            wanted = kid.kid(theirs.frames[:, 0], ours.frames[:, 0], subset_size=15, seed=2020)
-            parts = found.details["subsets_mean"], found.details["subsets_std"]
-        full = wanted.full.value, wanted.full.low, wanted.full.high
-        assert (found.value, found.low, found.high) == pytest.approx(full, rel=1e-3, abs=1e-6)
-        assert parts == pytest.approx((wanted.mean, wanted.std), rel=1e-3, abs=1e-6)
-        assert found.params["of"] == "all notes at once"
+            expected = kid.kid(theirs.frames[:, 0], ours.frames[:, 0], subset_size=15, seed=2020)
+            parts = actual.details["subsets_mean"], actual.details["subsets_std"]
+        full = expected.full.value, expected.full.low, expected.full.high
+        assert (actual.value, actual.low, actual.high) == pytest.approx(full, rel=1e-3, abs=1e-6)
+        assert parts == pytest.approx((expected.mean, expected.std), rel=1e-3, abs=1e-6)
+        assert actual.params["of"] == "all notes at once"
 
 
 def test_page_table_and_file_show_the_same_figures(generated, tmp_path):

@@ -350,6 +350,6 @@ def test_the_fingerprint_is_of_names_sounds_and_order(tmp_path):
 def test_progress_is_told(tmp_path):
     for i in range(3):
         write(tmp_path / f"{i}.wav")
-    told = []
-    open_notes(tmp_path, progress=lambda done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    calls = []
+    open_notes(tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]

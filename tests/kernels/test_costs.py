@@ -44,10 +44,10 @@ def test_the_quantiser_is_a_search_and_a_convolution_a_scale():
 def test_a_loss_is_its_logits_and_two_gradients():
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((10, 4), (7, 4), (7,)))
     target = torch.randint(7, (10,))
-    found = flops(lambda: linear_cross_entropy(x, weight, bias, target).backward())
+    actual = flops(lambda: linear_cross_entropy(x, weight, bias, target).backward())
     with kernels.use("reference"):
-        wanted = flops(lambda: linear_cross_entropy(x, weight, bias, target).backward())
-    assert found == wanted == 3 * 2 * 10 * 4 * 7
+        expected = flops(lambda: linear_cross_entropy(x, weight, bias, target).backward())
+    assert actual == expected == 3 * 2 * 10 * 4 * 7
 
 
 @pytest.mark.parametrize("backend", ["hybrid", "triton"])

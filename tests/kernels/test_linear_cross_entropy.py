@@ -145,6 +145,25 @@ def test_a_second_derivative_is_refused_and_not_left_out():
         assert penalty().isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_gradients_their_work_is_left_out(dtype, monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK, "cpu", 3 * 40)
+    arguments = inputs(8, 5, 40)
+    leaves = [t.clone().requires_grad_() for t in arguments[:3]]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        expected = linear_cross_entropy(*leaves, arguments[3])
+        assert expected.requires_grad
+        monkeypatch.setattr(chunked, "mean_and_gradients", None)  # what computes them cannot be called from here on
+        actual = [linear_cross_entropy(*arguments)]
+        for no_gradients in (torch.no_grad(), torch.inference_mode()):
+            with no_gradients:
+                actual.append(linear_cross_entropy(*leaves, arguments[3]))
+    assert all(torch.equal(value, expected.detach()) and not value.requires_grad for value in actual)
+    with torch.no_grad():
+        memory = peak_memory(lambda: linear_cross_entropy(*arguments), torch.device("cpu"))
+    assert memory < 4 * 40 * 5 + 4 * 4 * 3 * 40  # a head's weight, and the logits of a chunk a few times over
+
+
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("function", [linear_cross_entropy, token_scores])
 @pytest.mark.parametrize(

@@ -47,10 +47,10 @@ def test_autocast_lowers_nothing(implementation):
         ids, totals = multiscale_quantize(f, codebook, weight, bias, [0, 0, 0], [(1, 1), (2, 2), (4, 4)])
         return ids, totals, *torch.autograd.grad(totals.square().sum(), (codebook, weight, bias))
 
-    wanted = outcome()
+    expected = outcome()
     with torch.autocast("cpu", torch.bfloat16):
-        found = outcome()
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        actual = outcome()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_scales_that_shrink_are_refused():
@@ -155,11 +155,11 @@ def test_triton_takes_an_empty_batch_and_reads_strided_maps_without_changing_the
     strided = f.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     before = strided.clone()
     with running("triton"):
-        wanted = multiscale_quantize(f, *rest, scales)
-        found = multiscale_quantize(strided, *rest, scales)
+        expected = multiscale_quantize(f, *rest, scales)
+        actual = multiscale_quantize(strided, *rest, scales)
         ids, totals = multiscale_quantize(f[:0], *rest, scales)
     assert torch.equal(strided, before)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert ids.shape == (0, 8)
     assert totals.shape == (2, 0, 3, 2, 3)
 
@@ -348,8 +348,8 @@ def test_compiles_as_one_graph():
         return ids, totals.square().mean()
 
     ids, value = torch.compile(loss, fullgraph=True)(f, *weights)
-    wanted, eager = loss(f, *weights)
-    assert torch.equal(ids, wanted)
+    expected, eager = loss(f, *weights)
+    assert torch.equal(ids, expected)
     assert_close(value, eager)
     for a, b in zip(gradients(value, *weights), gradients(eager, *weights), strict=True):
         assert_close(a, b, rtol=1e-4, atol=1e-6)

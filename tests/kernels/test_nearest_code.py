@@ -209,11 +209,11 @@ def test_ties_between_different_codes_go_to_the_lowest_index(implementation):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_rows_that_are_not_finite_get_index_0(bad, v, metric, implementation):
     x, codebook = inputs(33, 6, v)
-    wanted = nearest_code(x, codebook, metric)
+    expected = nearest_code(x, codebook, metric)
     rows = torch.arange(0, 33, 4)
     x[rows, 2] = bad
-    wanted[rows] = 0
-    assert torch.equal(nearest_code(x, codebook, metric), wanted)
+    expected[rows] = 0
+    assert torch.equal(nearest_code(x, codebook, metric), expected)
 
 
 @pytest.mark.parametrize("v", [40, 1500])
@@ -223,8 +223,8 @@ def test_codes_that_are_not_finite_are_never_chosen(bad, v, implementation):
     codebook[::3, 1] = bad  # 1e30: its square is not a float32
     usable = torch.ones(v, dtype=torch.bool)
     usable[::3] = False
-    wanted = usable.nonzero()[:, 0][nearest_code(x, codebook[usable].contiguous())]
-    assert torch.equal(nearest_code(x, codebook), wanted)
+    expected = usable.nonzero()[:, 0][nearest_code(x, codebook[usable].contiguous())]
+    assert torch.equal(nearest_code(x, codebook), expected)
     codebook[:, 1] = bad
     assert not nearest_code(x, codebook).any()
 
@@ -257,12 +257,12 @@ def test_other_dtypes_are_searched_in_float32(dtype, implementation):
 @pytest.mark.parametrize("metric", METRICS)
 def test_neither_autocast_nor_the_matmul_precision_lowers_the_search(metric, implementation):
     x, codebook = inputs(3000, 32, 500)
-    wanted = nearest_code(x, codebook, metric)
+    expected = nearest_code(x, codebook, metric)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")  # training sets it: bfloat16 products on some CPUs
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(nearest_code(x, codebook, metric), wanted)
+            assert torch.equal(nearest_code(x, codebook, metric), expected)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -271,10 +271,10 @@ def test_neither_autocast_nor_the_matmul_precision_lowers_the_search(metric, imp
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_packed_codebook_gives_the_same_and_keeps_its_values(metric, implementation):
     x, codebook = inputs(70, 9, 1300)
-    wanted = nearest_code(x, codebook, metric)
+    expected = nearest_code(x, codebook, metric)
     packed = pack_codebook(codebook, metric)
     codebook.zero_()
-    for part, ids in zip(x.split(30), wanted.split(30), strict=True):
+    for part, ids in zip(x.split(30), expected.split(30), strict=True):
         assert torch.equal(nearest_code(part, packed), ids)
     with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got \(2, 3\), \(1300, 9\)"):
         nearest_code(torch.zeros(2, 3), packed)
@@ -282,12 +282,12 @@ def test_a_packed_codebook_gives_the_same_and_keeps_its_values(metric, implement
 
 def test_copies_of_a_packed_codebook_outlive_it(implementation):
     x, codebook = inputs(40, 9, 1300)
-    wanted = nearest_code(x, codebook)
+    expected = nearest_code(x, codebook)
     packed = pack_codebook(codebook)
     copies = [copy.copy(packed), copy.deepcopy(packed)]
     del packed
     gc.collect()
-    assert all(torch.equal(nearest_code(x, each), wanted) for each in copies)
+    assert all(torch.equal(nearest_code(x, each), expected) for each in copies)
     with pytest.raises(TypeError, match="belongs to its process"):
         pickle.dumps(copies[0])
 
@@ -300,13 +300,13 @@ def test_a_packed_codebook_is_not_compiled():
 
 def test_negated_views_and_default_devices_are_understood(implementation):
     x, codebook = inputs(40, 9, 1300)
-    wanted = nearest_code(-x, codebook)
+    expected = nearest_code(-x, codebook)
     packed = pack_codebook(codebook)
     view = torch._neg_view(x)
-    assert torch.equal(nearest_code(view, packed), wanted)
-    assert torch.equal(nearest_code(view, codebook), wanted)
+    assert torch.equal(nearest_code(view, packed), expected)
+    assert torch.equal(nearest_code(view, codebook), expected)
     with torch.device("meta"):
-        assert torch.equal(nearest_code(view, packed), wanted)
+        assert torch.equal(nearest_code(view, packed), expected)
 
 
 def test_long_rows_are_not_filtered_where_integers_could_overflow(native):

@@ -184,9 +184,9 @@ def test_shapes_without_data_are_those_of_the_results(name):
     with FakeTensorMode():
         fakes = call(name, FIT[name]())
     metas = call(name, [x.to("meta") if isinstance(x, torch.Tensor) else x for x in FIT[name]()])
-    for wanted, *others in zip(results, fakes, metas, strict=True):
+    for expected, *others in zip(results, fakes, metas, strict=True):
         for x in others:
-            assert (x.shape, x.dtype, x.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+            assert (x.shape, x.dtype, x.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
 def resized(x, left):

@@ -143,9 +143,9 @@ def test_sharp_attention_is_as_accurate_as_eager(name, dtype):
     rounded = [t.double() for t in reference.normalize(*tensors[:2], head_scale)] + [tensors[2].double()]
     own = [t.to(dtype) for t in rounded]
     exact = outcome(dense, rounded, lengths, 1.0, None, do)
-    wanted = outcome(eager, own, lengths, 1.0, None, do)
-    found = outcome(lambda *a, **kw: scale_causal_attention(*a, backend=name, **kw), own, lengths, 1.0, None, do)
-    assert_all_as_accurate(found, wanted, exact)
+    expected = outcome(eager, own, lengths, 1.0, None, do)
+    actual = outcome(lambda *a, **kw: scale_causal_attention(*a, backend=name, **kw), own, lengths, 1.0, None, do)
+    assert_all_as_accurate(actual, expected, exact)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -195,13 +195,13 @@ def test_a_zero_vector_stays_zero_when_normalised(name):
     lengths = (1, 4)
     q, k, v = (t.clone() for t in inputs(lengths, batch=1, heads=1))
     q[0, 0, 3] = k[0, 0, 2] = 0
-    found = outcome(
+    actual = outcome(
         lambda *a, **kw: scale_causal_attention(*a, backend=name, **kw), (q, k, v), lengths, 1.0, torch.ones(1), v
     )
-    wanted = outcome(eager, (q.double(), k.double(), v.double()), lengths, 1.0, torch.ones(1).double(), v)
-    torch.testing.assert_close(found[0][0, 0, 3], v[0, 0].mean(0))
-    assert all(torch.isfinite(t).all() for t in found)
-    for a, b in zip(found, wanted, strict=True):
+    expected = outcome(eager, (q.double(), k.double(), v.double()), lengths, 1.0, torch.ones(1).double(), v)
+    torch.testing.assert_close(actual[0][0, 0, 3], v[0, 0].mean(0))
+    assert all(torch.isfinite(t).all() for t in actual)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
@@ -245,7 +245,7 @@ def test_heads_at_a_time_do_not_show(scores, kept, monkeypatch):
     monkeypatch.setattr(backends, "GROUP", 10)
     monkeypatch.setattr(hybrid, "_SCORES", {2: scores, 4: scores, 8: scores})
     monkeypatch.setattr(hybrid, "KEPT", 1 << 20 if kept else 0)
-    assert (hybrid.kept(torch.empty(3, 5, 70, 16, dtype=torch.bfloat16), lengths) > 0) == kept
+    assert (hybrid.saved_numel(torch.empty(3, 5, 70, 16, dtype=torch.bfloat16), lengths) > 0) == kept
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         tensors = inputs(lengths, dtype, heads=5, batch=3)
         do = torch.randn(tensors[0].shape).to(dtype)
@@ -261,7 +261,7 @@ def test_heads_at_a_time_do_not_show(scores, kept, monkeypatch):
 
 def test_weights_are_kept_up_to_64_mib_of_16_bits():
     def kept(heads, dtype):
-        return hybrid.kept(torch.empty(1, heads, 2048, 16, dtype=dtype, device="meta"), (2048,))
+        return hybrid.saved_numel(torch.empty(1, heads, 2048, 16, dtype=dtype, device="meta"), (2048,))
 
     assert kept(8, torch.bfloat16) == kept(8, torch.float16) == 8 * 2048 * 2048 == 2**26 // 2
     assert kept(9, torch.bfloat16) == kept(1, torch.float32) == 0
@@ -324,13 +324,13 @@ def test_what_is_not_finite_in_a_finer_scale_does_not_reach_coarser_rows(name, d
             seen = [n for i, n in enumerate(lengths) if sum(lengths[: i + 1]) <= start]
             coarse = do.clone()
             coarse[:, :, start:] = 0
-            wanted = outcome(dense, exact, seen, scale, None if gain is None else gain.double(), coarse[:, :, rows])
-            found = outcome(
+            expected = outcome(dense, exact, seen, scale, None if gain is None else gain.double(), coarse[:, :, rows])
+            actual = outcome(
                 lambda *a, **kw: scale_causal_attention(*a, backend=name, **kw), (q, k, v), lengths, scale, gain, coarse
             )
             tolerance = 1e-5 if dtype == torch.float32 else 0.1
-            for part in (out, *found[:2]):  # the output and the gradient of the queries
-                other = wanted[1] if part is found[1] else wanted[0]
+            for part in (out, *actual[:2]):  # the output and the gradient of the queries
+                other = expected[1] if part is actual[1] else expected[0]
                 torch.testing.assert_close(part[:, :, rows].double(), other, rtol=tolerance, atol=tolerance)
 
 
@@ -490,10 +490,10 @@ def test_a_backward_under_autocast_keeps_its_dtype():
     q, k, v = (t.detach().requires_grad_() for t in inputs(lengths))
     out = scale_causal_attention(q, k, v, lengths, backend="hybrid")
     do = torch.randn_like(out)
-    wanted = torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+    expected = torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(out, (q, k, v), do)
-    assert all(map(torch.equal, found, wanted))
+        actual = torch.autograd.grad(out, (q, k, v), do)
+    assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize(
@@ -741,8 +741,8 @@ class TestTriton:
             torch.utils.deterministic.fill_uninitialized_memory = True
         q = storage.as_strided((2, 1, 40, 16), (2**31, 16, 16, 1)).copy_(torch.randn(2, 1, 40, 16))
         k, v = torch.randn(2, 2, 1, 40, 16).half()
-        found, wanted = (scale_causal_attention(x, k, v, (10, 30), backend="triton") for x in (q, q.clone()))
-        assert torch.equal(found, wanted)
+        actual, expected = (scale_causal_attention(x, k, v, (10, 30), backend="triton") for x in (q, q.clone()))
+        assert torch.equal(actual, expected)
 
     def test_every_launched_tile_is_listed(self):
         from mars.kernels.scale_causal_attention import triton

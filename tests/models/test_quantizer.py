@@ -45,7 +45,7 @@ def expected(q: Quantizer, f: torch.Tensor, keep=None):
         (w.detach().double().requires_grad_(), b.detach().double().requires_grad_())
         for w, b in zip(q.phi_weight, q.phi_bias, strict=True)
     ]
-    found = reference_var.quantize(
+    actual = reference_var.quantize(
         f,
         codebook,
         phis,
@@ -56,7 +56,7 @@ def expected(q: Quantizer, f: torch.Tensor, keep=None):
         beta=q.config.beta,
         keep=keep,
     )
-    return found, f, codebook, phis
+    return actual, f, codebook, phis
 
 
 def close(actual, wanted, tolerance=1e-5):
@@ -76,22 +76,22 @@ def test_tokens_map_and_loss_are_the_references(metric, scales, phi, batch, trai
     q = quantizer(scales, metric=metric, phi=phi).train(training)
     f = latent(q, batch)
     (ids, straight, loss, running), *_ = expected(q, f)
-    found = q(f)
-    assert torch.equal(found.ids, ids)
-    close(found.latent, straight)
-    close(found.loss, loss)
-    close(q.latent(found.ids), running[-1])
+    actual = q(f)
+    assert torch.equal(actual.ids, ids)
+    close(actual.latent, straight)
+    close(actual.loss, loss)
+    close(q.latent(actual.ids), running[-1])
 
 
 def test_ten_scales_with_four_convolutions():
     q = quantizer((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), phi=4, metric="l2", code_dim=3, codebook_size=32)
     f = latent(q, 1)
     (ids, straight, loss, _), *_ = expected(q, f)
-    found = q(f)
-    assert found.ids.shape == (1, 680)
-    assert torch.equal(found.ids, ids)
-    close(found.latent, straight)
-    close(found.loss, loss)
+    actual = q(f)
+    assert actual.ids.shape == (1, 680)
+    assert torch.equal(actual.ids, ids)
+    close(actual.latent, straight)
+    close(actual.loss, loss)
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -172,17 +172,17 @@ def test_dropped_scales_leave_the_sum_and_the_loss_but_not_the_residual(keep):
     whole = q.eval()(f)
     q.__class__, q.keep = Scripted, keep
     (_, straight, loss, running), f64, codebook, _ = expected(q, f, list(keep))
-    found = q.train()(f)
-    assert torch.equal(found.ids, whole.ids)
-    close(found.latent, straight)
-    close(found.loss, loss)
-    close(grads(found.loss, f)[0], grads(loss, f64)[0])
-    close(grads(found.loss, q.codebook)[0], grads(loss, codebook)[0])
+    actual = q.train()(f)
+    assert torch.equal(actual.ids, whole.ids)
+    close(actual.latent, straight)
+    close(actual.loss, loss)
+    close(grads(actual.loss, f)[0], grads(loss, f64)[0])
+    close(grads(actual.loss, q.codebook)[0], grads(loss, codebook)[0])
     for b, n in enumerate(keep):  # the sum of a sample is that of its first n scales
         starts, total = q.starts, None
         for k in range(n):
-            total = q.add_scale(k, found.ids[b : b + 1, starts[k] : starts[k + 1]], total)
-        assert_close(found.latent[b : b + 1], total, rtol=1e-5, atol=1e-5)
+            total = q.add_scale(k, actual.ids[b : b + 1, starts[k] : starts[k + 1]], total)
+        assert_close(actual.latent[b : b + 1], total, rtol=1e-5, atol=1e-5)
         close(total[0], running[-1][b])
 
 

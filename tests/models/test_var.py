@@ -99,10 +99,10 @@ def test_logits_are_the_references(scales, shared):
     condition[1] = CLASSES["pitch"]  # the null row
     assert torch.equal(model.null_condition(1)[0], condition[1])
     logits = model(x, condition)
-    wanted = reference(x.double(), condition[:, 0])
+    expected = reference(x.double(), condition[:, 0])
     assert logits.dtype == torch.float32
-    assert_close(logits.double(), wanted, rtol=1e-4, atol=1e-4)
-    assert wanted.std() > 0.5  # otherwise nothing was compared
+    assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.5  # otherwise nothing was compared
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -231,9 +231,9 @@ def test_initialisation_is_the_published_one(shared):
     model = var(perturb=0, width=width, heads=3, depth=depth, shared_adaln=shared, condition=("family", "pitch"))
     std = (1 / (3 * width)) ** 0.5
 
-    def check(value, wanted, tolerance=0.06):
-        assert value.std().item() == pytest.approx(wanted, rel=tolerance)
-        assert abs(value.mean().item()) < 6 * wanted / value.numel() ** 0.5
+    def check(value, expected, tolerance=0.06):
+        assert value.std().item() == pytest.approx(expected, rel=tolerance)
+        assert abs(value.mean().item()) < 6 * expected / value.numel() ** 0.5
 
     check(model.head.weight, 0.02 * std)
     check(model.embed.weight, std)

@@ -149,12 +149,12 @@ def test_settings_that_came_later_are_no_difference(path):
 
 def test_other_versions_are_one_warning(path, monkeypatch):
     RunFolder(path).save(Position(4), Counter())
-    said: list[str] = []
-    RunFolder(path).restore(Counter(), said.append)
-    assert said == []
+    messages: list[str] = []
+    RunFolder(path).restore(Counter(), messages.append)
+    assert messages == []
     monkeypatch.setattr(folder, "VERSIONS", {**folder.VERSIONS, "torch": "9.9", "numpy": "0.1"})
-    assert RunFolder(path).restore(Counter(), said.append) == Position(4)
-    (line,) = said
+    assert RunFolder(path).restore(Counter(), messages.append) == Position(4)
+    (line,) = messages
     assert f"written with torch {torch.__version__}, not 9.9; numpy {np.__version__}, not 0.1; going on" in line
 
 
@@ -168,10 +168,10 @@ def test_other_threads_or_another_device_are_a_warning_where_a_checkpoint_says_s
         state["versions"] = {n: v for n, v in state["versions"].items() if n not in ("device", "threads")}
     tensors = {file.stem: checkpoint.read_tensors(file) for file in saved.glob("*.safetensors")}
     checkpoint.replace_directory(saved, tensors, {"state": state})
-    said: list[str] = []
-    assert RunFolder(path).restore(Counter(), said.append) == Position(4)
-    assert len(said) == (None not in change.values())
-    assert all(f"written with {name} {value}, not " in said[0] for name, value in change.items() if value)
+    messages: list[str] = []
+    assert RunFolder(path).restore(Counter(), messages.append) == Position(4)
+    assert len(messages) == (None not in change.values())
+    assert all(f"written with {name} {value}, not " in messages[0] for name, value in change.items() if value)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +196,9 @@ def test_a_state_that_makes_no_sense_is_passed_over(change, path):
     state = json.loads((path / "checkpoints" / "step-00000004" / "state.json").read_text()) | change
     tensors = {"model": {"weight": torch.zeros(())}}
     checkpoint.replace_directory(path / "checkpoints" / "step-00000004", tensors, {"state": state})
-    said: list[str] = []
-    assert run.restore(Counter(), said.append).step == 2
-    assert "step-00000004" in said[0]
+    messages: list[str] = []
+    assert run.restore(Counter(), messages.append).step == 2
+    assert "step-00000004" in messages[0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -226,7 +226,7 @@ def test_a_full_disk_names_the_log(path):
         RunFolder(path).log({"step": 1})
 
 
-def test_skipped_steps_are_counted_over_all_sittings(path):
+def test_skipped_steps_are_counted_over_all_sessions(path):
     for stop in (4, 10):
         stage = Counter()
         stage.act = lambda step: float("nan") if step in (1, 2, 6) else None

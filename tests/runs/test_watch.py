@@ -59,7 +59,7 @@ def make(kind: str, smoke, notes, *extra: str):
 
 
 def train(stage, path: Path, notes, sampler="own", said=None, **options) -> Path:
-    """A sitting of a run, as `mars.train.start` arranges it."""
+    """One session of a run, as `mars.train.start` arranges it."""
     if not path.exists():
         path.mkdir()
         config.save(stage.config, path / "config.json")
@@ -151,7 +151,7 @@ def test_a_lock_says_whether_it_runs(tmp_path):
         assert read_log(tmp_path).state() == "running"
 
 
-def test_the_time_of_all_sittings_counts(tmp_path):
+def test_the_time_of_all_sessions_counts(tmp_path):
     times = [(0, "started", 100.0), (5, None, 110.0), (5, "started", 500.0), (9, None, 540.0)]
     lines = [{"step": s, "time": t, **({"event": e} if e else {"loss": 1.0})} for s, e, t in times]
     assert read_log(write_log(tmp_path, *lines)).seconds == 50
@@ -241,7 +241,7 @@ def test_reconstructions_are_the_model_s(smoke, notes):
     sampler, model = Sampler(stage, notes, 4), stage.snapshot()
     for made, original in zip(sampler.samples(model), sampler.originals(model), strict=True):
         x = audio.multiplexed(original.waveform[None], smoke.audio)
-        expected = audio.demultiplexed(stage.averaged(x)[0].clamp(-1, 1), smoke.audio)[0]
+        expected = audio.demultiplexed(stage.ema(x)[0].clamp(-1, 1), smoke.audio)[0]
         torch.testing.assert_close(made.spectrogram, expected, rtol=0, atol=1e-4)
         assert made.waveform.abs().max() <= 1
         assert made.picture.shape == (64, 32, 3)
@@ -308,7 +308,7 @@ def test_samples_that_fail_do_not_stop_the_training(error, tmp_path, smoke, note
 def test_weights_that_are_not_finite_make_no_samples(smoke, notes):
     stage = make("tokenizer", smoke, notes)
     with torch.no_grad():
-        stage.averaged.head.bias.fill_(math.nan)
+        stage.ema.head.bias.fill_(math.nan)
     with pytest.raises(CheckpointError, match="not finite"):
         Sampler(stage, notes, 4).samples(stage.snapshot())
 

@@ -74,15 +74,15 @@ def record_sizes() -> list[tuple[int, int]]:
     return held
 
 
-def spoil(rank: int, call: int) -> None:
+def corrupt(rank: int, call: int) -> None:
     """Let one process get a micro-batch that is not finite, in every run of a VAR from now on."""
     original, calls = VARStage.batch, Counter[int]()
 
     def batch(self: VARStage, indices: Any) -> Any:
         ids, inputs, condition = original(self, indices)
         calls[id(self)] += 1
-        spoilt = self.world.rank == rank and calls[id(self)] == call
-        return ids, inputs * float("nan") if spoilt else inputs, condition
+        corrupted = self.world.rank == rank and calls[id(self)] == call
+        return ids, inputs * float("nan") if corrupted else inputs, condition
 
     VARStage.batch = batch  # type: ignore[method-assign, assignment]
 
@@ -99,14 +99,14 @@ def main(folder: Path) -> None:
         for name in ("var", "muon"):
             train(name, folder / "sharded" / name, shard=True)
         (folder / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held), encoding="utf-8")
-        for sitting in (3, None):
-            train("adversarial", folder / "parts" / "adversarial", max_steps=sitting)
-            train("var", folder / "parts" / "var", max_steps=sitting, shard=True)
+        for session in (3, None):
+            train("adversarial", folder / "parts" / "adversarial", max_steps=session)
+            train("var", folder / "parts" / "var", max_steps=session, shard=True)
         loaded.clear()
         train("tokenizer", folder / "moved" / "tokenizer", max_steps=4)
         train("var", folder / "moved" / "var", max_steps=4, shard=True)
-        spoil(rank=1, call=3)
-        for how in ("spoilt", "spoilt-sharded"):
+        corrupt(rank=1, call=3)
+        for how in ("corrupted", "corrupted-sharded"):
             train("var", folder / how / "var", shard=how.endswith("sharded"))
     (folder / f"loaded-{os.environ['RANK']}.json").write_text(json.dumps(loaded), encoding="utf-8")
 

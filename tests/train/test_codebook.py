@@ -34,9 +34,9 @@ def make(tokens_per_step: int = TOKENS, train: TrainConfig | None = None, **sett
     defaults = {"codebook_size": CODES, "code_dim": DIM, "phi": 1, "dropout_start": 1, "quantizer_dropout": 0.0}
     config = TokenizerConfig(scales=SCALES, **defaults | settings)
     torch.manual_seed(1)
-    q, averaged = Quantizer(config), Quantizer(config).requires_grad_(False)
-    averaged.load_state_dict(q.state_dict())
-    return CodebookTraining(q, averaged, Optimizer(q, train or TrainConfig(), averaged), tokens_per_step)
+    q, ema = Quantizer(config), Quantizer(config).requires_grad_(False)
+    ema.load_state_dict(q.state_dict())
+    return CodebookTraining(q, ema, Optimizer(q, train or TrainConfig(), ema), tokens_per_step)
 
 
 def step(found: CodebookTraining, *latents: torch.Tensor, number: int = 0, finite=YES) -> list:
@@ -78,7 +78,7 @@ def test_sums_over_tokens_are_those_of_a_plain_loop(dropout):
         generator = stream(0, i)
         z = found.quantizer.train()(latent(4, i), generator)
         found.gather(z, generator, (i, 2))
-        kept = np.ones((4, 3), bool) if z.kept is None else z.kept.numpy()
+        kept = np.ones((4, 3), bool) if z.keep_mask is None else z.keep_mask.numpy()
         for b in range(4):
             for k, (start, end) in enumerate(pairwise(found.quantizer.starts)):
                 for t in range(start, end):
@@ -178,12 +178,12 @@ def test_the_gradient_then_trains_the_convolutions_alone():
 def test_the_averaged_model_follows_the_codebook_too(smoke, notes):
     c = override(smoke, ("train.steps=4", "tokenizer.ema_codebook=true", "tokenizer.codebook_decay=0.5"), "tokenizer")
     stage = TokenizerStage(c, notes, CPU, seed=0)
-    average = stage.averaged.quantizer.codebook.clone()
+    average = stage.ema.quantizer.codebook.clone()
     for n in range(3):
         stage.step(n, [stage.batch(np.arange(4))], [stream(0, 1, n)])
         decay = min(c.train.tokenizer.ema, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * stage.model.quantizer.codebook
-        assert_close(stage.averaged.quantizer.codebook, average)
+        assert_close(stage.ema.quantizer.codebook, average)
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -193,7 +193,7 @@ def test_dead_codes_start_anew_from_the_batch_and_others_do_not(ema):
     far = slice(0, 8)
     with torch.no_grad():  # eight codes that nothing chooses
         q.codebook[far] = 0
-        found.averaged.codebook.copy_(q.codebook)
+        found.ema.codebook.copy_(q.codebook)
         found.total = q.codebook * found.size[:, None]
     for number in range(2):
         step(found, latent(4, number), number=number)
@@ -202,7 +202,7 @@ def test_dead_codes_start_anew_from_the_batch_and_others_do_not(ema):
     rows = z.residuals.flatten(0, 1)
     for code in q.codebook[far]:
         assert (rows == code).all(1).any()
-    assert torch.equal(found.averaged.codebook[far], q.codebook[far])
+    assert torch.equal(found.ema.codebook[far], q.codebook[far])
     assert_close(found.size[far], found.size[0].expand(8))
     assert found.size[0] == pytest.approx(found.size[8:].mean().item(), rel=0.5)
     used = z.ids.unique()
@@ -234,7 +234,7 @@ def test_a_restarted_code_forgets_gradient_and_moments():
             assert not moments[f"quantizer.codebook/{name}".removeprefix("quantizer.")][restarted].any()
             assert moments["codebook/" + name][~restarted].all()
         assert torch.equal(q.codebook[restarted], offered)
-        assert_close(found.averaged.codebook[restarted], offered)
+        assert_close(found.ema.codebook[restarted], offered)
 
 
 def test_restarts_raise_the_use_of_a_collapsed_codebook():
@@ -276,7 +276,7 @@ def test_kmeans_makes_codes_of_what_is_left_for_every_scale(metric):
     assert after[-1] < 0.5 * before[-1]
     assert after[0] > after[1] > after[2]  # every scale still helps
     assert len(q.search(torch.cat(list(maps.values())))[0].unique()) > 0.8 * 256
-    assert torch.equal(found.averaged.codebook, q.codebook)
+    assert torch.equal(found.ema.codebook, q.codebook)
     again = make(metric=metric, codebook_size=256)
     again.start(maps, 8, seed=3)
     assert torch.equal(again.quantizer.codebook, q.codebook)
@@ -331,8 +331,8 @@ def test_a_run_starts_from_the_latents_of_its_training_notes(smoke, notes):
     x = plain.batch(np.arange(8))
     error = {}
     for name, stage in (("plain", plain), ("ours", ours)):
-        f = stage.averaged.latent(x)
-        error[name] = (stage.averaged.quantizer.search(f)[1][-1] - f).square().mean()
+        f = stage.ema.latent(x)
+        error[name] = (stage.ema.quantizer.search(f)[1][-1] - f).square().mean()
     assert error["ours"] < 0.85 * error["plain"]
     batches = [twin.batch(np.arange(3))]
     twin.step(1, batches, [stream(0)])  # only the first step starts
@@ -346,8 +346,8 @@ def report(found: CodebookTraining, counts: dict[int, list[int]]) -> tuple[dict,
     """A report in which scale k chose code i counts[k][i] times."""
     for k, row in counts.items():
         found.counts[k, : len(row)] += torch.tensor(row)
-    said: list[str] = []
-    return found.report(said.append), said
+    messages: list[str] = []
+    return found.report(messages.append), messages
 
 
 def test_use_and_perplexity_per_scale():
@@ -439,6 +439,6 @@ def test_the_model_directory_is_the_same_with_and_without(smoke, notes, tmp_path
         stage.step(0, [stage.batch(np.arange(3))], [stream(0)])
         stage.snapshot().save(tmp_path / "model")
         loaded = mars.load(tmp_path / "model")
-        assert torch.equal(loaded.tokenizer.quantizer.codebook, stage.averaged.quantizer.codebook)
+        assert torch.equal(loaded.tokenizer.quantizer.codebook, stage.ema.quantizer.codebook)
         names.append(list(loaded.tokenizer.state_dict()))
     assert names[0] == names[1]

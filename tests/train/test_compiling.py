@@ -55,13 +55,13 @@ def broken(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["tokenizer", "var"])
 def test_the_same_steps_and_the_same_bits_after_a_resume(kind, smoke, notes, tmp_path):
     torch.compiler.reset()
-    plain, said = make(kind, smoke, notes, "off"), []
-    assert not compile_blocks(plain, said.append)
+    plain, messages = make(kind, smoke, notes, "off"), []
+    assert not compile_blocks(plain, messages.append)
     before = {(g, k): v.clone() for g, t in plain.state().items() for k, v in t.items()}
 
     def run(path, **settings):
         stage = make(kind, smoke, notes, "on")
-        assert compile_blocks(stage, said.append)
+        assert compile_blocks(stage, messages.append)
         assert compiled(stage)
         if not settings:
             state = {(g, k): v for g, t in stage.state().items() for k, v in t.items()}
@@ -84,28 +84,28 @@ def test_the_same_steps_and_the_same_bits_after_a_resume(kind, smoke, notes, tmp
     loop.run(plain, RunFolder(tmp_path / "plain"), notes.split("train"), seed=4, console=console)
     for a, b in zip(straight.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-3)
-    assert said == []
+    assert messages == []
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_without_a_compiler_auto_goes_on_and_on_does_not(smoke, notes, broken, monkeypatch):
-    said: list[str] = []
+    messages: list[str] = []
     stage = make("var", smoke, notes, "on")
-    wanted = r"^train.compile=on: torch.compile failed \(.*C\+\+ compiler.*\); install .* train.compile=off$"
-    with pytest.raises(ConfigError, match=wanted):
-        compile_blocks(stage, said.append)
-    assert said == []
+    expected = r"^train.compile=on: torch.compile failed \(.*C\+\+ compiler.*\); install .* train.compile=off$"
+    with pytest.raises(ConfigError, match=expected):
+        compile_blocks(stage, messages.append)
+    assert messages == []
     stage = make("var", smoke, notes, "auto")
-    assert not compile_blocks(stage, said.append)  # on a CPU it does not even try
-    assert said == []
+    assert not compile_blocks(stage, messages.append)  # on a CPU it does not even try
+    assert messages == []
     torch.compiler.reset()
     monkeypatch.setattr("mars.train.compiling.AUTO", ("cpu",))
-    assert not compile_blocks(stage, said.append)
-    assert len(said) == 1
-    assert said[0].startswith("warning: torch.compile failed (")
-    assert "C++ compiler" in said[0]
-    assert said[0].endswith("); training goes on without it")
-    assert "\n" not in said[0]
+    assert not compile_blocks(stage, messages.append)
+    assert len(messages) == 1
+    assert messages[0].startswith("warning: torch.compile failed (")
+    assert "C++ compiler" in messages[0]
+    assert messages[0].endswith("); training goes on without it")
+    assert "\n" not in messages[0]
     assert not compiled(stage)
     loss = stage.step(0, [stage.batch(np.arange(3))], [stream(0)])["loss"]
     assert loss.isfinite()

@@ -104,10 +104,10 @@ def test_updates_are_adamw_with_clipping_and_an_average():
     c = TrainConfig(steps=20, lr=0.05, warmup=0.2, weight_decay=0.1, grad_clip=0.3, ema=0.6)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
-    averaged = nn.Linear(3, 2).requires_grad_(False)
-    averaged.load_state_dict(ours.state_dict())
+    ema = nn.Linear(3, 2).requires_grad_(False)
+    ema.load_state_dict(ours.state_dict())
     mean = [p.detach().clone() for p in ours.parameters()]
-    optimizer = Optimizer(ours, c, averaged)
+    optimizer = Optimizer(ours, c, ema)
     groups = [{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias], "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=c.betas, fused=False, foreach=False)
     for step in range(8):
@@ -124,7 +124,7 @@ def test_updates_are_adamw_with_clipping_and_an_average():
         assert optimizer.clip().item() == pytest.approx(norm.item(), rel=1e-4)
         assert optimizer.update(step) == learning_rate(c, step)
         decay = min(0.6, (1 + step) / (10 + step))
-        for m, p, a in zip(mean, theirs.parameters(), averaged.parameters(), strict=True):
+        for m, p, a in zip(mean, theirs.parameters(), ema.parameters(), strict=True):
             m.mul_(decay).add_(p.detach(), alpha=1 - decay)
             torch.testing.assert_close(a.data, m, rtol=1e-4, atol=1e-5)
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -137,8 +137,8 @@ def test_a_bad_update_changes_nothing_and_a_good_one_does_not_notice_it(kind):
     def new() -> tuple[nn.Module, nn.Module, Optimizer]:
         torch.manual_seed(0)
         module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 3)]), "head": nn.Linear(3, 2)})
-        averaged = copy.deepcopy(module).requires_grad_(False)
-        return module, averaged, Optimizer(module, TrainConfig(optimizer=kind, lr=0.1, warmup=0.0, steps=9), averaged)
+        ema = copy.deepcopy(module).requires_grad_(False)
+        return module, ema, Optimizer(module, TrainConfig(optimizer=kind, lr=0.1, warmup=0.0, steps=9), ema)
 
     def update(parts: tuple[nn.Module, nn.Module, Optimizer], step: int, bad: float | None) -> None:
         module, _, optimizer = parts
@@ -493,8 +493,8 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
 
 def test_autocast_is_what_was_asked_for():
     cpu = torch.device("cpu")
-    for precision, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for precision, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         with runtime.autocast(cpu, precision):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == wanted
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
     with runtime.autocast(cpu, "auto"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype in (torch.float32, torch.bfloat16)

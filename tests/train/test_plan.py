@@ -108,7 +108,7 @@ def test_checkpointing_is_for_training_only(monkeypatch):
     made, batch = real(config, "tokenizer")
     called = []
     monkeypatch.setattr("mars.models.tokenizer.checkpoint", lambda block, *x, **_: called.append(block) or block(*x))
-    made.averaged(batch)
+    made.ema(batch)
     assert not called
     made.step(0, [batch], streams(1))
     assert len(called) == 2 * config.tokenizer.depth
@@ -251,6 +251,7 @@ def test_the_command_plans_for_a_tokenizer_there_is():
         (("--memory", "1GB"), "--memory goes with --plan"),
         (("--json",), "--json goes with --plan"),
         (("--plan", "--device", "mps"), "--plan --device mps: only for cuda"),
+        (("--plan", "--threads", "100000"), "--threads: want 1 to 256, got 100000"),
         (("--plan", "--memory", "lots"), "'--memory': want a size"),
         (("--plan", "--set", "train.checkpoint=1"), "did you mean train.tokenizer.checkpointing?"),
     ],

@@ -37,15 +37,15 @@ def test_the_parts_of_a_step(kind, smoke, notes, tmp_path, monkeypatch):
     console = Console(file=shown, width=120)
     out = tmp_path / "trace.json"
     profile_steps(stage, notes.split("train"), seed=0, device=CPU, out=out, console=console)
-    wanted = PARTS | ({"quantizer", "codebook", "discriminator"} if kind == "tokenizer" else set())
+    expected = PARTS | ({"quantizer", "codebook", "discriminator"} if kind == "tokenizer" else set())
     rows = [line.split("│")[1:-1] for line in shown.getvalue().splitlines() if line.startswith("│")]
     shares = {row[0].strip(): float(row[2].strip(" %")) for row in rows if "%" in row[2]}
-    assert shares.keys() == wanted
+    assert shares.keys() == expected
     assert sum(shares.values()) == pytest.approx(100, abs=1)
     assert len(rows) - len(shares) == 10
     assert "MiB" in shown.getvalue()
     names = {event.get("name") for event in json.loads(out.read_text())["traceEvents"]}
-    assert {f"mars: {name}" for name in wanted - {"other"}} <= names
+    assert {f"mars: {name}" for name in expected - {"other"}} <= names
     assert [p.name for p in tmp_path.iterdir()] == ["trace.json"]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in stage.model.modules())
 

@@ -83,7 +83,7 @@ def test_stages_count_the_training_notes(smoke, notes):
     assert tokenizer.train.steps == tokenizer.config.train.tokenizer.steps == 3  # 8 of the 11 notes, 8 per step
     assert tokenizer.config.train.var == c.train.var
     tokens = torch.zeros(11, c.tokenizer.tokens, dtype=torch.int32)
-    var = VARStage(c, notes, tokenizer.averaged, tokens, CPU, seed=0)
+    var = VARStage(c, notes, tokenizer.ema, tokens, CPU, seed=0)
     assert var.train.steps == var.config.train.var.steps == 5
 
 
@@ -179,14 +179,14 @@ def test_its_optimiser_has_its_own_rate_and_decay(smoke, notes):
         one_step(stage, step)
         decaying, plain = stage.d_optimizer.optimizers[0].param_groups
         assert (decaying["weight_decay"], plain["weight_decay"]) == (5e-4, 0.0)
-        wanted = learning_rate(discriminator_schedule(stage.train)[1], step - 3)
-        assert decaying["lr"] == plain["lr"] == wanted
+        expected = learning_rate(discriminator_schedule(stage.train)[1], step - 3)
+        assert decaying["lr"] == plain["lr"] == expected
     assert stage.d_optimizer.state()["0.weight/step"] == 4
 
 
 def test_the_transformers_weight_decay_does_not_change(smoke, notes):
     c = override(smoke, ("train.weight_decay=0.05", "train.steps=6", "train.optimizer=adamw"), "var")
-    tokenizer = tokenizer_stage(smoke, notes).averaged
+    tokenizer = tokenizer_stage(smoke, notes).ema
     stage = VARStage(c, notes, tokenizer, torch.zeros(11, c.tokenizer.tokens, dtype=torch.int32), CPU, seed=0)
     for step in range(6):
         one_step(stage, step)
@@ -244,5 +244,5 @@ def test_the_table_has_every_setting_that_matters():
     actual = settings_of(preset("paper"))
     only_tokenizer = {n for n in actual if n.startswith("train.var.") and ("adversarial" in n or "discriminator" in n)}
     only_tokenizer |= {"train.var.adaptive_weight"}
-    wanted = {n for n in actual if n.rpartition(".")[2] not in OPERATION} - only_tokenizer
-    assert documented().keys() == wanted
+    expected = {n for n in actual if n.rpartition(".")[2] not in OPERATION} - only_tokenizer
+    assert documented().keys() == expected

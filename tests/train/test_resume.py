@@ -98,10 +98,10 @@ def test_resuming_changes_no_bit(name, precision, smoke, notes, tmp_path):
     a, b = contents(tmp_path / "straight"), contents(tmp_path / "parts")
     assert a.keys() == b.keys()
     assert [file for file in a if a[file] != b[file]] == []
-    wanted = {"model", "averaged", "optimizer"} | ({"codebook"} if name.startswith("tokenizer") else set())
+    expected = {"model", "averaged", "optimizer"} | ({"codebook"} if name.startswith("tokenizer") else set())
     if "train.adversarial=true" in STAGES[name]:
-        wanted |= {"discriminator", "d_optimizer"}
-    assert {Path(f).stem for f in a if f.startswith("step") and f.endswith(".safetensors")} == wanted
+        expected |= {"discriminator", "d_optimizer"}
+    assert {Path(f).stem for f in a if f.startswith("step") and f.endswith(".safetensors")} == expected
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -130,12 +130,12 @@ def test_a_step_that_is_not_finite_changes_nothing(name, smoke, notes):
     stage.step(5, good, streams(0))
     before = {(g, k): v.clone() for g, t in stage.state().items() for k, v in t.items()}
 
-    def spoil(part):
+    def corrupt(part):
         if isinstance(part, tuple):
             return part[0], part[1] * float("nan"), part[2]
         return part * float("nan")
 
-    metrics = stage.step(6, [good[0], spoil(good[1])], streams(1))
+    metrics = stage.step(6, [good[0], corrupt(good[1])], streams(1))
     assert np.isnan(float(metrics["loss"]))
     after = {(g, k): v for g, t in stage.state().items() for k, v in t.items()}
     assert after.keys() == before.keys()
@@ -183,9 +183,9 @@ def test_the_export_is_the_averaged_model(smoke, notes, tmp_path):
     stage = make("var", smoke, notes)
     go(stage, tmp_path / "run", notes)
     found = model.load(tmp_path / "run")
-    for name, value in stage.averaged.state_dict().items():
+    for name, value in stage.ema.state_dict().items():
         assert torch.equal(found.var.state_dict()[name], value)
-    assert not torch.equal(stage.model.head.weight, stage.averaged.head.weight)
+    assert not torch.equal(stage.model.head.weight, stage.ema.head.weight)
     for name, value in stage.tokenizer.state_dict().items():
         assert torch.equal(found.tokenizer.state_dict()[name], value)
     assert sum(entry["count"] for entry in found.notes) == 8
@@ -223,8 +223,8 @@ def test_the_ramp_of_the_adversarial_weight_is_a_share_of_the_steps(ramp, rise, 
     settings = ("train.steps=100", "train.adversarial=true", "train.adversarial_start=0.25")
     values = (*settings, f"train.adversarial_ramp={ramp}", "train.adversarial_weight=0.8")
     stage = TokenizerStage(override(smoke, values, "tokenizer"), notes, CPU, seed=0)
-    wanted = [0.0] * 25 + [0.8 * part for part in rise] + [0.8] * (75 - len(rise))
-    assert [stage.adversarial_weight(step) for step in range(100)] == pytest.approx(wanted, rel=1e-12)
+    expected = [0.0] * 25 + [0.8 * part for part in rise] + [0.8] * (75 - len(rise))
+    assert [stage.adversarial_weight(step) for step in range(100)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_before_its_start_the_discriminator_is_never_called(smoke, notes, monkeypatch):

@@ -169,7 +169,7 @@ def overwrite(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "var"])
-def test_audio_overwritten_between_two_sittings_ends_the_second(stage, trained):
+def test_audio_overwritten_between_two_sessions_ends_the_second(stage, trained):
     start = tokenizer if stage == "tokenizer" else lambda *words: run("var", "--tokenizer", trained, *words)
     words = ("--data", "mine", "--out", "runs/cut")
     assert start(*words, "--max-steps", 2).exit_code == 0

@@ -27,9 +27,9 @@ def made(smoke, notes, tmp_path):
     model = Tokenizer(smoke).eval().requires_grad_(False)
 
     def made(config=smoke, dataset=notes, tokenizer=model, folder=tmp_path / "cache"):
-        done, said = [], []
-        found = cached_tokens(folder, tokenizer, config, dataset, ALONE, advance=done.append, say=said.append)
-        return found, said, sum(done)
+        done, messages = [], []
+        found = cached_tokens(folder, tokenizer, config, dataset, ALONE, advance=done.append, say=messages.append)
+        return found, messages, sum(done)
 
     made.model = model
     made.entries = lambda: sorted(p.name for p in (tmp_path / "cache").iterdir())
@@ -41,10 +41,10 @@ def test_a_second_run_makes_no_tokens(made, smoke, notes):
     again, said_again, count_again = made()
     assert (count, count_again) == (11, 0)
     assert said + said_again == []
-    wanted = tokenize(made.model, smoke, notes, ALONE, lambda n: None)
-    assert first.dtype == again.dtype == wanted.dtype
-    assert torch.equal(first, wanted)
-    assert torch.equal(again, wanted)
+    expected = tokenize(made.model, smoke, notes, ALONE, lambda n: None)
+    assert first.dtype == again.dtype == expected.dtype
+    assert torch.equal(first, expected)
+    assert torch.equal(again, expected)
     assert len(made.entries()) == 1
 
 
@@ -70,16 +70,16 @@ def test_settings_of_the_training_do_not_matter(made, smoke):
 def test_the_tokens_are_those_of_the_model_in_float32(smoke, notes):
     """Whatever the training computes in: what the transformer learns is what `Model.encode` gives."""
     model = Model(config=smoke, tokenizer=Tokenizer(smoke).eval().requires_grad_(False))
-    wanted = model.encode(notes.waveforms(range(8)))
+    expected = model.encode(notes.waveforms(range(8)))
     for precision in ("float32", "bfloat16"):
         settings = override(smoke, [f"train.var.precision={precision}", "train.var.batch_size=8"])
-        found = tokenize(model.tokenizer, settings, notes, ALONE, lambda n: None)
-        assert torch.equal(found[:8].long(), wanted)
+        actual = tokenize(model.tokenizer, settings, notes, ALONE, lambda n: None)
+        assert torch.equal(actual[:8].long(), expected)
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "other shape"])
 def test_a_damaged_entry_is_made_again(damage, made, notes, tmp_path):
-    wanted = made()[0].clone()
+    expected = made()[0].clone()
     (entry,) = (tmp_path / "cache").iterdir()
     file = entry / "ids.safetensors"
     if damage == "changed":
@@ -93,10 +93,10 @@ def test_a_damaged_entry_is_made_again(damage, made, notes, tmp_path):
         for path in entry.iterdir():
             path.unlink()
         entry.rmdir()
-        tokens.checkpoint.write_directory(entry.parent / name, {"ids": {"ids": wanted[:3]}}, {})
-    found, said, count = made()
+        tokens.checkpoint.write_directory(entry.parent / name, {"ids": {"ids": expected[:3]}}, {})
+    actual, said, count = made()
     assert count == 11
-    assert torch.equal(found, wanted)
+    assert torch.equal(actual, expected)
     assert len(said) == 1
     assert said[0].endswith("; making the tokens again")
     assert made()[2] == 0

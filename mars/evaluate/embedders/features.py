@@ -1,4 +1,4 @@
-"""Features of notes: what a network says of each, computed once and kept on disk.
+"""Features of notes: what a network computes from each, once, and a cache of them on disk.
 
 The cache is a folder. In it, each embedder (its weights and its front end) has a folder, and in that are parts: each a
 directory of `mars.checkpoint` with the features of some notes, which are known by the content of their files. A part
@@ -26,7 +26,7 @@ PART = 512  # notes; what an interrupted run loses at most
 
 @dataclass(frozen=True)
 class Embedding:
-    """What an embedder says of n notes, float32 on the CPU."""
+    """The features of n notes, float32 on the CPU."""
 
     frames: Tensor  # (n, t, dim): t frames a note, 1 where the network looks at the whole note
     logits: Tensor | None = None  # (n, classes)
@@ -60,7 +60,7 @@ class Embedder(Protocol):
         """Hex sum of everything but the weights that decides the features."""
 
     def embed(self, waveforms: Tensor) -> Embedding:
-        """Features of waveforms (n, samples) in [-1, 1]; those of a note do not depend on the others."""
+        """Return features of waveforms (n, samples) in [-1, 1]; those of a note do not depend on the others."""
 
 
 def embed(
@@ -71,7 +71,7 @@ def embed(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,  # called with notes done and all of them
 ) -> Embedding:
-    """Features of all notes of a set, in its order; those that are not in `cache` are computed and put there.
+    """Embed all notes of a set, in its order; features that are not in `cache` are computed and put there.
 
     They are computed in float32 proper, and not in TF32, so that those of a CPU and a GPU may share a cache.
 
@@ -85,11 +85,11 @@ def embed(
     if not len(notes):
         raise ValueError(f"{embedder.id}: want at least one note, got none from {notes.source}")
     folder = None if cache is None else cache / f"{embedder.id}-{_digest([embedder.sha256, embedder.front_end])}"
-    found = {} if folder is None else _read(folder, set(notes.keys))
+    embeddings = {} if folder is None else _read(folder, set(notes.keys))
     missing: list[int] = []
     waiting: set[str] = set()
     for i, key in enumerate(notes.keys):  # a note that a set holds twice is computed once
-        if key not in found and key not in waiting:
+        if key not in embeddings and key not in waiting:
             missing.append(i)
             waiting.add(key)
     done = len(notes) - len(missing)
@@ -113,14 +113,14 @@ def embed(
         keys = [notes.keys[i] for i in part]
         if folder is not None:
             _write(folder, keys, tensors)
-        found |= _rows(keys, tensors)
-    rows = [found[key] for key in notes.keys]
+        embeddings |= _rows(keys, tensors)
+    rows = [embeddings[key] for key in notes.keys]
     logits = [row.logits for row in rows if row.logits is not None]
     return Embedding(torch.stack([row.frames for row in rows]), torch.stack(logits) if logits else None)
 
 
 def _ahead(notes: NoteSet, rows: Sequence[int], size: int) -> Iterator[Tensor]:
-    """Waveforms of the rows in batches; a second thread reads the next one."""
+    """Yield waveforms of the rows in batches; a second thread reads the next one."""
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     with thread_pool(1) as reader:
         upcoming = reader.submit(notes.waveforms, batches[0])
@@ -131,20 +131,20 @@ def _ahead(notes: NoteSet, rows: Sequence[int], size: int) -> Iterator[Tensor]:
 
 
 def _rows(keys: Sequence[str], tensors: checkpoint.Tensors) -> dict[str, Embedding]:
-    """The features of each note: `Embedding` without its first dimension."""
+    """Return the features of each note: `Embedding` without its first dimension."""
     logits = tensors.get("logits")
     return {key: Embedding(tensors["frames"][i], None if logits is None else logits[i]) for i, key in enumerate(keys)}
 
 
-def _read(folder: Path, wanted: set[str]) -> dict[str, Embedding]:
-    """What the parts in `folder` have of the wanted notes."""
-    found: dict[str, Embedding] = {}
+def _read(folder: Path, requested: set[str]) -> dict[str, Embedding]:
+    """Return embeddings of the requested notes, by key, as far as the parts in `folder` hold them."""
+    embeddings: dict[str, Embedding] = {}
     for part in sorted(folder.glob("part-*")):
         try:
             keys = checkpoint.read_json(part / "notes.json")
             if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
                 raise CheckpointError(f"{part / 'notes.json'} does not list notes")
-            if wanted.isdisjoint(keys):
+            if requested.isdisjoint(keys):
                 continue
             checkpoint.verify(part)
             tensors = checkpoint.read_tensors(part / "features.safetensors")
@@ -153,8 +153,8 @@ def _read(folder: Path, wanted: set[str]) -> dict[str, Embedding]:
         except CheckpointError as error:
             raise CheckpointError(f"{error}; remove {part}, and its features will be computed again") from None
         rows = _rows(keys, tensors)
-        found |= {key: rows[key] for key in wanted & rows.keys()}
-    return found
+        embeddings |= {key: rows[key] for key in requested & rows.keys()}
+    return embeddings
 
 
 def _write(folder: Path, keys: list[str], tensors: checkpoint.Tensors) -> None:

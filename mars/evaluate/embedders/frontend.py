@@ -65,7 +65,7 @@ class FrontEnd:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def __call__(self, waveforms: Tensor) -> Tensor:
-        """Float32 (B, 1, height, width) of waveforms (B, any number of samples), on their device."""
+        """Return float32 (B, 1, height, width) of waveforms (B, any number of samples), on their device."""
         x = waveforms.float()[:, : self.samples]
         if self.scale == "ln":  # whose floor is far below float32's rounding: a tone's quiet bins would be noise
             x = x.to(float64_device(x.device)).double()
@@ -85,7 +85,7 @@ class FrontEnd:
 
 
 def _decibels(magnitudes: Tensor) -> Tensor:
-    """20 log10(x) - 20, of which -100..0 dB are mapped to 0..1."""
+    """Return 20 log10(x) - 20, of which -100..0 dB are mapped to 0..1."""
     return (20 * magnitudes.clamp(min=1e-10).log10() + 80).div(100).clamp(0, 1)
 
 

@@ -89,7 +89,7 @@ class Mixed(nn.Module):
 
 
 def _mixed_35(channels: int, pool: int) -> Mixed:
-    """Figure 5, for the 35 x 35 grid."""
+    """Build the block of figure 5, for the 35 x 35 grid."""
     dbl = (Step("branch3x3dbl_1", 64), Step("branch3x3dbl_2", 96, (3, 3)), Step("branch3x3dbl_3", 96, (3, 3)))
     return Mixed(
         channels,
@@ -101,13 +101,13 @@ def _mixed_35(channels: int, pool: int) -> Mixed:
 
 
 def _reduce_35(channels: int) -> Mixed:
-    """From the 35 x 35 grid to 17 x 17."""
+    """Build the block from the 35 x 35 grid to 17 x 17."""
     dbl = (Step("branch3x3dbl_1", 64), Step("branch3x3dbl_2", 96, (3, 3)), Step("branch3x3dbl_3", 96, (3, 3), 2))
     return Mixed(channels, (Step("branch3x3", 384, (3, 3), 2),), dbl, (MAXIMUM,))
 
 
 def _mixed_17(channels: int, width: int) -> Mixed:
-    """Figure 6, with n = 7, for the 17 x 17 grid."""
+    """Build the block of figure 6, with n = 7, for the 17 x 17 grid."""
     row, column = (1, 7), (7, 1)
     return Mixed(
         channels,
@@ -125,7 +125,7 @@ def _mixed_17(channels: int, width: int) -> Mixed:
 
 
 def _reduce_17(channels: int) -> Mixed:
-    """From the 17 x 17 grid to 8 x 8."""
+    """Build the block from the 17 x 17 grid to 8 x 8."""
     return Mixed(
         channels,
         (Step("branch3x3_1", 192), Step("branch3x3_2", 320, (3, 3), 2)),
@@ -140,7 +140,7 @@ def _reduce_17(channels: int) -> Mixed:
 
 
 def _mixed_8(channels: int) -> Mixed:
-    """Figure 7, for the 8 x 8 grid: the last 3 x 3 of two paths is split into a row and a column."""
+    """Build the block of figure 7, for the 8 x 8 grid: the last 3 x 3 of two paths is split into a row and a column."""
     single = (Step("branch3x3_1", 384),)
     double = (Step("branch3x3dbl_1", 448), Step("branch3x3dbl_2", 384, (3, 3)))
     return Mixed(
@@ -161,7 +161,7 @@ class Network(nn.Module):
     fc: nn.Linear
 
     def features(self, x: Tensor) -> Tensor:
-        """What `fc` reads, (B, dim)."""
+        """Return what `fc` reads, (B, dim)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class Inception(Network):
         self.fc = nn.Linear(self.dim, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Average over the last grid, (B, 2048)."""
+        """Return the average over the last grid, (B, 2048)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -219,7 +219,7 @@ class Tiny(Network):
         self.fc = nn.Linear(self.dim, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, 96 height / 16)."""
+        """Return the features (B, 96 height / 16)."""
         return self.convolutions(x).mean(3).flatten(1)
 
 
@@ -227,7 +227,7 @@ NETWORKS: dict[str, type[Network]] = {"inception": Inception, "tiny": Tiny}
 
 
 def outline(name: str, classes: int) -> Network:
-    """A network on the meta device: its shapes, and no memory.
+    """Build a network on the meta device: it has shapes but takes no memory.
 
     Raises:
         ConfigError: there is no network of that name.
@@ -239,7 +239,7 @@ def outline(name: str, classes: int) -> Network:
 
 
 def build(name: str, classes: int) -> Network:
-    """A network on the CPU whose weights hold anything; load some, or `initialise` them.
+    """Build a network on the CPU with uninitialised weights; load some, or `initialise` them.
 
     Raises:
         ConfigError: there is no network of that name.
@@ -248,7 +248,7 @@ def build(name: str, classes: int) -> Network:
 
 
 def initialise(network: Network, seed: int) -> Network:
-    """The network with weights drawn from `seed`: normal with deviation 0.1, cut at two deviations; biases 0."""
+    """Return the network with weights drawn from `seed`: normal with deviation 0.1, cut at two deviations; biases 0."""
     generator = stream(seed, 2)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""The networks that an evaluation listens with, found among the user's files and those that come with mars."""
+"""The networks that an evaluation uses, found among the user's files and those that come with mars."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load(
     device: str | torch.device = "cpu",
     force: bool = False,
 ) -> Embedders:
-    """A network for each role, or the reason why there is none.
+    """Load a network for each role, or give the reason why there is none.
 
     Args:
         preset: of the classifiers, which are sought in $MARS_WEIGHTS_DIR, else in classifiers/.
@@ -45,7 +45,7 @@ def load(
         CheckpointError: what was named is not there, or what is there is damaged or refused by its gate.
         ConfigError: a classifier of the other task was named.
     """
-    found: dict[Role, Embedder | str] = dict.fromkeys(ROLES, "nobody asked for it")
+    embedders: dict[Role, Embedder | str] = dict.fromkeys(ROLES, "nobody asked for it")
     named: dict[Task, Path | None] = {"pitch": pitch, "instrument": instrument}
     for task, path in named.items():
         if task not in roles:
@@ -55,22 +55,22 @@ def load(
         except CheckpointError as error:
             if path is not None:
                 raise
-            found[task] = str(error)
+            embedders[task] = str(error)
             continue
         network = classifier.load(place, device, force=force)
         if network.task != task:
             raise ConfigError(f"{place} is a classifier of {network.task}s; want one of {task}s (`{task}`)")
-        found[task] = network
+        embedders[task] = network
     if "vggish" in roles:
-        found["vggish"] = _vggish(vggish_weights, framing, device)
+        embedders["vggish"] = _vggish(vggish_weights, framing, device)
     if "crepe" in roles:
         try:
             weights = crepe.installed(crepe_size)
         except CheckpointError as error:
-            found["crepe"] = str(error)
+            embedders["crepe"] = str(error)
         else:
-            found["crepe"] = crepe.load(crepe_size, weights, device)
-    return found
+            embedders["crepe"] = crepe.load(crepe_size, weights, device)
+    return embedders
 
 
 def _vggish(path: Path | None, framing: vggish.Framing, device: str | torch.device) -> Embedder | str:

@@ -36,7 +36,7 @@ _NOTES = 32  # transformed at a time
 
 
 def log_mel(waveform: Tensor) -> Tensor:
-    """log(mel + 0.01), float64 (B, frames, 64), of waveforms (B, samples) at 16 kHz.
+    """Compute log(mel + 0.01), float64 (B, frames, 64), of waveforms (B, samples) at 16 kHz.
 
     Windows of 25 ms every 10 ms without padding: 1 + (samples - 400) // 160 frames. Periodic Hann window, magnitudes
     of a 512-point transform, triangles that are straight on the mel scale 1127 ln(1 + f / 700). On the CPU for
@@ -54,7 +54,7 @@ def log_mel(waveform: Tensor) -> Tensor:
 
 
 def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
-    """What the network sees: float32 (B, examples, 96, 64) of waveforms (B, samples) at 16 kHz.
+    """Return the network's input, float32 (B, examples, 96, 64) of waveforms (B, samples) at 16 kHz.
 
     - "google": each note over its highest sample, or over 0.1 if that is higher; windows of 16,000 samples every
       8,000, of whose 98 frames the first 96 are used. 7 examples of 64,000 samples. That of google-research's
@@ -70,8 +70,8 @@ def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
     """
     least = WINDOW + (FRAMES - 1) * HOP if framing == "torchvggish" else SAMPLE_RATE
     if waveform.ndim != 2 or waveform.shape[1] < least or not waveform.is_floating_point():
-        wanted = f"floating-point (B, samples >= {least})"
-        raise ValueError(f"vggish.examples: want {wanted}, got {waveform.dtype} {tuple(waveform.shape)}")
+        expected = f"floating-point (B, samples >= {least})"
+        raise ValueError(f"vggish.examples: want {expected}, got {waveform.dtype} {tuple(waveform.shape)}")
     if framing == "torchvggish":
         return log_mel(waveform).unfold(1, FRAMES, FRAMES).mT.float()
     peak = waveform.amax(1, keepdim=True)  # of the signed signal, as published
@@ -107,7 +107,7 @@ class VGGish(nn.Module):
         )  # fmt: skip
 
     def forward(self, examples: Tensor) -> Tensor:
-        """Embeddings (N, 128) of examples (N, 96, 64)."""
+        """Return embeddings (N, 128) of examples (N, 96, 64)."""
         maps = self.features(examples.unsqueeze(1))  # (N, 512, 6, 4)
         return self.embeddings(maps.permute(0, 2, 3, 1).flatten(1))  # the weights expect channels last
 
@@ -118,7 +118,7 @@ class VGGish(nn.Module):
 
     @torch.inference_mode()
     def embed(self, waveforms: Tensor) -> Embedding:
-        """Frames (B, examples, 128) of waveforms (B, samples) at 16 kHz."""
+        """Return frames (B, examples, 128) of waveforms (B, samples) at 16 kHz."""
         weight = self.embeddings[-1].weight
         assert isinstance(weight, Tensor)
         device = weight.device
@@ -130,7 +130,7 @@ class VGGish(nn.Module):
 
 
 def load(path: Path, framing: Framing = "google") -> VGGish:
-    """VGGish with the weights of a .safetensors file or of torchvggish's .pth, in evaluation mode.
+    """Load VGGish with the weights of a .safetensors file or of torchvggish's .pth, in evaluation mode.
 
     Raises:
         CheckpointError: there is no such file, or its tensors are not those of VGGish.
@@ -147,7 +147,7 @@ def load(path: Path, framing: Framing = "google") -> VGGish:
 
 @cache
 def _filterbank() -> Tensor:
-    """Filters float64 (257, 64)."""
+    """Return the mel filters, float64 (257, 64)."""
 
     def mel(hertz: Tensor) -> Tensor:
         return 1127 * (1 + hertz / 700).log()

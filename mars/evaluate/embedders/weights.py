@@ -16,7 +16,7 @@ LARGEST = 1 << 30  # bytes of a file whose content is summed up at once; the pub
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors by name in a file that `torch.save` wrote.
+    """Read the tensors by name from a file that `torch.save` wrote.
 
     Raises:
         CheckpointError: it is missing, damaged, or holds anything but tensors.
@@ -36,7 +36,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def git_blob(path: Path) -> str:
-    """The name that git gives the file's content: sha1 of a header and the bytes.
+    """Return the name that git gives the file's content: sha1 of a header and the bytes.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -11,18 +11,18 @@ from mars.evaluate.report import Heading
 
 
 def measures() -> tuple[Measure, ...]:
-    """All there are, in the order of their first metrics' places."""
-    modules = [import_module(f"{metrics.__name__}.{found.name}") for found in pkgutil.iter_modules(metrics.__path__)]
+    """Return the measures of all modules, in the order of their first metrics' places."""
+    modules = [import_module(f"{metrics.__name__}.{info.name}") for info in pkgutil.iter_modules(metrics.__path__)]
     known = [measure for module in modules for measure in getattr(module, "MEASURES", ())]
     return tuple(sorted(known, key=lambda measure: measure.metrics[0].place))
 
 
 def table() -> dict[str, Metric]:
-    """All metrics by name, in the order of tables."""
-    found = [metric for measure in measures() for metric in measure.metrics]
-    return {metric.name: metric for metric in sorted(found, key=lambda metric: metric.place)}
+    """Return all metrics by name, in the order of tables."""
+    result = [metric for measure in measures() for metric in measure.metrics]
+    return {metric.name: metric for metric in sorted(result, key=lambda metric: metric.place)}
 
 
 def headings() -> dict[str, Heading]:
-    """How a report shows them, in the order of tables."""
+    """Return how a report shows the metrics, in the order of tables."""
     return {name: Heading(metric.label, metric.better) for name, metric in table().items()}

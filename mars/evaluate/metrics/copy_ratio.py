@@ -19,7 +19,7 @@ MAY_BE_COPIES = ("", REAL_VS_REAL)  # rows
 
 
 def copy_ratio(train: Nearest, test: Nearest) -> Tensor:
-    """Distance to the nearest note of the training set over that to the nearest of the test set, float64 (n,).
+    """Return the distance to the nearest training note over that to the nearest test note, float64 (n,).
 
     About 1 for notes that are no nearer to what was learned than to what was held out; near 0 for copies. 1 where
     both distances are 0.
@@ -39,9 +39,9 @@ def _find(rows: Sequence[Row]) -> None:
     train = rows[0].train
     if train is None:
         return
-    found = mel.nearest(torch.cat([row.fake.log_mel for row in rows]), train.log_mel_blocks())
+    result = mel.nearest(torch.cat([row.fake.log_mel for row in rows]), train.log_mel_blocks())
     sizes = [len(row.fake) for row in rows]
-    columns = (x.split(sizes) for x in (found.index, found.errors.mse, found.errors.mae))
+    columns = (x.split(sizes) for x in (result.index, result.errors.mse, result.errors.mae))
     for row, index, mse, mae in zip(rows, *columns, strict=True):
         row.prepared["copy_ratio"] = Nearest(index, mel.MelErrors(mse, mae))
 

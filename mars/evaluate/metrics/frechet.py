@@ -36,7 +36,7 @@ class Moments:
 
     @classmethod
     def of(cls, frames: Tensor) -> Moments:
-        """Moments of frames (n, d).
+        """Compute the moments of frames (n, d).
 
         Raises:
             ValueError: another shape.
@@ -65,7 +65,7 @@ class Moments:
         return self.scatter / (self.count - 1)
 
     def distance(self, other: Moments) -> float:
-        """`frechet_distance` to the Gaussian of other frames."""
+        """Return `frechet_distance` to the Gaussian of other frames."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
@@ -89,7 +89,7 @@ class FADInfinity:
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
-    """d^2 of two Gaussians with means (d,) and covariances (d, d), symmetric and of any rank.
+    """Compute d^2 of two Gaussians with means (d,) and covariances (d, d), symmetric and of any rank.
 
     tr((S_a S_b)^(1/2)) is the sum of the square roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2), which is
     symmetric: no complex numbers, no matrix square root that fails on a covariance without full rank.
@@ -103,9 +103,9 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
 
 
 def fad(real: Tensor, fake: Tensor, *, resamples: int = 200, seed: int = SEED) -> FAD:
-    """Fréchet distance of the pooled frames of clips real (n, t, d) and fake (m, u, d); the interval is over clips.
+    """Compute the Fréchet distance of the pooled frames of clips real (n, t, d) and fake (m, u, d).
 
-    The order of the clips does not matter.
+    The interval is over clips, whose order does not matter.
 
     Raises:
         ValueError: other shapes.
@@ -119,7 +119,7 @@ def fad(real: Tensor, fake: Tensor, *, resamples: int = 200, seed: int = SEED) -
 
 
 def fad_infinity(real: Tensor, fake: Tensor, *, points: int = 15, draws: int = 4, seed: int = SEED) -> FADInfinity:
-    """FAD of clips fake (m, t, d) if they were infinitely many, against all of real (n, u, d).
+    """Extrapolate the FAD of clips fake (m, t, d) to infinitely many, against all of real (n, u, d).
 
     Distances of subsets of the fake clips, `points` sizes evenly spaced in 1 / size from a fifth of them to all,
     each the mean of `draws` subsets, are fitted by a line over 1 / size. Subsets are of clips and drawn without
@@ -151,7 +151,7 @@ def fad_infinity(real: Tensor, fake: Tensor, *, points: int = 15, draws: int = 4
 
 
 def _resampled(clips: Tensor, counts: Tensor) -> Iterator[Moments]:
-    """Moments of the frames of clips (n, t, d) for every row of counts (resamples, n)."""
+    """Yield the moments of the frames of clips (n, t, d) for every row of counts (resamples, n)."""
     middle = clips.mean((0, 1))  # near every mean, so that the squares keep their digits
     centred = (clips - middle).flatten(0, 1)
     for row in counts:
@@ -168,15 +168,15 @@ def _clips(name: str, real: Tensor, fake: Tensor, minimum: int) -> tuple[Tensor,
 
 
 def _fad(row: Row) -> dict[str, Figure]:
-    found = fad(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
-    details = {"frames_real": found.frames_real, "frames_fake": found.frames_fake}
-    return {"fad": figure(found.estimate, {}, details)}
+    result = fad(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
+    details = {"frames_real": result.frames_real, "frames_fake": result.frames_fake}
+    return {"fad": figure(result.estimate, {}, details)}
 
 
 def _fad_infinity(row: Row) -> dict[str, Figure]:
-    found = fad_infinity(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
-    details = {"slope": found.slope, "notes": list(found.notes), "distances": list(found.distances)}
-    return {"fad_infinity": Figure(value=found.value, details=details)}
+    result = fad_infinity(row.real.frames("vggish"), row.fake.frames("vggish"), seed=row.conditions.seed)
+    details = {"slope": result.slope, "notes": list(result.notes), "distances": list(result.distances)}
+    return {"fad_infinity": Figure(value=result.value, details=details)}
 
 
 def _fad_classifier(row: Row) -> dict[str, Figure]:

@@ -64,7 +64,7 @@ def inception_score(
 
 
 def inception_score_vinay2022(logits: Tensor) -> InceptionScoreVinay2022:
-    """The published number of logits (notes, classes), in the order of the files, on which it depends.
+    """Return the published number of logits (notes, classes), in the order of the files, on which it depends.
 
     The score of all notes so far is read after every BATCH of them, with 1e-6 added to p(y) in the logarithm, and
     the mean of these readings reported. Every BLOCK notes it starts afresh; with more than BLOCK, a last block that
@@ -101,25 +101,25 @@ def _scores(logits: Tensor, counts: Tensor) -> Tensor:
 
 
 def _inception_score(name: str, role: Role, row: Row) -> dict[str, Figure]:
-    found = inception_score(row.fake.logits(role), seed=row.conditions.seed)
+    result = inception_score(row.fake.logits(role), seed=row.conditions.seed)
     of_real = inception_score(row.real.logits(role), seed=row.conditions.seed)
     details = {
-        "splits_mean": found.mean, "splits_std": found.std, "splits": found.splits, "real": of_real.full.value,
+        "splits_mean": result.mean, "splits_std": result.std, "splits": result.splits, "real": of_real.full.value,
     }  # fmt: skip
-    return {name: figure(found.full, {"classes": found.classes, "of": ALL_NOTES}, details)}
+    return {name: figure(result.full, {"classes": result.classes, "of": ALL_NOTES}, details)}
 
 
 def _inception_score_vinay2022(name: str, role: Role, row: Row) -> dict[str, Figure]:
     logits = row.fake.logits(role)
-    found = inception_score_vinay2022(logits)
+    result = inception_score_vinay2022(logits)
     shuffled = logits[torch.randperm(len(logits), generator=stream(row.conditions.seed))]
     details = {
-        "std": found.std, "notes": found.notes,
+        "std": result.std, "notes": result.notes,
         "shuffled": inception_score_vinay2022(shuffled).mean,
         "real": inception_score_vinay2022(row.real.logits(role)).mean,
     }  # fmt: skip
-    params = {"order": "of the files", "classes": found.classes, "label_order": row.conditions.label_order}
-    return {name: Figure(value=found.mean, params=params, details=details)}
+    params = {"order": "of the files", "classes": result.classes, "label_order": row.conditions.label_order}
+    return {name: Figure(value=result.mean, params=params, details=details)}
 
 
 MEASURES = (

@@ -34,7 +34,7 @@ class KAD:
 
 
 def kad(real: Tensor, fake: Tensor, *, resamples: int = RESAMPLES, seed: int = SEED) -> KAD:
-    """KAD of clips real (n, t, d) and fake (m, u, d), whatever their order; the interval is over clips.
+    """Compute the KAD of clips real (n, t, d) and fake (m, u, d), whatever their order; the interval is over clips.
 
     Pairs of frames of one clip do not count: they are closer than frames of different clips, and would make every
     set look unlike every other, itself included. Values below 0 are legitimate.
@@ -51,7 +51,7 @@ def kad(real: Tensor, fake: Tensor, *, resamples: int = RESAMPLES, seed: int = S
 
 
 def median_distance(clips: Tensor, *, seed: int = SEED) -> float:
-    """Median distance between frames of different clips (n, t, d), over PAIRS random pairs.
+    """Return the median distance between frames of different clips (n, t, d), over PAIRS random pairs.
 
     Raises:
         DataError: it is 0.
@@ -68,8 +68,8 @@ def median_distance(clips: Tensor, *, seed: int = SEED) -> float:
 
 
 def _kad(name: str, role: Role, row: Row) -> dict[str, Figure]:
-    found = kad(row.real.frames(role), row.fake.frames(role), seed=row.conditions.seed)
-    return {name: figure(found.estimate, {"kernel": "Gaussian", "times": SCALE}, {"bandwidth": found.bandwidth})}
+    result = kad(row.real.frames(role), row.fake.frames(role), seed=row.conditions.seed)
+    return {name: figure(result.estimate, {"kernel": "Gaussian", "times": SCALE}, {"bandwidth": result.bandwidth})}
 
 
 MEASURES = (

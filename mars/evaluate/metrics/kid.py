@@ -55,7 +55,7 @@ def kid(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> KID:
-    """Unbiased MMD^2 with the kernel (<x, y> / d + 1)^3 between features real (n, d) and fake (m, d).
+    """Compute the unbiased MMD^2 with the kernel (<x, y> / d + 1)^3 between features real (n, d) and fake (m, d).
 
     The order of the notes does not matter. A value below 0 is as legitimate as one above it.
 
@@ -83,7 +83,7 @@ def kid(
 
 
 def kid_vinay2022(real: Tensor, fake: Tensor) -> KIDVinay2022:
-    """The published statistic of logits real (n, C) and fake (n, C), in the order of the files.
+    """Compute the published statistic of logits real (n, C) and fake (n, C), in the order of the files.
 
     Kernel 16 / (16 + |x - y|^2); (sum K_xx + sum K_yy) / (n (n - 1)) - 2 sum K_xy / n^2 with the diagonals, all
     ones, left in the sums, which adds about 2 / (n - 1); mean over blocks of BLOCK notes, the last one shorter.
@@ -123,28 +123,28 @@ def _kid(name: str, role: Role, row: Row) -> dict[str, Figure]:
     real, fake = (side.frames(role)[:, 0] for side in (row.real, row.fake))
     # A subset of all notes would always be the same one.
     size = _SUBSET if min(len(real), len(fake)) > _SUBSET else min(len(real), len(fake)) // 2
-    found = kid(real, fake, subset_size=size, seed=row.conditions.seed)
+    result = kid(real, fake, subset_size=size, seed=row.conditions.seed)
     details = {
-        "subsets_mean": found.mean, "subsets_std": found.std,
-        "subsets": found.subsets, "subset_size": found.subset_size,
+        "subsets_mean": result.mean, "subsets_std": result.std,
+        "subsets": result.subsets, "subset_size": result.subset_size,
     }  # fmt: skip
-    return {name: figure(found.full, {"kernel": "(<x, y> / d + 1)^3", "of": ALL_NOTES}, details)}
+    return {name: figure(result.full, {"kernel": "(<x, y> / d + 1)^3", "of": ALL_NOTES}, details)}
 
 
 def _kid_vinay2022(name: str, role: Role, row: Row) -> dict[str, Figure]:
     if len(row.real) != len(row.fake):  # before minutes of listening
         raise DataError(f"want as many notes to evaluate as real ones, got {len(row.fake)} and {len(row.real)}")
     seed = row.conditions.seed
-    found = kid_vinay2022(*(_training_logits(side, role, seed, i) for i, side in enumerate((row.real, row.fake))))
+    result = kid_vinay2022(*(_training_logits(side, role, seed, i) for i, side in enumerate((row.real, row.fake))))
     params = {
         "kernel": "16 / (16 + |x - y|^2), with diagonal", "network": "in training mode",
         "label_order": row.conditions.label_order,
     }  # fmt: skip
-    return {name: Figure(value=found.mean, params=params, details={"std": found.std, "blocks": found.blocks})}
+    return {name: Figure(value=result.mean, params=params, details={"std": result.std, "blocks": result.blocks})}
 
 
 def _training_logits(notes: NoteFeatures, role: Role, seed: int, key: int) -> Tensor:
-    """Logits of the role's classifier in training mode, as the published scripts leave it."""
+    """Return logits of the role's classifier in training mode, as the published scripts leave it."""
     network = notes.network(role)
     assert isinstance(network, Classifier)
     progress = notes.progress(f"{network.id} in training mode")

@@ -93,6 +93,6 @@ class Row:
         return mel.Nearest(torch.arange(len(self.fake)), mel.mel_errors(self.real.log_mel, self.fake.log_mel))
 
 
-def figure(found: Estimate, params: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> Figure:
-    """The figure of an estimate with its interval."""
-    return Figure(value=found.value, low=found.low, high=found.high, params=params, details=details or {})
+def figure(estimate: Estimate, params: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> Figure:
+    """Return the figure of an estimate with its interval."""
+    return Figure(value=estimate.value, low=estimate.low, high=estimate.high, params=params, details=details or {})

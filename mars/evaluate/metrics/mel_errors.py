@@ -13,15 +13,15 @@ from mars.evaluate.report import Figure
 
 
 def _mel_errors(row: Row) -> dict[str, Figure]:
-    found = row.errors
+    result = row.errors
     details: dict[str, Any] = {}
     if row.conditions.mode == "generation":
         details = {
-            "nearest_real_notes": found.distinct,  # of how many different ones
-            "most_frequent": int(found.index.bincount().max()),
+            "nearest_real_notes": result.distinct,  # of how many different ones
+            "most_frequent": int(result.index.bincount().max()),
         }
     params = {"against": "nearest real note" if details else "the original", "unit": "100 dB"}
-    values = {"mse": found.errors.mse, "mae": found.errors.mae}
+    values = {"mse": result.errors.mse, "mae": result.errors.mae}
     return {
         name: figure(bootstrap_mean(errors, seed=row.conditions.seed), params, details)
         for name, errors in values.items()

@@ -65,7 +65,7 @@ class NDB:
 
 
 def fit_bins(reference: Tensor, k: int = 100, *, runs: int = 5, seed: int = SEED) -> Bins:
-    """`runs` clusterings of reference notes (n, d) into k bins, each from a seed of its own, whatever their order.
+    """Cluster reference notes (n, d) into k bins `runs` times, each from a seed of its own, whatever their order.
 
     Where d is above COMPONENTS the clusters are made in that many principal components, computed from 4096 of the
     notes at most: k-means in the 20,080 dimensions of a log-mel is slow, and noise in most of them. Each run starts
@@ -87,7 +87,7 @@ def fit_bins(reference: Tensor, k: int = 100, *, runs: int = 5, seed: int = SEED
 
 
 def fit_bins_vinay2022(reference: Tensor, k: int = 100, *, seed: int = SEED) -> Bins:
-    """The published program's clustering of reference notes (n, d) into k bins, in the order of the files.
+    """Return the published program's clustering of reference notes (n, d) into k bins, in the order of the files.
 
     Above 1000 dimensions it works on d // 6 of them, drawn at random (by us with a seed, by the program without);
     ten starts of k-means++, the best kept; a bin's centre is the mean of the notes labelled with it.
@@ -110,7 +110,7 @@ def fit_bins_vinay2022(reference: Tensor, k: int = 100, *, seed: int = SEED) -> 
 
 
 def different_bins(bins: Bins, notes: Tensor, alpha: float = ALPHA) -> NDB:
-    """NDB / k and Jensen-Shannon divergence of notes (m, d) against the bins, mean over the clusterings.
+    """Compute NDB / k and Jensen-Shannon divergence of notes (m, d) against the bins, averaged over the clusterings.
 
     Raises:
         ValueError: another shape than the reference's.
@@ -139,7 +139,7 @@ def different_bins(bins: Bins, notes: Tensor, alpha: float = ALPHA) -> NDB:
 
 
 def p_values(counts_a: Tensor, counts_b: Tensor) -> Tensor:
-    """p-value of the two-sided z-test of each bin, float64 (..., k), of counts (..., k); 1 for a bin empty in both."""
+    """Return each bin's p-value of a two-sided z-test, float64 (..., k), of counts (..., k); 1 where both are empty."""
     a, b = counts_a.double(), counts_b.double()
     n, m = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
     pooled = (a + b) / (n + m)
@@ -149,7 +149,7 @@ def p_values(counts_a: Tensor, counts_b: Tensor) -> Tensor:
 
 
 def jensen_shannon(counts_a: Tensor, counts_b: Tensor) -> Tensor:
-    """Jensen-Shannon divergence (...,), in nats, of the proportions in counts (..., k)."""
+    """Return the Jensen-Shannon divergence (...,), in nats, of the proportions in counts (..., k)."""
     p, q = (x.double() / x.sum(-1, keepdim=True) for x in (counts_a, counts_b))
     middle = (p + q) / 2
     entropy = torch.special.entr
@@ -157,7 +157,7 @@ def jensen_shannon(counts_a: Tensor, counts_b: Tensor) -> Tensor:
 
 
 def _kmeans(samples: Tensor, k: int, *, starts: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Centres (k, e) and labels (n,) of samples (n, e)."""
+    """Return centres (k, e) and labels (n,) of samples (n, e)."""
     with needed("NDB", "scikit-learn"):
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
@@ -165,17 +165,17 @@ def _kmeans(samples: Tensor, k: int, *, starts: int, seed: int) -> tuple[Tensor,
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("error", ConvergenceWarning)
         try:
-            found = KMeans(k, n_init=starts, max_iter=100, random_state=seed).fit(samples.numpy())
+            fit = KMeans(k, n_init=starts, max_iter=100, random_state=seed).fit(samples.numpy())
         except ConvergenceWarning:
             distinct = len(np.unique(samples.numpy(), axis=0))
             raise DataError(
                 f"NDB: want at least {k} different reference notes, got {distinct}; use more, or fewer bins"
             ) from None
-    return torch.from_numpy(found.cluster_centers_), torch.from_numpy(found.labels_).long()
+    return torch.from_numpy(fit.cluster_centers_), torch.from_numpy(fit.labels_).long()
 
 
 def _principal(samples: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor] | Tensor, float]:
-    """Projection on COMPONENTS principal components of samples (n, d), and the share of variance that they keep."""
+    """Project samples (n, d) on COMPONENTS principal components; and the share of variance that these keep."""
     n, d = samples.shape
     if d <= COMPONENTS:
         return torch.arange(d), 1.0
@@ -188,7 +188,7 @@ def _principal(samples: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor] | Tens
 
 
 def _project(samples: Tensor, projection: tuple[Tensor, Tensor] | Tensor) -> Tensor:
-    """float64 (n, e) of samples (n, d)."""
+    """Return float64 (n, e) of samples (n, d)."""
     if isinstance(projection, Tensor):
         return samples[:, projection].double()
     mean, basis = projection
@@ -196,17 +196,17 @@ def _project(samples: Tensor, projection: tuple[Tensor, Tensor] | Tensor) -> Ten
 
 
 def _choice(n: int, size: int, seed: int) -> Tensor:
-    """`min(n, size)` different indices below n."""
+    """Return `min(n, size)` different indices below n."""
     return torch.randperm(n, generator=stream(seed))[:size]
 
 
 def _integer(seed: int, key: int) -> int:
-    """A seed for scikit-learn."""
+    """Return a seed for scikit-learn."""
     return int(torch.randint(2**31, (), generator=stream(seed, 1, key)))
 
 
 def _bins(row: Row) -> Bins:
-    """Those of the training notes (of _REFERENCE of them at most, whatever their order), or of the real ones."""
+    """Return those of the training notes (of _REFERENCE of them at most, whatever their order), or of the real ones."""
     conditions, train = row.conditions, row.train
     fit = fit_bins if conditions.profile == "standard" else fit_bins_vinay2022
 
@@ -225,18 +225,18 @@ def _ndb(row: Row) -> dict[str, Figure]:
     if len(reference) < k:
         raise DataError(f"want a note or more for each of {k} bins, got {len(reference)}; have fewer `bins`")
     bins = _bins(row)
-    found = different_bins(bins, row.fake.log_mel.flatten(1))
+    result = different_bins(bins, row.fake.log_mel.flatten(1))
     details = {
-        "std": found.ratio_std, "clusterings": list(found.ratios),
-        "jensen_shannon": found.divergence, "jensen_shannon_std": found.divergence_std, "explained": bins.explained,
+        "std": result.ratio_std, "clusterings": list(result.ratios),
+        "jensen_shannon": result.divergence, "jensen_shannon_std": result.divergence_std, "explained": bins.explained,
     }  # fmt: skip
     if row.train is not None:
         details["floor"] = different_bins(bins, row.real.log_mel.flatten(1)).ratio  # of the real notes
     params = {
-        "k": found.bins, "alpha": ALPHA, "runs": len(found.ratios), "features": bins.centres.shape[2],
-        "reference": "real" if row.train is None else "train", "n_reference": found.reference,
+        "k": result.bins, "alpha": ALPHA, "runs": len(result.ratios), "features": bins.centres.shape[2],
+        "reference": "real" if row.train is None else "train", "n_reference": result.reference,
     }  # fmt: skip
-    return {"ndb_k": Figure(value=found.ratio, params=params, details=details)}
+    return {"ndb_k": Figure(value=result.ratio, params=params, details=details)}
 
 
 MEASURES = (

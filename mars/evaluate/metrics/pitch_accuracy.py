@@ -34,7 +34,7 @@ class PitchAccuracy:
 
 
 def detected(logits: Tensor, classes: Sequence[str]) -> Numbers:
-    """The likeliest MIDI number of each note, (n,), of logits (n, C).
+    """Return the likeliest MIDI number of each note, (n,), of logits (n, C).
 
     Raises:
         ValueError: there is not one class for each logit, or a class is no MIDI number.
@@ -44,8 +44,8 @@ def detected(logits: Tensor, classes: Sequence[str]) -> Numbers:
     return _midi(classes)[logits.argmax(1).cpu().numpy()]
 
 
-def judged(requested: npt.ArrayLike, classes: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Which of the requested pitches (n,) are known and among the classes.
+def scorable(requested: npt.ArrayLike, classes: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return which of the requested pitches (n,) are known and among the classes.
 
     Raises:
         ValueError: a class is no MIDI number.
@@ -60,24 +60,24 @@ def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[s
         ValueError: as `detected`, or there is not one pitch for each note.
         DataError: no note can be judged.
     """
-    wanted, found = np.asarray(requested, np.int64), detected(logits, classes)
-    if wanted.shape != found.shape:
-        raise ValueError(f"pitch_accuracy: want a pitch a note, {len(found)}; got shape {wanted.shape}")
-    known, heard = wanted >= 0, judged(wanted, classes)
-    if not heard.any():
+    expected, predicted = np.asarray(requested, np.int64), detected(logits, classes)
+    if expected.shape != predicted.shape:
+        raise ValueError(f"pitch_accuracy: want a pitch a note, {len(predicted)}; got shape {expected.shape}")
+    known, scored = expected >= 0, scorable(expected, classes)
+    if not scored.any():
         raise DataError(
-            f"pitch_accuracy: want notes with a known pitch, got none among {len(wanted)}; "
+            f"pitch_accuracy: want notes with a known pitch, got none among {len(expected)}; "
             "use NSynth names or the notes.json of mars-generate"
         )
-    away = np.abs(found - wanted)[heard]
+    away = np.abs(predicted - expected)[scored]
     return PitchAccuracy(
         accuracy=float((away == 0).mean()),
         chroma=float((away % 12 == 0).mean()),
         octave_errors=float(((away > 0) & (away % 12 == 0)).mean()),
         semitone_errors=float((away == 1).mean()),
-        notes=int(heard.sum()),
+        notes=int(scored.sum()),
         unknown=int((~known).sum()),
-        outside=int((known & ~heard).sum()),
+        outside=int((known & ~scored).sum()),
     )
 
 
@@ -89,10 +89,10 @@ def _midi(classes: Sequence[str]) -> Numbers:
 
 def _pitch_accuracy(name: str, role: Role, row: Row) -> dict[str, Figure]:
     requested, classes, logits = row.fake.notes.pitch, row.fake.classes(role), row.fake.logits(role)
-    found = pitch_accuracy(requested, logits, classes)
-    right = (detected(logits, classes) == requested)[judged(requested, classes)]
+    result = pitch_accuracy(requested, logits, classes)
+    right = (detected(logits, classes) == requested)[scorable(requested, classes)]
     estimate = bootstrap_mean(torch.from_numpy(right).double(), seed=row.conditions.seed)
-    return {name: figure(estimate, {}, asdict(found))}
+    return {name: figure(estimate, {}, asdict(result))}
 
 
 MEASURES = (

@@ -32,7 +32,7 @@ class PRDC:
 
 
 def prdc(real: Tensor, fake: Tensor, *, k: int = 5, resamples: int = RESAMPLES, seed: int = SEED) -> PRDC:
-    """PRDC of features real (n, d) and fake (m, d), whatever their order.
+    """Compute the PRDC of features real (n, d) and fake (m, d), whatever their order.
 
     Copies of a note would shrink its ball, so the bootstrap draws the notes that are counted, and not the balls.
 
@@ -55,7 +55,7 @@ def prdc(real: Tensor, fake: Tensor, *, k: int = 5, resamples: int = RESAMPLES, 
 
 
 def _squared_radii(samples: Tensor, k: int) -> Tensor:
-    """Squared distance (n,) of each of samples (n, d) to its k-th neighbour, itself not being one.
+    """Return the squared distance (n,) of each of samples (n, d) to its k-th neighbour, itself not being one.
 
     Less a part in a billion, so that rounding does not move a copy of the k-th neighbour into the ball.
     """
@@ -64,11 +64,11 @@ def _squared_radii(samples: Tensor, k: int) -> Tensor:
 
 def _prdc(row: Row) -> dict[str, Figure]:
     real, fake = (side.frames("instrument")[:, 0] for side in (row.real, row.fake))
-    found = prdc(real, fake, seed=row.conditions.seed)
+    result = prdc(real, fake, seed=row.conditions.seed)
     values = {
-        "precision": found.precision, "recall": found.recall, "density": found.density, "coverage": found.coverage,
+        "precision": result.precision, "recall": result.recall, "density": result.density, "coverage": result.coverage,
     }  # fmt: skip
-    return {name: figure(value, {"neighbours": found.k}) for name, value in values.items()}
+    return {name: figure(value, {"neighbours": result.k}) for name, value in values.items()}
 
 
 MEASURES = (

@@ -143,9 +143,9 @@ def test_an_interrupted_run_keeps_its_parts(tmp_path, monkeypatch):
 
 def test_progress_counts_what_was_known(tmp_path):
     embed(notes(0.1, 0.2), Counter(), tmp_path)
-    told = []
-    embed(notes(0.1, 0.2, 0.3, 0.4), Counter(), tmp_path, batch_size=1, progress=lambda *a: told.append(a))
-    assert told == [(3, 4), (4, 4)]
+    calls = []
+    embed(notes(0.1, 0.2, 0.3, 0.4), Counter(), tmp_path, batch_size=1, progress=lambda *a: calls.append(a))
+    assert calls == [(3, 4), (4, 4)]
 
 
 def test_a_damaged_part_is_an_error_that_says_what_to_remove(tmp_path):

@@ -34,9 +34,9 @@ def test_the_published_front_end_is_exact_where_a_tone_leaves_its_bins_quiet():
     x = tone.copy()
     x[-4914:] *= (np.logspace(1, 0, 4914) - 1) / 9
     spectrum = librosa.stft(x, n_fft=2048, win_length=1024, hop_length=256, pad_mode="reflect", dtype=np.complex128)
-    wanted = np.log(np.abs(spectrum[1:]) + 1e-10)
+    expected = np.log(np.abs(spectrum[1:]) + 1e-10)
     seen = dataclasses.replace(PUBLISHED, square=0)(torch.from_numpy(tone)[None].float())
-    np.testing.assert_allclose(seen[0, 0].numpy(), wanted, atol=1e-4)
+    np.testing.assert_allclose(seen[0, 0].numpy(), expected, atol=1e-4)
 
 
 def test_the_whole_note_front_end_is_librosas_log_mel():
@@ -45,10 +45,10 @@ def test_the_whole_note_front_end_is_librosas_log_mel():
     mels = librosa.feature.melspectrogram(
         y=padded, sr=16_000, n_fft=2048, hop_length=256, n_mels=128, fmin=20, fmax=8000, power=1.0
     )
-    wanted = np.clip((20 * np.log10(np.maximum(mels, 1e-10)) + 80) / 100, 0, 1)
+    expected = np.clip((20 * np.log10(np.maximum(mels, 1e-10)) + 80) / 100, 0, 1)
     seen = WHOLE_NOTE(note[None])
     assert seen.shape == (1, 1, 128, 256)
-    np.testing.assert_allclose(seen[0, 0].numpy(), wanted, atol=1e-4)
+    np.testing.assert_allclose(seen[0, 0].numpy(), expected, atol=1e-4)
 
 
 def test_the_published_front_end_looks_at_the_first_second_alone():

@@ -55,13 +55,13 @@ def test_log_mel_is_the_published_formula():
 def test_google_framing():
     waveform = torch.randn(2, 64_000) * 0.01
     waveform[0, 100], waveform[0, 200] = 0.5, -0.9  # the signed peak counts
-    found = vggish.examples(waveform)
-    assert found.shape == (2, 7, 96, 64)
+    actual = vggish.examples(waveform)
+    assert actual.shape == (2, 7, 96, 64)
     for note, gain in ((0, 2.0), (1, 10.0)):  # a quiet note gains 20 dB at most
         for i in (0, 3, 6):
             window = waveform[note : note + 1, 8000 * i : 8000 * i + 16_000] * gain
             expected = vggish.log_mel(window)[0, :96].float()
-            torch.testing.assert_close(found[note, i], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual[note, i], expected, rtol=1e-5, atol=1e-5)
     loud = vggish.examples(waveform / waveform.amax(1, keepdim=True), "google")
     torch.testing.assert_close(vggish.examples(waveform, "google-16-bit"), loud)  # however quiet
     assert bool(vggish.examples(torch.zeros(1, 64_000), "google-16-bit").isfinite().all())

@@ -69,8 +69,8 @@ def test_names_and_places_are_each_others_alone():
 
 
 def test_the_published_profile_has_the_columns_of_the_published_table():
-    wanted = ("ndb_k", "pkid", "ikid", "pis", "iis", "mse", "mae", "fad")
-    assert Settings(profile="vinay2022").possible == tuple(catalogue.table())[:8] == wanted
+    expected = ("ndb_k", "pkid", "ikid", "pis", "iis", "mse", "mae", "fad")
+    assert Settings(profile="vinay2022").possible == tuple(catalogue.table())[:8] == expected
     assert "copy_ratio" not in Settings(mode="reconstruction").possible
 
 
@@ -78,7 +78,7 @@ def test_a_new_file_is_a_new_metric(loudness, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = list(catalogue.table())
     assert names[names.index("mse") + 1] == loudness
-    assert loudness in Settings().wanted
+    assert loudness in Settings().selected
     assert loudness not in Settings(profile="vinay2022").possible
     dataset = open_dataset(None)
     for name, rows in (("real", range(3)), ("fake", range(3, 6))):
@@ -90,8 +90,8 @@ def test_a_new_file_is_a_new_metric(loudness, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "Loudness" in result.stdout
     document = json.loads((tmp_path / "report.json").read_text())
-    wanted = dataset.waveforms(dataset.split("test")[3:6])[:, :64_000].square().mean(1).sqrt().mean()
-    assert document["metrics"]["loudness"]["value"] == pytest.approx(float(wanted), rel=1e-3)
+    expected = dataset.waveforms(dataset.split("test")[3:6])[:, :64_000].square().mean(1).sqrt().mean()
+    assert document["metrics"]["loudness"]["value"] == pytest.approx(float(expected), rel=1e-3)
     assert document["baselines"]["anchor"]["loudness"]["params"] == {"unit": "full scale"}
     assert "Loudness of notes" in (tmp_path / "report.html").read_text()
     assert "known: ndb_k" in CliRunner().invoke(main, [*options[:5], "--metrics", "fid"]).output

@@ -77,11 +77,11 @@ def test_fad_is_torchmetrics_on_frames():
 def test_resampled_moments_are_those_of_repeated_clips():
     clips = torch.randn(300, 3, 5).double() + 100
     counts = resample_counts(300, 4, seed=1)
-    for row, found in zip(counts, _resampled(clips, counts), strict=True):
+    for row, actual in zip(counts, _resampled(clips, counts), strict=True):
         expected = Moments.of(clips.repeat_interleave(row.long(), dim=0).flatten(0, 1))
-        assert found.count == expected.count
-        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-12, atol=0)
-        torch.testing.assert_close(found.scatter, expected.scatter, rtol=1e-9, atol=1e-9)
+        assert actual.count == expected.count
+        torch.testing.assert_close(actual.mean, expected.mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(actual.scatter, expected.scatter, rtol=1e-9, atol=1e-9)
 
 
 def test_fad_is_float64():

@@ -25,11 +25,11 @@ def full(real: torch.Tensor, fake: torch.Tensor) -> float:
 def test_both_forms_are_torchmetrics_on_all_notes():
     real, fake = torch.randn(60, 16), torch.randn(60, 16) + 0.2
     expected = float(poly_mmd(real.double(), fake.double()))
-    found = kid(real, fake, subsets=3, subset_size=60)
-    assert found.mean == pytest.approx(expected, abs=1e-12)
-    assert found.std == pytest.approx(0, abs=1e-12)
-    assert found.full.value == pytest.approx(expected, abs=1e-12)
-    assert found.full.low < expected < found.full.high
+    actual = kid(real, fake, subsets=3, subset_size=60)
+    assert actual.mean == pytest.approx(expected, abs=1e-12)
+    assert actual.std == pytest.approx(0, abs=1e-12)
+    assert actual.full.value == pytest.approx(expected, abs=1e-12)
+    assert actual.full.low < expected < actual.full.high
 
 
 def test_u_statistic_of_sets_of_different_sizes():

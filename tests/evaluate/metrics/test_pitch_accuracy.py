@@ -21,9 +21,9 @@ def test_the_likeliest_class_is_the_pitch():
 
 
 def test_every_kind_of_error_is_counted():
-    found = logits(60, 61, 72, 48, 55, 70, 70)
-    wanted = [60, 60, 60, 60, 60, -1, 100]
-    assert pitch_accuracy(wanted, found, CLASSES) == PitchAccuracy(
+    actual = logits(60, 61, 72, 48, 55, 70, 70)
+    expected = [60, 60, 60, 60, 60, -1, 100]
+    assert pitch_accuracy(expected, actual, CLASSES) == PitchAccuracy(
         accuracy=0.2, chroma=0.6, octave_errors=0.4, semitone_errors=0.2, notes=5, unknown=1, outside=1
     )
 
