@@ -121,7 +121,7 @@ def run(real: Path, fake: Path, pairs: bool, json_file: Path | None, html: Path 
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Steps by which the encoder's tokens are improved; 20: a quarter less error, a second a note.",
+    help="Steps by which the encoder's tokens are improved; 20 take a second a note.",
 )
 @_with(SCORING)
 def reconstruct(out: Path | None, model: str | None, data: Path | None, n: int | None, iterations: int, refine: int,

@@ -136,7 +136,7 @@ class Model:
 
         Args:
             refine: steps by which the tokens are then improved, so that the sound of them is nearer to the note's
-                (`mars.models.tokenizer.Tokenizer.refine`); each takes about six times as long as encoding does.
+                (`mars.models.tokenizer.Tokenizer.refine`); each takes about as long as encoding does twice.
 
         Raises:
             ConfigError: another shape, integers, NaN or infinity, or a setting out of range.
