@@ -32,7 +32,6 @@ FORCE:
 
 bench: $(VENV)/.mars-dev
 	$(BIN)/pytest benchmarks --benchmark-only
-	$(BIN)/python -m scripts.bench_report
 
 reliability: $(VENV)/.mars-dev  # kills, crashes, damage: some twenty minutes
 	$(BIN)/python -m scripts.reliability

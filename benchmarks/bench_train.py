@@ -21,9 +21,9 @@ from benchmarks import published
 from benchmarks.contenders import Contender, Place, race
 from mars.config import Config, override, preset
 from mars.data import Dataset, open_dataset
-from mars.distributed import World
 from mars.models.discriminator import Discriminator
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import World
 from mars.train.tokenizer import TokenizerStage
 from mars.train.tokens import tokenize
 from mars.train.var import VARStage

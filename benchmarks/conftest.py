@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.contenders import Contender, Place
+from scripts.bench_report import table
 
 RESULTS = Path(".benchmarks/latest.json")
 PLACES = [Place("cpu", 1), Place("cpu", 2)]
@@ -22,13 +24,28 @@ if torch.cuda.is_available():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the results where scripts.bench_report looks for them."""
+    """Keep the results where scripts.bench_report looks for them: the table of later, which this run ends with too."""
     if config.getoption("benchmark_json") is None and not config.getoption("benchmark_disable"):
         RESULTS.parent.mkdir(exist_ok=True)
         config.option.benchmark_json = str(RESULTS)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark's, which is a wrapper too
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
+    """A benchmark that was interrupted before its first round has no figures, at which pytest-benchmark would fail."""
+    if benchmarks := getattr(session.config, "_benchmarksession", None):
+        benchmarks.benchmarks = [benchmark for benchmark in benchmarks.benchmarks if benchmark]
+    yield
+
+
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's own
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """End with the table of what was timed, all of it or, interrupted, as much as there is."""
+    session = getattr(terminalreporter.config, "_benchmarksession", None)
+    timed = [] if session is None else session.benchmarks
+    entries = [{"name": b.name, "group": b.group, "extra_info": b.extra_info} for b in timed]
+    for line in table(entries, date.today().isoformat()):
+        terminalreporter.write_line(line)
     if not torch.cuda.is_available():
         terminalreporter.write_line("benchmarks: no CUDA device, so nothing was measured on a GPU")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def race(
     targets: dict[str, float] | None = None,
     wall: bool = False,
     memory: bool = False,
+    patience: float = math.inf,
 ) -> None:
     """Check all contenders against the first, then time them in turn, `rounds` times each; on a GPU its ceilings too.
 
@@ -70,17 +72,24 @@ def race(
     wall: by the clock on one thread too, for what works in threads of its own.
     memory: also the most memory that tensors take during one call; "memory" in targets: which fraction of the last
     contender's the first is meant to take at most.
+    patience: seconds in all that a peer may take; one that has taken as many is left out of the rounds that follow.
     """
     contenders = contenders | _ceilings(place)
     first, *peers = contenders.values()
     result = first.run()
-    for peer in peers:
-        if peer.check is not None:
-            peer.check(peer.run(), result)
     if not benchmark.enabled:
+        for peer in peers:
+            if peer.check is not None:
+                peer.check(peer.run(), result)
         benchmark(first.run)
         return
+    for peer in peers:  # what is compared is warm thereby
+        theirs = peer.run()
+        if peer.check is not None:
+            peer.check(theirs, result)
+        del theirs
     del result
+    first.run()
 
     def timed(contender: Contender) -> None:
         if place.device == "cuda":
@@ -94,32 +103,32 @@ def race(
     def others() -> None:
         gc.collect()
         for peer in peers:
-            timed(peer)
+            if sum(peer.seconds) < patience:
+                timed(peer)
 
-    for peer in peers:
-        peer.run()
-    benchmark.pedantic(timed, (first,), setup=others, rounds=rounds, warmup_rounds=1)
-    for contender in contenders.values():
-        contender.seconds = contender.seconds[-rounds:]  # without the warm-up
-    if memory:
-        for contender in contenders.values():
-            contender.peak_memory = peak_memory(contender.run, torch.device(place.device))
-    benchmark.extra_info |= {
-        "place": str(place),
-        "targets": targets or {},
-        "device_memory": _device_memory(place),
-        "contenders": {
-            name: {
-                "median": statistics.median(c.seconds),
-                "min": min(c.seconds),
-                "max": max(c.seconds),
-                "flop": c.flop,
-                "bytes": c.bytes,
-                "peak_memory": c.peak_memory,
+    try:
+        benchmark.pedantic(timed, (first,), setup=others, rounds=rounds)
+        if memory:
+            for contender in contenders.values():
+                contender.peak_memory = peak_memory(contender.run, torch.device(place.device))
+    finally:  # of a run that is interrupted, what was timed until then
+        if first.seconds:
+            benchmark.extra_info |= {
+                "place": str(place),
+                "targets": targets or {},
+                "device_memory": _device_memory(place),
+                "contenders": {
+                    name: {
+                        "median": statistics.median(c.seconds),
+                        "min": min(c.seconds),
+                        "max": max(c.seconds),
+                        "flop": c.flop,
+                        "bytes": c.bytes,
+                        "peak_memory": c.peak_memory,
+                    }
+                    for name, c in contenders.items()
+                },
             }
-            for name, c in contenders.items()
-        },
-    }
 
 
 def _ceilings(place: Place) -> dict[str, Contender]:

@@ -30,3 +30,11 @@ def mars_data() -> None:
 
 def mars_eval() -> None:
     _start("evaluate")
+
+
+def mars_instrument() -> None:
+    _start("instrument")
+
+
+def mars() -> None:
+    _start("root")

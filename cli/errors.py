@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from mars.cli.options import in_options
+from mars.cli.options import common, in_options
 from mars.errors import ConfigError, DiskError, MarsError
 from mars.text import printable
 
@@ -111,7 +111,11 @@ def _called_from_c(frame: FrameType) -> bool:
 
 
 class _ReportsErrors:
-    """A mix-in for Click commands that reports every error, those of the arguments too, through `user_errors`."""
+    """A mix-in for Click commands with the common options, which reports every error through `user_errors`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.params: list[click.Parameter] = [*self.params, *common()]
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         with user_errors():
@@ -121,7 +125,7 @@ class _ReportsErrors:
         try:
             return super().main(*arguments, **options)  # type: ignore[misc]
         except SystemExit as end:
-            distributed = sys.modules.get("mars.distributed")  # most commands never need it
+            distributed = sys.modules.get("mars.runs.distributed")  # most commands never need it
             if distributed is not None and isinstance(end.code, int):
                 distributed.leave(end.code)
             raise
@@ -137,3 +141,5 @@ class Command(_ReportsErrors, click.Command):
 
 class Group(_ReportsErrors, click.Group):
     """A `click.Group` whose errors, and those of its commands, are reported by `user_errors`."""
+
+    command_class = Command

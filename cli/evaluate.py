@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mars.cli.errors import Group, user_errors
-from mars.cli.options import in_options, seconds
+from mars.cli.options import Renamed, seconds
+from mars.files import cache_folder
 from mars.text import printable
 
 if TYPE_CHECKING:
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-CACHE = Path("features")
+STDOUT = Path("-")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def say(line: str) -> None:
+    """`mars.cli.console.say`, without its import before there is something to say."""
+    from mars.cli import console
+
+    console.say(line)
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -42,8 +51,8 @@ SCORING = (
     click.option("--bins", type=click.IntRange(min=2), default=100, show_default=True, help="k of NDB/k."),
     click.option("--train", type=FOLDER, metavar="DIR",
                  help="Notes that the model learned from (folder, or packed dataset): NDB's bins, search for copies."),
-    click.option("--preset", type=click.Choice(["full", "sony", "tiny"]),
-                 help="Classifiers, in $MARS_WEIGHTS_DIR or classifiers/; default: full, and sony for vinay2022. "
+    click.option("--classifiers", "--preset", "preset", cls=Renamed, type=click.Choice(["full", "sony", "tiny"]),
+                 help="Of which kind, in $MARS_WEIGHTS_DIR or classifiers/; default: full, and sony for vinay2022. "
                  "tiny comes with mars."),
     click.option("--pitch-classifier", type=FOLDER, metavar="DIR", help="Another pitch classifier."),
     click.option("--instrument-classifier", type=FOLDER, metavar="DIR", help="Another instrument classifier."),
@@ -56,7 +65,8 @@ SCORING = (
                  help="Rows for real notes against real ones, Griffin-Lim alone, and low-passed 8-bit notes."),
     click.option("--allow-bad", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="FRACTION",
                  help="Files that may be left out of a folder, and are listed in the report."),
-    click.option("--cache", type=FOLDER, default=CACHE, show_default=True, help="Folder for features."),
+    click.option("--cache", type=FOLDER, default=lambda: cache_folder() / "features", metavar="DIR",
+                 help="Folder for features; default: features/ in $MARS_CACHE_DIR, else in the user's cache."),
     click.option("--no-cache", is_flag=True, help="Keep no features."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
@@ -70,6 +80,7 @@ PRODUCING = (
     click.option("--out", type=FOLDER,
                  help="For notes/, report.json and report.html (report-vinay2022 of that profile); default: a new "
                  "folder in evaluations/. An interrupted one goes on where it was."),
+    JSON,
 )  # fmt: skip
 
 
@@ -95,8 +106,16 @@ def main() -> None:
 @SPLIT
 @click.option("--pairs", is_flag=True, help="The notes are reconstructions of the real ones, and pair up by name.")
 @_with(SCORING)
-@click.option("--json", "json_file", type=FOLDER, metavar="OUT", help="Write the report to this file.")
-@click.option("--html", type=FOLDER, metavar="OUT", help="Write it with pictures and sounds to this file.")
+@click.option(
+    "--json",
+    "json_file",
+    type=FOLDER,
+    metavar="[OUT]",
+    is_flag=False,
+    flag_value=STDOUT,
+    help="Print the report as JSON or, with OUT, write it to this file.",
+)
+@click.option("--html", type=FOLDER, metavar="OUT", help="Write it with pictures and sounds to this file.")  # fmt: skip
 def run(real: Path, fake: Path, pairs: bool, json_file: Path | None, html: Path | None, **options: Any) -> None:
     """Score the notes in a folder against real ones.
 
@@ -105,12 +124,12 @@ def run(real: Path, fake: Path, pairs: bool, json_file: Path | None, html: Path 
     with user_errors(), _progress() as progress:
         from mars import evaluate
 
-        scoring = _options(options)
-        _print(
-            evaluate.run(
-                real, fake, scoring, pairs=pairs, json_file=json_file, html_file=html, say=_say, progress=progress
-            )
-        )
+        scoring, printed = _options(options), json_file == STDOUT
+        result = evaluate.run(
+            real, fake, scoring, pairs=pairs, json_file=None if printed else json_file, html_file=html, say=say,
+            progress=progress,
+        )  # fmt: skip
+        _print(result, printed)
 
 
 @main.command()
@@ -125,18 +144,17 @@ def run(real: Path, fake: Path, pairs: bool, json_file: Path | None, html: Path 
 )
 @_with(SCORING)
 def reconstruct(out: Path | None, model: str | None, data: Path | None, n: int | None, iterations: int, refine: int,
-                **options: Any) -> None:  # fmt: skip
+                as_json: bool, **options: Any) -> None:  # fmt: skip
     """Encode and decode notes with a model's tokenizer, and score what comes out."""
     with user_errors(), _progress() as progress:
         from mars import evaluate
 
         scoring = _options(options)
-        _print(
-            evaluate.reconstruct(
-                out, scoring, model=model, data=data, n=n, iterations=iterations, refine=refine, begun=_begun,
-                say=_say, progress=progress,
-            )
+        result = evaluate.reconstruct(
+            out, scoring, model=model, data=data, n=n, iterations=iterations, refine=refine, begun=_begun, say=say,
+            progress=progress,
         )  # fmt: skip
+        _print(result, as_json)
 
 
 @main.command()
@@ -147,41 +165,53 @@ def reconstruct(out: Path | None, model: str | None, data: Path | None, n: int |
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.96, show_default=True)
 @_with(SCORING)
 def generate(out: Path | None, model: str | None, data: Path | None, n: int, cfg: float, top_k: int, top_p: float,
-             iterations: int, **options: Any) -> None:  # fmt: skip
+             iterations: int, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Generate notes with the labels of real ones, and score them against these."""
     with user_errors(), _progress() as progress:
         from mars import evaluate
 
         scoring = _options(options)
-        _print(
-            evaluate.generate(
-                out, scoring, model=model, data=data, n=n, cfg=cfg, top_k=top_k, top_p=top_p, iterations=iterations,
-                begun=_begun, say=_say, progress=progress,
-            )
+        result = evaluate.generate(
+            out, scoring, model=model, data=data, n=n, cfg=cfg, top_k=top_k, top_p=top_p, iterations=iterations,
+            begun=_begun, say=say, progress=progress,
         )  # fmt: skip
+        _print(result, as_json)
 
 
 @main.command()
 @click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="REPORT.json…")
-def compare(reports: tuple[Path, ...]) -> None:
+@click.option(
+    "--published", is_flag=True, help="Beside them the paper's Table 1, as published; for reports of profile vinay2022."
+)
+@JSON
+def compare(reports: tuple[Path, ...], published: bool, as_json: bool) -> None:  # fmt: skip
     """Show the figures of reports side by side, and warn of what makes them hard to compare."""
     with user_errors():
-        from mars import terminal
+        from mars.cli.console import console, print_json
         from mars.evaluate import report, table
+        from mars.evaluate.published import TABLE_1
 
         files = dict.fromkeys(reports)
-        if len(files) < 2:
-            raise click.UsageError("give two reports or more: the files that --json names")
+        if len(files) < 2 - published:
+            wanted = "a report or more" if published else "two reports or more"
+            raise click.UsageError(f"give {wanted}: the files that --json names")
         names = [file.name for file in files]
-        contents = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
-        table.print_comparison(contents, terminal.console(stderr=False), terminal.console())
+        found = {file.name if names.count(file.name) == 1 else str(file): report.read(file) for file in files}
+        beside = TABLE_1 if published else ()
+        if as_json:
+            print_json(table.comparison(found, beside))
+        else:
+            table.print_comparison(found, console(stderr=False), console(), beside)
 
 
 @main.command()
 @click.option("--task", type=click.Choice(["pitch", "instrument"]), required=True, help="What it tells apart.")
 @click.option("--data", type=FOLDER, help="Packed dataset (mars-data); default: the built-in notes.")
 @click.option(
+    "--classifier",
     "--preset",
+    "preset",
+    cls=Renamed,
     type=click.Choice(["full", "sony", "tiny"]),
     default="full",
     show_default=True,
@@ -238,8 +268,13 @@ def train_classifier(
 
 
 @main.command()
-@click.option("--pitch", type=FILE, help="File of the published pitch network.")
-@click.option("--instrument", type=FILE, help="File of the published instrument network.")
+@click.option(
+    "--pitch-network", "--pitch", "pitch", cls=Renamed, type=FILE, help="File of the published pitch network."
+)
+@click.option(
+    "--instrument-network", "--instrument", "instrument", cls=Renamed, type=FILE,
+    help="File of the published instrument network.",
+)  # fmt: skip
 @click.option("--out", type=FOLDER, help="Where pitch-sony and instrument-sony go; default: as for train-classifier.")
 @click.option(
     "--force", is_flag=True, help="Take files that are not the published ones for what their classes suggest."
@@ -256,7 +291,7 @@ def import_sony(pitch: Path | None, instrument: Path | None, out: Path | None, f
             classifier.task_of(name): path for name, path in (("pitch", pitch), ("instrument", instrument)) if path
         }
         if not files:
-            raise click.UsageError("give --pitch FILE, --instrument FILE or both")
+            raise click.UsageError("give --pitch-network FILE, --instrument-network FILE or both")
         for source, directory in classifier.import_sony(files, out or classifier.folder(), force=force).items():
             click.echo(printable(f"{directory} from {source}"))
 
@@ -271,31 +306,29 @@ def _options(given: dict[str, Any]) -> Options:
     return Options(**{**given, "cache": None if no_cache else given["cache"], "as_published": order == "as-published"})
 
 
-def _say(message: str) -> None:
-    """Print a warning, with the flags of the arguments that it names."""
-    click.echo(printable(in_options(message)), err=True)
-
-
 def _begun(out: Path) -> None:
-    click.echo(printable(f"notes: {out / 'notes'}; if interrupted, go on with --out {out}"), err=True)
+    say(f"notes: {out / 'notes'}; if interrupted, go on with --out {out}")
 
 
-def _print(result: Result) -> None:
+def _print(result: Result, as_json: bool) -> None:
     """Show the figures, and where they were written."""
-    from mars.cli.console import console
-    from mars.evaluate import table
+    from mars.cli.console import console, print_json
+    from mars.evaluate import report, table
 
-    table.print_report(result.report, console(stderr=False))
+    if as_json:
+        print_json(report.document(result.report))
+    else:
+        table.print_report(result.report, console(stderr=False))
     for path in result.files:
-        click.echo(printable(f"written: {path}"), err=True)
+        say(f"written: {path}")
 
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """Yield a callback that shows a progress bar for each task, on a terminal."""
-    from mars import terminal
+    from mars.cli.console import bars
 
-    with terminal.progress(terminal.console()) as tell:
+    with bars() as tell:
         yield tell
 
 

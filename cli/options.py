@@ -7,18 +7,25 @@ puts what a user of the command would type in their place.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+import mars
 
 # What to type for what the library names, where the command at hand has no option of that name.
 TYPED = {
     "mars-data folder": "mars-data folder PATH --out DIR --sample-rate HZ",
+    "mars-data tokens": "mars-data tokens DATASET --model MODEL --out DIR",
     "mars-train tokenizer": "mars-train tokenizer --data DIR",
     "mars-train var": "mars-train var --tokenizer MODEL",
-    "mars-eval train-classifier": "mars-eval train-classifier --task TASK --preset PRESET --data DATASET",
-    "mars-eval import-sony": "mars-eval import-sony --pitch FILE --instrument FILE",
+    "mars-eval train-classifier": "mars-eval train-classifier --task TASK --classifier KIND --data DATASET",
+    "mars-eval import-sony": "mars-eval import-sony --pitch-network FILE --instrument-network FILE",
     "pitch": "--pitch-classifier",
+    "profile": "--profile",
     "instrument": "--instrument-classifier",
     "vggish_weights": "--vggish",
 }
@@ -30,8 +37,85 @@ def in_options(text: str) -> str:
     context = click.get_current_context(silent=True)
     if context is None:
         return text
-    options = {p.name: max(p.opts, key=len) for p in context.command.params if isinstance(p, click.Option)}
+    options = {
+        p.name: next((o for o in p.opts if o.startswith("--")), p.opts[0])
+        for p in context.command.params
+        if isinstance(p, click.Option)
+    }
     return _NAMED.sub(lambda match: options.get(match[1]) or TYPED.get(match[1]) or match[0], text)
+
+
+class Renamed(click.Option):
+    """An option that had other names, which are taken still but not shown: all but the first of `opts`."""
+
+    def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
+        names = self.opts
+        self.opts = names[:1]
+        try:
+            return super().get_help_record(context)
+        finally:
+            self.opts = names
+
+
+class Listed(click.Option):
+    """An option whose help, and whose completion in a shell, list what there is, looked up only then.
+
+    In its help "{}" stands for the list.
+    """
+
+    def __init__(self, *arguments: Any, known: Callable[[], Sequence[str]], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.known, self.text = known, self.help or ""
+
+    def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
+        self.help = self.text.format(", ".join(self.known()))
+        return super().get_help_record(context)
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self.known() if name.startswith(incomplete)]
+
+
+def presets() -> Sequence[str]:
+    """Those of `mars-train`."""
+    from mars.config import preset_names
+
+    return preset_names()
+
+
+def families() -> Sequence[str]:
+    """NSynth's, which most models have."""
+    from mars.labels import FAMILIES
+
+    return FAMILIES
+
+
+_QUIET = "mars.quiet"  # in what a context shares with those inside it
+
+
+def quiet() -> bool:
+    """Whether the running command is to keep to warnings, errors and what was asked for."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_QUIET))
+
+
+def _hush(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[_QUIET] = value or context.meta.get(_QUIET, False)
+
+
+def _version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        click.echo(f"mars {mars.__version__}")
+        context.exit()
+
+
+def common() -> list[click.Parameter]:
+    """The options that every command has beside its own."""
+    return [
+        click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_hush,
+                     help="Print warnings, errors and what was asked for, nothing else."),
+        click.Option(["--version"], is_flag=True, expose_value=False, callback=_version, is_eager=True,
+                     help="Print the version of mars, and go."),
+    ]  # fmt: skip
 
 
 def seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
@@ -58,6 +142,28 @@ def size(_: click.Context, __: click.Parameter, value: str | None) -> int | None
     if not 0 < count < 1 << 60:
         raise click.BadParameter(f"want a size such as 32GB or 24GiB, got {value!r}")
     return int(count)
+
+
+def labels(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    """The words of labels, each given as NAME=WORD; None where there are none."""
+    found = {}
+    for value in values:
+        name, equals, word = value.partition("=")
+        if not (equals and name and word):
+            raise click.BadParameter(f"want NAME=WORD such as colour=red, got {value!r}")
+        found[name] = word
+    return found or None
+
+
+def pitches(_: click.Context, __: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
+    """Return one pitch, or (lowest, highest) of a range, given as MIDI numbers or names of notes."""
+    from mars.labels import pitches_of
+
+    try:
+        low, high = pitches_of(value) if value is not None else (None, None)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; or a range such as 48-72 or C3-C5") from None
+    return low if low == high or high is None else (low, high)  # type: ignore[return-value]
 
 
 def resume(_: click.Context, __: click.Parameter, value: str) -> str | Path:

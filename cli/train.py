@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import time
 from collections.abc import Callable
@@ -26,10 +25,23 @@ OPTIONS = (
     click.option(
         "--data", type=click.Path(path_type=Path), help="Packed dataset (mars-data); default: the built-in notes."
     ),
-    click.option("--preset", default=None, help="Settings to start from; default: notes, or the tokenizer's for var."),
+    click.option(
+        "--preset",
+        cls=grammar.Listed,
+        known=grammar.presets,
+        help="Settings to start from: {}; default: notes, or the tokenizer's for var.",
+    ),
+    click.option(
+        "--config",
+        "settings_file",
+        metavar="FILE.toml",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Settings in place of the preset's, as --print-config prints them.",
+    ),
     click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, e.g. train.steps=500."
     ),
+    click.option("--init", metavar="MODEL", help="Run, model or packaged model to start from; default: nothing."),
     click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one under runs/."),
     click.option(
         "--resume",
@@ -51,7 +63,11 @@ OPTIONS = (
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice."),
     click.option("--tensorboard", is_flag=True, help="Log to TensorBoard too, in the run folder."),
     click.option(
+        "--trace",
         "--profile",
+        "profile",
+        cls=grammar.Renamed,
+        metavar="[FILE]",
         type=click.Path(path_type=Path, dir_okay=False),
         is_flag=False,
         flag_value=Path("profile.json"),
@@ -64,7 +80,8 @@ OPTIONS = (
         callback=grammar.size,
         help="With --plan: of the device, e.g. 24GB or 80GiB; default: 32GB.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="With --plan: print JSON."),
+    click.option("--print-config", is_flag=True, help="Train nothing: print all settings, as --config takes them."),
+    click.option("--json", "as_json", is_flag=True, help="Print the plan, or at the end the run, as JSON."),
 )
 
 
@@ -75,49 +92,65 @@ def training_options(function: F) -> F:
     return function
 
 
-def planned(stage: StageName, options: dict[str, Any]) -> bool:
-    """Print the plan if `--plan` was given, and return whether it was; its options are removed from `options`."""
-    show_plan, memory, as_json = (options.pop(name) for name in ("plan", "memory", "as_json"))
-    if not show_plan:
-        if memory is not None or as_json:
-            raise ConfigError(f"{'--json' if memory is None else '--memory'} goes with --plan")
+def shown(stage: StageName, options: dict[str, Any]) -> bool:
+    """Print the plan or the settings if one was asked for, and return whether; removes their options."""
+    show_plan, memory, show_settings = (options.pop(name) for name in ("plan", "memory", "print_config"))
+    if memory is not None and not show_plan:
+        raise ConfigError("--memory goes with --plan")
+    if show_plan and show_settings:
+        raise ConfigError("--plan and --print-config: give one of them")
+    if not show_plan and not show_settings:
         return False
-    if options["device"] == "mps":
+    if show_plan and options["device"] == "mps":
         raise ConfigError("--plan --device mps: only for cuda (which auto means here) and cpu")
+    from mars import config
+    from mars.cli.console import print_json
     from mars.runtime import set_threads
-    from mars.train import plan
     from mars.train.start import settings_of, words_of
 
     set_threads(options["threads"])
-    used = ("preset", "overrides", "out", "resume", "tokenizer")
+    used = ("preset", "settings_file", "overrides", "out", "resume", "tokenizer", "init", "data")
     settings = settings_of(stage, **{name: options[name] for name in used if name in options})
+    if show_settings:
+        document = config.to_dict(settings)
+        print_json(document) if options["as_json"] else click.echo(config.as_toml(settings), nl=False)
+        return True
+    from mars.train import plan
+
     device: plan.Device = "cpu" if options["device"] == "cpu" else "cuda"
     words = words_of(settings, options["data"]) if stage == "var" else {}
     result = plan.Planner(settings, stage, device, words=words).plan(32 * 10**9 if memory is None else memory)
-    click.echo(json.dumps(dataclasses.asdict(result), indent=1) if as_json else plan.report(result, before="--set "))
+    if options["as_json"]:
+        print_json(dataclasses.asdict(result))
+    else:
+        click.echo(plan.report(result, before="--set "))
     return True
 
 
 def _train(stage: StageName, options: dict[str, Any]) -> None:
     began = time.monotonic()  # importing PyTorch counts too
     with user_errors():
-        if planned(stage, options):
+        if shown(stage, options):
             return
-        from mars.cli.console import console
-        from mars.distributed import teardown
+        from mars.cli.console import console, print_json
+        from mars.runs import compare
+        from mars.runs.distributed import teardown
         from mars.train.start import train
 
+        as_json = options.pop("as_json")
         with teardown():
-            train(
+            run = train(
                 stage,
                 **options,
                 began=began,
-                next_command=lambda run: _following(stage, run, options["data"]),
+                next_command=lambda run: _next_command(stage, run, options["data"]),
                 console=console(),
             )
+            if as_json and options["profile"] is None:
+                print_json(compare.summaries([run])[0])
 
 
-def _following(stage: StageName, run: Path, data: Path | None) -> str:
+def _next_command(stage: StageName, run: Path, data: Path | None) -> str:
     """Return the complete command to run after this training, to be copied."""
     if stage == "var":
         return shlex.join(["mars-generate", "-n", "64", "--model", str(run)])
@@ -143,11 +176,69 @@ def tokenizer(**options: Any) -> None:
     type=click.Path(path_type=Path),
     help="Tokenizer run or model; default: the newest run under runs/, which must be of the same dataset.",
 )
+@click.option(
+    "--tokens",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The dataset's tokens, as mars-data tokens makes them; default: made now, and kept beside the runs.",
+)
 @click.option("--shard", is_flag=True, help="Under torchrun: spread the model over the processes (FSDP2).")
 @training_options
 def var(**options: Any) -> None:
     """Train the VAR transformer: tokens of each scale from those of the coarser ones."""
     _train("var", options)
+
+
+@main.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.option("--from", "base", default="notes", show_default=True, metavar="MODEL", help="Model to start from.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for everything; default: a new one under runs/.")
+@click.option(
+    "--time", "max_time", default="10m", show_default=True, callback=grammar.seconds, help="For all of it, e.g. 90s."
+)
+@click.option(
+    "--csv",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Labels; see mars-data folder.",
+)
+@click.option(
+    "--pitch",
+    type=click.Choice(["estimate", "named"]),
+    default="estimate",
+    show_default=True,
+    help="Where the names of files and the CSV say no pitch; see mars-data folder.",
+)
+@click.option(
+    "--allow-bad",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Share of bad files to go on with.",
+)
+@click.option("--notes", type=click.IntRange(min=1), default=16, show_default=True, help="New ones made at the end.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's choice.")
+def finetune(source: Path, **options: Any) -> None:
+    """Let a trained model learn your own sounds: a folder of them, or a packed dataset.
+
+    Sub-folders are instruments. Both stages are trained, each until the sounds that are held out get no better, and
+    new notes are made. The same command with the same --out goes on where an interrupted one was.
+    """
+    began = time.monotonic()
+    with user_errors():
+        from mars.cli.console import console
+        from mars.runs.distributed import teardown
+        from mars.train.finetune import finetune
+
+        with teardown():
+            finetune(
+                source,
+                **options,
+                began=began,
+                next_command=lambda out: shlex.join(["mars-generate", "-n", "64", "--model", str(out)]),
+                console=console(),
+            )
 
 
 @main.command("list")
@@ -159,12 +250,14 @@ def list_runs(runs: tuple[Path, ...], as_json: bool) -> None:
 
     with user_errors():
         summaries = compare.summaries(compare.find(runs or [p for p in (compare.RUNS,) if p.is_dir()]))
-    if as_json:
-        click.echo(json.dumps(summaries, indent=1))
-    elif summaries:
-        click.echo(compare.table(summaries))
-    else:
-        click.echo("no runs; train one: mars-train tokenizer", err=True)
+        from mars.cli.console import print_json, say
+
+        if as_json:
+            print_json(summaries)
+        elif summaries:
+            click.echo(compare.table(summaries))
+        else:
+            say("no runs; train one: mars-train tokenizer")
 
 
 @main.command()

@@ -83,13 +83,18 @@ def missing(backend: Backend, device: str) -> str | None:
         library = _native.library()
         return library if isinstance(library, str) else None
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _triton_installed():
             return "triton is not installed: pip install triton"
         if device != "cuda":
             if os.environ.get("TRITON_INTERPRET") != "1":
                 return "Triton kernels run on CUDA (or interpreted, slowly, with TRITON_INTERPRET=1)"
             return _interpreter_stops()
     return None
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache

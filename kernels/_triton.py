@@ -1,4 +1,4 @@
-"""This module says how Triton kernels are listed, so that each can be compiled and inspected without a GPU.
+"""This module launches Triton kernels, and says how they are listed to be compiled and inspected without a GPU.
 
 Every kernels/<op>/triton.py has a tuple `CONFIGS` of `Compilation`: each kernel at each tile size that it launches,
 with what its machine code must keep to. tests/kernels/test_compiled.py compiles and checks them all.
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 ARCHITECTURES = (80, 89, 90, 120)  # compute capabilities: A100; RTX 40 and Ada; H100 and H200; RTX 50
 
@@ -43,3 +46,45 @@ class Compilation:
     def name(self) -> str:
         """Return kernel, tile, warps and stages, e.g. `_filter_kernel 128x128 D=32 w4 s3`."""
         return f"{self.kernel.fn.__name__} {self.tile} w{self.warps} s{self.stages}"
+
+
+_prepared: dict[tuple[Any, ...], Any] = {}  # how to launch a compiled kernel, by all that it was compiled for
+_MOST_PREPARED = 4096
+_ALIGNED = 16  # bytes; Triton compiles wider accesses for pointers that are
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    pointers: tuple[Tensor, ...],
+    numbers: tuple[int | float, ...],
+    constants: tuple[Any, ...],
+    *,
+    warps: int,
+    stages: int,
+) -> None:
+    """Launch `kernel[grid](*pointers, *numbers, *constants)` on the device of its first tensor.
+
+    Triton looks at each argument of each call for what the kernel may be compiled for: too long beside a small kernel.
+    So from the second call with the same numbers, constants and types on, what the first one compiled is launched.
+    """
+    first = pointers[0]
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            return launch(kernel, grid, pointers, numbers, constants, warps=warps, stages=stages)
+    key = id(kernel), grid, numbers, constants, warps, stages, first.get_device(), *[x.dtype for x in pointers]
+    aligned = all(x.data_ptr() % _ALIGNED == 0 for x in pointers)
+    if aligned and (run := _prepared.get(key)) is not None:
+        run(*pointers, *numbers, *constants)
+        return None
+    compiled = kernel[grid](*pointers, *numbers, *constants, num_warps=warps, num_stages=stages)
+    if aligned and compiled is not None:  # None: interpreted
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[key] = compiled[(*grid, 1, 1)[:3]]
+    return None
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up; Triton's own takes microseconds outside of a kernel."""
+    return -(-a // b)

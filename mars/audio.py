@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mars import kernels
 from mars.config import AudioConfig
+from mars.errors import ConfigError
 from mars.files import write_atomically
 from mars.runtime import thread_pool
 
@@ -36,7 +37,7 @@ def stft(waveform: Tensor, config: AudioConfig) -> Tensor:
     Returns complex64 (..., n_fft / 2 + 1, frames), scaled as `torch.stft` does.
     """
     if waveform.ndim == 0:
-        raise ValueError("audio.stft: want a waveform (..., samples), got a single number")
+        raise ConfigError("audio.stft: want a waveform (..., samples), got a single number")
     waveform = _as_float32("audio.stft", waveform)[..., : config.samples]
     before = config.n_fft // 2
     padded = F.pad(waveform, (before, _padded_length(config) - before - waveform.shape[-1]))
@@ -122,10 +123,10 @@ def griffin_lim(
     bins = config.n_fft // 2 + 1
     _check_shape("audio.griffin_lim", magnitudes, bins, config.frames)
     if iterations < 0 or not 0 <= momentum < 1:
-        raise ValueError(f"griffin_lim: want iterations >= 0, 0 <= momentum < 1; got {iterations}, {momentum}")
+        raise ConfigError(f"griffin_lim: want iterations >= 0, 0 <= momentum < 1; got {iterations}, {momentum}")
     notes = _as_float32("audio.griffin_lim", magnitudes).reshape(-1, bins, config.frames)
     if isinstance(generators, Sequence) and len(generators) != len(notes):
-        raise ValueError(f"griffin_lim: want one generator a note, {len(notes)}; got {len(generators)}")
+        raise ConfigError(f"griffin_lim: want one generator a note, {len(notes)}; got {len(generators)}")
     if not len(notes):
         return notes.new_zeros(*magnitudes.shape[:-2], config.samples)
     phases = torch.stack([_phases(config, generators, note) for note in range(len(notes))]).to(notes.device)
@@ -173,13 +174,13 @@ def pcm(waveform: Tensor) -> NDArray[np.int16]:
     They are rounded to a multiple of 1 / 32768 (ties to even) and clipped to [-1, 1 - 1 / 32768].
 
     Raises:
-        ValueError: another shape, integers, NaN or infinity.
+        ConfigError: another shape, integers, NaN or infinity.
     """
     if waveform.ndim != 1:
-        raise ValueError(f"pcm: want a waveform (samples,), got shape {tuple(waveform.shape)}")
+        raise ConfigError(f"pcm: want a waveform (samples,), got shape {tuple(waveform.shape)}")
     samples = _as_float32("pcm", waveform).detach().cpu()
     if not bool(samples.isfinite().all()):
-        raise ValueError("pcm: the waveform holds NaN or infinity")
+        raise ConfigError("pcm: the waveform holds NaN or infinity")
     return (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
 
 
@@ -297,10 +298,10 @@ def _normalisation(config: AudioConfig) -> tuple[float, float]:
 
 def _as_float32(name: str, x: Tensor) -> Tensor:
     if not x.is_floating_point():
-        raise ValueError(f"{name}: want a floating-point tensor (audio with full scale 1), got {x.dtype}")
+        raise ConfigError(f"{name}: want a floating-point tensor (audio with full scale 1), got {x.dtype}")
     return x.float()
 
 
 def _check_shape(name: str, x: Tensor, *shape: int) -> None:
     if x.shape[-len(shape) :] != shape:
-        raise ValueError(f"{name}: want (..., {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+        raise ConfigError(f"{name}: want (..., {', '.join(map(str, shape))}), got {tuple(x.shape)}")

@@ -213,7 +213,10 @@ def _tensors(path: Path) -> Iterator[Any]:
 
 
 def load_weights(
-    module: nn.Module, tensors: Tensors, source: Path, part: Callable[[Tensor, Tensor], Tensor] = lambda full, own: full
+    module: nn.Module,
+    tensors: Tensors,
+    source: Path | str,
+    part: Callable[[Tensor, Tensor], Tensor] = lambda full, own: full,
 ) -> None:
     """Copy `tensors` into `module`: the same names and shapes, any float dtype.
 
@@ -238,7 +241,9 @@ def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check_shapes(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], source: Path) -> None:
+def _check_shapes(
+    expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], source: Path | str
+) -> None:
     for name in sorted(expected.keys() ^ actual.keys()):
         side = "lacks" if name in expected else "has an unknown"
         raise CheckpointError(f"{source} {side} tensor {name}; it belongs to another configuration")

@@ -13,7 +13,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mars.errors import ConfigError, MarsError
-from mars.files import read_json, write_atomically
-from mars.labels import LABELS
+from mars.files import read_json, read_text, write_atomically
+from mars.labels import LABELS, is_name
 
 Pair = tuple[int, int]
 T = TypeVar("T")
@@ -208,7 +208,8 @@ class VARConfig:
         _require(0 <= self.drop_path < 1, f"var.drop_path must be in [0, 1), got {self.drop_path}")
         _require(self.width % self.heads == 0, f"var.width {self.width} is not a multiple of heads {self.heads}")
         for name in self.condition:
-            _require(name in LABELS, f"var.condition must be one of {', '.join(LABELS)}; got {name!r:.80}")
+            known = ", ".join(LABELS)
+            _require(is_name(name), f"var.condition must be of {known} or the dataset's own labels; got {name!r:.80}")
         twice = len(set(self.condition)) < len(self.condition)
         _require(not twice, f"var.condition names an attribute twice: {', '.join(self.condition)}")
 
@@ -246,6 +247,7 @@ class TrainConfig:
     log_every: int = 20
     validate_every: int = 500
     validate_notes: int = 256
+    patience: int = 0  # validations without a better one before training ends; 0: it goes on to the last step
     save_every: int = 500
     sample_every: int = 500  # steps between pictures and sounds of a few notes, the last step included; 0: none
     keep: int = 3  # checkpoints, besides the best
@@ -254,7 +256,7 @@ class TrainConfig:
         counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validate_notes", "save_every")
         _positive(self, "train", *counts, "keep", "lr", "discriminator_lr")
         _within(self, "train", "warmup", "final_lr", "adversarial_start", "adversarial_ramp", "discriminator_warmup")
-        for name in ("epochs", "lr_batch", "discriminator_weight_decay", "sample_every"):
+        for name in ("epochs", "lr_batch", "discriminator_weight_decay", "sample_every", "patience"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         _require(all(0 <= b < 1 for b in self.betas), f"train.betas must be in [0, 1), got {self.betas}")
         _require(
@@ -331,6 +333,34 @@ class Config:
         """Grid (K_f, K_t) of patches."""
         _, bins, frames = self.audio.shape
         return bins // self.tokenizer.patch[0], frames // self.tokenizer.patch[1]
+
+
+def fitted(config: Config, sample_rate: int, samples: int) -> Config:
+    """The config for notes of this rate (Hz) and length, if it is for others: networks of about the same size.
+
+    Window, hop, bins and the CMX factor of frequency grow with the rate by the nearest power of two, so that a frame
+    lasts about as long as before and the grid has as many rows; the loudest magnitude grows with the window. Patches
+    and scales grow along time with the seconds of a note, and the CMX factor of time keeps patches about as long.
+    """
+    audio, tokenizer = config.audio, config.tokenizer
+    if (audio.sample_rate, audio.samples) == (sample_rate, samples):
+        return config
+    power = round(math.log2(sample_rate / audio.sample_rate))
+    n_fft, hop, bins, rows = (max(int(n * 2.0**power), 1) for n in (audio.n_fft, audio.hop, audio.bins, audio.cmx[0]))
+    longer = samples / sample_rate / (audio.samples / audio.sample_rate)
+    frames, patch = math.ceil(samples / hop) + 1, tokenizer.patch[1]
+    columns = max(round(frames / (config.patches[1] * longer * patch)), 1)
+    frames = math.ceil(frames / (columns * patch)) * columns * patch
+    louder = 20 * math.log10(n_fft / audio.n_fft)
+    scales = tuple((h, max(round(w * longer), 1)) for h, w in tokenizer.scales)
+    return dataclasses.replace(
+        config,
+        audio=dataclasses.replace(
+            audio, sample_rate=sample_rate, samples=samples, n_fft=n_fft, hop=hop, bins=bins, frames=frames,
+            min_db=audio.min_db + louder, max_db=audio.max_db + louder, cmx=(rows, columns),
+        ),
+        tokenizer=dataclasses.replace(tokenizer, scales=scales),
+    )  # fmt: skip
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -442,10 +472,15 @@ def preset_names() -> list[str]:
     return list(_presets())
 
 
-def preset(name: str, overrides: Sequence[str] = (), stage: str | None = None) -> Config:
+def preset(
+    name: str, overrides: Sequence[str] = (), stage: str | None = None, file: Mapping[str, Any] | None = None
+) -> Config:
     """Return the preset `name` with `key=value` overrides, e.g. `tokenizer.width=128` or `audio.cmx=8,4`.
 
     With `stage` ("tokenizer" or "var"), `train.KEY` means `train.<stage>.KEY`. Steps asked for replace epochs.
+
+    Args:
+        file: settings that come between the preset's and the overrides, as `read_settings` gives them.
 
     Raises:
         ConfigError: unknown preset, unknown key or unusable value.
@@ -453,30 +488,93 @@ def preset(name: str, overrides: Sequence[str] = (), stage: str | None = None) -
     presets = _presets()
     if name not in presets:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(presets)}")
-    return override(from_dict(Config, {"preset": name, **presets[name]}), overrides, stage)
+    return override(from_dict(Config, {"preset": name, **presets[name]}), overrides, stage, file)
 
 
-def override(config: Config, overrides: Sequence[str], stage: str | None = None) -> Config:
+def override(
+    config: Config, overrides: Sequence[str], stage: str | None = None, file: Mapping[str, Any] | None = None
+) -> Config:
     """Return `config` with `key=value` overrides; see `preset`."""
-    if not overrides:
+    if not overrides and not file:
         return config
     values = to_dict(config)
+    stated = list(_flat(file or {}))
+    for path, value in stated:
+        _put(values, path, value, stage, ".".join(path))
+    for path, value in stated:  # or steps beside them would have put them to zero
+        if path[-1] == "epochs":
+            _put(values, path, value, stage, ".".join(path))
     for item in overrides:
         key, equals, text = item.partition("=")
-        path = key.strip().split(".")
+        path = tuple(key.strip().split("."))
         if not equals or len(path) < 2 or not all(path):
             raise ConfigError(f"want KEY=VALUE with a key such as tokenizer.width, got {item!r}")
-        if stage and path[0] == "train" and path[1] not in ("tokenizer", "var"):
-            path.insert(1, stage)
-        group: Any = values
-        for part in path[:-1]:
-            group = group.setdefault(part, {}) if isinstance(group, dict) else None
-        if not isinstance(group, dict):
-            raise ConfigError(f"unknown setting {key}")
-        group[path[-1]] = _parse(text.strip())
-        if path[0] == "train" and path[-1] == "steps":
-            group["epochs"] = 0  # or the preset's epochs would win
+        _put(values, path, _parse(text.strip()), stage, key)
     return from_dict(Config, values)
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any, stage: str | None, key: str) -> None:
+    """Set one value in nested settings."""
+    if stage and path[0] == "train" and path[1] not in ("tokenizer", "var"):
+        path = ("train", stage, *path[1:])
+    group: Any = values
+    for part in path[:-1]:
+        group = group.setdefault(part, {}) if isinstance(group, dict) else None
+    if not isinstance(group, dict):
+        raise ConfigError(f"unknown setting {key}")
+    group[path[-1]] = value
+    if path[0] == "train" and path[-1] == "steps":
+        group["epochs"] = 0  # or the preset's epochs would win
+
+
+def _flat(values: Mapping[str, Any], *before: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the values in nested tables, with the names that lead to each."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, *before, name)
+        else:
+            yield (*before, name), value
+
+
+def read_settings(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return the preset that a TOML file of settings names, or None, and the settings in it.
+
+    Such a file is what `as_toml` gives, or a part of it.
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or holds something else than tables of settings.
+    """
+    try:
+        values = tomllib.loads(read_text(path, ConfigError))
+    except (tomllib.TOMLDecodeError, RecursionError) as problem:
+        raise ConfigError(f"{path} cannot be read as TOML: {problem}") from None
+    name = values.pop("preset", None)
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"{path}: preset must be a name, got {name!r:.80}")
+    known = [field.name for field in dataclasses.fields(Config) if field.name != "preset"]
+    for key, value in values.items():
+        if key not in known or not isinstance(value, dict):
+            raise ConfigError(f"{path}: want preset and the tables {', '.join(known)}; got {key}")
+    return name, values
+
+
+def as_toml(config: Config) -> str:
+    """Return all settings as TOML, which `read_settings` reads."""
+    lines = [f"preset = {json.dumps(config.preset)}"]
+
+    def table(name: str, values: Mapping[str, Any]) -> None:
+        plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+        if plain:
+            lines.extend(["", f"[{name}]"])
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in plain.items() if value is not None)
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                table(f"{name}.{key}", value)
+
+    for name, values in to_dict(config).items():
+        if isinstance(values, Mapping):
+            table(name, values)
+    return "\n".join(lines) + "\n"
 
 
 def _parse(text: str) -> Any:

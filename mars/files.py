@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -202,6 +203,19 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where mars may keep what can be made again: $MARS_CACHE_DIR, else `mars` in the user's folder for such things."""
+    if own := os.environ.get("MARS_CACHE_DIR"):
+        return Path(own)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = str(Path.home() / "Library" / "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "mars"
 
 
 def size_of(path: Path) -> int:

@@ -6,10 +6,12 @@ tells classes apart, the last of which is the unknown.
 
 An open label has no words of its own: its words are those of the dataset, and of the training notes those that a model
 learns are stored with it (`Model.words`, `labels.json`). Words that are given for a label always go before those of the
-table, so that own words for `family` need a dataset that has them and nothing here. A further label, as of another
-column of a CSV, is one more entry of `LABELS`: open, or with its words or levels; datasets that were packed before
-give -1 for it. Beside the entry, a field of `Labels`, and where it may be requested an argument of `Ranges.requested`,
-one of `Model.iterate` and an option of `mars-generate`.
+table, so a dataset may have words of its own for `family` and `source` too. Labels that are not in the table are those
+of somebody's dataset, as of another column of a CSV: `label` gives them, open like `instrument`, and they are asked
+for together, as `labels`, where those of the table are arguments. A further label for everybody is one more entry of
+`LABELS`: open, or with its words or levels; datasets that were packed before give -1 for it. Beside the entry, a field
+of `Labels`, and where it may be asked for an argument of `Ranges.requested` and `Model.iterate` and an option of
+`mars-generate`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +33,25 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Condition = dict[str, Any]  # values by the names of labels; None where unknown
+Values = dict[str, Any]  # by the names of labels; None where unknown
 Entry = Mapping[str, Any]  # what training notes that are alike hold; see `entries`
 Words = Mapping[str, Sequence[str]]  # by the names of labels: words of a dataset or of a model
 Columns = Mapping[str, npt.NDArray[np.int32]]  # by the names of labels: the numbers of notes, (N,)
+
+
+class Condition(TypedDict, total=False):
+    """What a note is to be or was asked to be; None, or no key at all, where that is left open or not known.
+
+    Typed for who writes one down; the code goes by the names in `LABELS`, of which it has one key each, and a note of a
+    model that was trained with further labels has these too.
+    """
+
+    family: str | None
+    source: str | None
+    pitch: int | None  # MIDI number; 60 is middle C
+    velocity: int | None
+    instrument: str | None
+
 
 UNKNOWN = -1  # in a column
 LONGEST_WORD = 1 << 14  # characters
@@ -75,14 +92,14 @@ class Label:
 
     def read(self, cell: str) -> str | int:
         """Return the number that a cell of a CSV means, or the word of an open label. Raises `ValueError`."""
-        if self.open:
-            if not is_one_line(cell):
-                raise ValueError(f"{self.name} {cell!r} has characters that cannot be printed; rename it")
-            return cell
-        if self.words:
-            if cell not in self.words:
-                raise ValueError(f"want a {self.name} of {', '.join(self.words)}; got {cell!r}")
+        if cell in self.words:
             return self.words.index(cell)
+        if not self.levels:
+            if not (is_one_line(cell) and len(cell) <= LONGEST_WORD):
+                raise ValueError(f"{self.name} {cell!r:.80} has characters that cannot be printed; rename it")
+            return cell
+        if self.name == "pitch":
+            return pitch_of(cell)
         if not (cell.isascii() and cell.isdigit() and len(cell) <= 3 and int(cell) <= 127):
             raise ValueError(f"want {self.name} 0..127, got {cell!r}")
         return int(cell)
@@ -93,9 +110,9 @@ class Label:
             return None
         if self.levels and not (type(value) is int and 0 <= value < 128):
             raise ValueError(f"want a {self.name} 0..127 or null, got {value!r:.40}")
-        if self.open and not (isinstance(value, str) and is_one_line(value)):
+        if not self.levels and not (isinstance(value, str) and is_one_line(value)):
             raise ValueError(f"want a name or null as {self.name}, got {value!r:.40}")
-        return value if not self.words or value in self.words else None
+        return value
 
 
 LABELS = {
@@ -108,29 +125,77 @@ LABELS = {
         Label("instrument", "instrument_str"),
     )
 }
+_OWN = re.compile(r"[^\W_][\w -]{0,63}")  # how a label of somebody's dataset may be named
 CLOSED = tuple(name for name, label in LABELS.items() if not label.open)  # every condition has these
+_STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}  # semitones above C
+_SIGNS = {"": 0, "#": 1, "♯": 1, "b": -1, "♭": -1}
+_PITCH = r"\d{1,3}|[A-Ga-g][#♯b♭]?-?\d"  # a MIDI number or the name of a note
 _NAME = re.compile(rf"({'|'.join(FAMILIES)})_({'|'.join(SOURCES)})_(\d{{3}})-(\d{{3}})-(\d{{3}})")
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """The labels of a note as a dataset stores them, numbers or words; `UNKNOWN` for one that is not known."""
+    """What is known of a note besides its sound, as a dataset keeps it; `UNKNOWN` where nobody said.
+
+    A family or source is a number of the table, or a word that is not in it.
+    """
 
     instrument: str
-    family: int = UNKNOWN
-    source: int = UNKNOWN
+    family: int | str = UNKNOWN
+    source: int | str = UNKNOWN
     pitch: int = UNKNOWN
     velocity: int = UNKNOWN
+    own: Mapping[str, str] = field(default_factory=dict)  # the words of labels that are not in the table
 
     @property
-    def known(self) -> Condition:
+    def known(self) -> Values:
         """The values of those that are known."""
-        values = {name: getattr(self, name) for name in LABELS}
+        values = {name: getattr(self, name) for name in LABELS} | dict(self.own)
         return {
             name: value if isinstance(value, str) else LABELS[name].values({})[value]
             for name, value in values.items()
             if value not in ("", UNKNOWN)
         }
+
+
+def label(name: str) -> Label:
+    """The label of that name: of the table, or else one of somebody's dataset, which is open."""
+    return LABELS.get(name) or Label(name)
+
+
+def is_name(name: str) -> bool:
+    """Whether a label may have this name: one of the table, or letters, digits, spaces, _ and - (64 at most)."""
+    return name in LABELS or _OWN.fullmatch(name) is not None
+
+
+def pitch_of(text: str) -> int:
+    """The MIDI number that a number or the name of a note means: 60 or C4 (middle C), A#3 or Bb3, C-1 to G9.
+
+    Raises `ValueError` for anything else.
+    """
+    if re.fullmatch(_PITCH, text, re.ASCII):
+        if text.isdigit():
+            number = int(text)
+        else:
+            step, sign, octave = re.fullmatch(r"(.)(\D??)(-?\d)", text).groups()  # type: ignore[union-attr]
+            number = 12 * (int(octave) + 1) + _STEPS[step.upper()] + _SIGNS[sign]
+        if 0 <= number <= 127:
+            return number
+    raise ValueError(f"want pitch 0..127 or the name of a note such as C4 (60) or A#3, got {text!r:.40}")
+
+
+def pitches_of(text: str) -> tuple[int, int]:
+    """(lowest, highest) of one pitch or a rising range of them: 60, C4, 48-72 or C3-C5. Raises `ValueError`."""
+    found = re.fullmatch(rf"({_PITCH})-({_PITCH})", text, re.ASCII)
+    low, high = map(pitch_of, found.groups() if found else (text, text))
+    if low > high:
+        raise ValueError(f"want a range of pitches that rises, got {text!r:.40}")
+    return low, high
+
+
+def note_name(pitch: int) -> str:
+    """The name of a MIDI number, with sharps: C4 for 60."""
+    return f"{('C', 'C#', 'D', 'D#', 'E', 'F', 'F#', 'G', 'G#', 'A', 'A#', 'B')[pitch % 12]}{pitch // 12 - 1}"
 
 
 def labels_of(name: str) -> Labels | None:
@@ -165,7 +230,7 @@ def labels_in(entry: Mapping[str, Any]) -> Labels:
     return Labels(**values)
 
 
-def described(condition: Condition) -> str:
+def described(condition: Mapping[str, Any]) -> str:
     """Describe a condition in words: "acoustic brass, pitch 60, velocity 100"; empty where nothing is known."""
     kind = " ".join(condition[name] for name in ("source", "family") if condition.get(name) is not None)
     others = (f"{k} {v}" for k, v in condition.items() if v is not None and k not in ("source", "family"))
@@ -179,13 +244,31 @@ def vocabularies(attributes: Iterable[str], columns: Columns, words: Words) -> d
     }
 
 
+def grown(attributes: Iterable[str], words: Words, new: Words) -> dict[str, list[str]]:
+    """Return the words of a model with these conditions that learns more: first its own in their order, then the new.
+
+    Args:
+        words: of the model.
+        new: of what it learns; see `vocabularies`.
+    """
+    found = {name: list(known) for name, known in words.items()}
+    for name, learned in new.items():
+        had = label(name).values(words) if name in attributes else ()
+        more = [word for word in learned if word not in had]
+        if more or name in words or label(name).open:
+            found[name] = [*had, *more]
+    return found
+
+
 def sizes(attributes: Iterable[str], words: Words) -> dict[str, int]:
-    """Return how many classes each condition of a model with these words has, without that of the unknown."""
-    return {name: len(LABELS[name].classes(words)) for name in attributes}
+    """How many classes each condition of a model with these words has, without that of the unknown."""
+    return {name: len(label(name).classes(words)) for name in attributes}
 
 
-def condition_ids(conditions: Sequence[Condition], attributes: Sequence[str], words: Words | None = None) -> Tensor:
-    """Return int64 (B, attributes): the class of each attribute, for a model with these words."""
+def condition_ids(
+    conditions: Sequence[Mapping[str, Any]], attributes: Sequence[str], words: Words | None = None
+) -> Tensor:
+    """int64 (B, attributes): the class of each attribute, for a model with these words."""
     places = {name: _places(name, words or {}) for name in attributes}
     rows = [[places[name][c[name]] for name in attributes] for c in conditions]
     import torch
@@ -206,15 +289,16 @@ def column_ids(columns: Columns, attributes: Sequence[str], of: Words, words: Wo
 
     classes = []
     for name in attributes:
-        label, places = LABELS[name], _places(name, words)
-        table = [places.get(label.nearest(value), places[None]) for value in label.values(of)]
-        classes.append(np.array([*table, places[None]], np.int64)[columns[name]])  # the last is that of -1
+        kind, places = label(name), _places(name, words)
+        table = [places.get(kind.nearest(value), places[None]) for value in kind.values(of)]
+        numbers = columns.get(name, np.full(len(columns["family"]), UNKNOWN))
+        classes.append(np.array([*table, places[None]], np.int64)[numbers])  # the last is that of -1
     return torch.from_numpy(np.stack(classes, axis=1) if classes else np.zeros((len(columns["family"]), 0), np.int64))
 
 
 def _places(name: str, words: Words) -> dict[Any, int]:
     """Return the class of each value of a label, and of None."""
-    return {value: i for i, value in enumerate((*LABELS[name].classes(words), None))}
+    return {value: i for i, value in enumerate((*label(name).classes(words), None))}
 
 
 def entries(columns: Columns, attributes: Iterable[str], words: Words) -> list[dict[str, Any]]:
@@ -223,7 +307,7 @@ def entries(columns: Columns, attributes: Iterable[str], words: Words) -> list[d
     count; pitch: the 5th and 95th percentile; pitch_range: the lowest and the highest; velocity: the levels. Unknown
     pitches are -1.
     """
-    names = ("family", "source", *(name for name in attributes if LABELS[name].open))
+    names = ("family", "source", *(name for name in attributes if label(name).open))
     pitch, velocity = columns["pitch"], columns["velocity"]
     kinds, kind = np.unique(np.stack([columns[name] for name in names], axis=1), axis=0, return_inverse=True)
     result = []
@@ -233,7 +317,7 @@ def entries(columns: Columns, attributes: Iterable[str], words: Words) -> list[d
         low, high = np.percentile(pitches, (5, 95)).astype(int).tolist() if len(pitches) else (-1, -1)
         lowest, highest = (int(pitches.min()), int(pitches.max())) if len(pitches) else (-1, -1)
         values = (
-            LABELS[name].values(words)[number] if number >= 0 else None
+            label(name).values(words)[number] if number >= 0 else None
             for name, number in zip(names, numbers, strict=True)
         )
         result.append(
@@ -265,7 +349,7 @@ class Ranges:
     @property
     def opened(self) -> tuple[str, ...]:
         """The open labels that are conditions."""
-        return tuple(name for name in self.attributes if LABELS[name].open)
+        return tuple(name for name in self.attributes if label(name).open)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -277,12 +361,16 @@ class Ranges:
         if name not in self.attributes:
             return False
         if not self.notes:
-            return not LABELS[name].open or value in self.words.get(name, ())
-        if LABELS[name].levels:
+            return not label(name).open or value in self.words.get(name, ())
+        if label(name).levels:
             return any(_values(entry, name) for entry in self.notes)
         return value is not None and any(entry.get(name) == value for entry in self.notes)
 
-    def untrained(self, condition: Condition) -> str | None:
+    def holding(self, requested: Mapping[str, Any]) -> Sequence[Entry]:
+        """Return the training notes that hold as much as can be of what is requested; a pitch is (lowest, highest)."""
+        return self._narrowed({**dict.fromkeys(self.names), **requested})[0]
+
+    def untrained(self, condition: Mapping[str, Any]) -> str | None:
         """Return the first label of a condition that no training note had together with those before it, or None.
 
         None too if the lowest and highest pitch are not known.
@@ -300,26 +388,35 @@ class Ranges:
         source: str | None = None,
         velocity: int | None = None,
         instrument: str | None = None,
+        labels: Mapping[str, str] | None = None,
         allow_untrained: bool = False,
-    ) -> Condition:
+    ) -> Values:
         """Check requested labels, and return them as `choose` takes them: pitch (lowest, highest), velocity a level.
 
+        labels: the words of those that are not in the table, by name.
         allow_untrained: take a pitch or a velocity that was out of the range of the training notes, and labels that
             occurred in them, but never together.
 
         Raises:
             ConfigError: a label is no condition of the model, out of range, or not one that it was trained on.
         """
-        given = {"pitch": pitch, "family": family, "source": source, "velocity": velocity, "instrument": instrument}
+        given: dict[str, Any] = {
+            "pitch": pitch, "family": family, "source": source, "velocity": velocity, "instrument": instrument,
+        }  # fmt: skip
+        if labels is not None and not isinstance(labels, Mapping):
+            raise ConfigError(f"labels must be words by the names of labels, got {labels!r:.80}")
+        if taken := [name for name in labels or () if name in given]:
+            raise ConfigError(f"labels: {taken[0]} is an argument of its own; give it as `{taken[0]}`")
+        given |= labels or {}
         for name, value in given.items():
             if value is not None and name not in self.attributes:
                 raise ConfigError(
                     f"{name} {value}: the model was not trained with {name} as a condition "
                     f"(it has {', '.join(self.attributes) or 'none'}); leave it out"
                 )
-            if value is not None and not LABELS[name].levels:
+            if value is not None and not label(name).levels:
                 self._check_word(name, value)
-        condition: Condition = {name: None if given[name] is None else str(given[name]) for name in self.names}
+        condition: Values = {name: None if given.get(name) is None else str(given[name]) for name in self.names}
         condition["pitch"] = None if pitch is None else _limits(pitch)
         condition["velocity"] = None if velocity is None else level(_midi("velocity", velocity))
         for name, value in (("pitch", pitch), ("velocity", velocity)):
@@ -329,7 +426,7 @@ class Ranges:
             self._check(condition)
         return condition
 
-    def accepted(self, condition: Condition, *, allow_untrained: bool = False) -> Condition:
+    def accepted(self, condition: Mapping[str, Any], *, allow_untrained: bool = False) -> Condition:
         """Return a condition as a note of this model has it: all of `names`, None where it says nothing.
 
         Attributes that are no condition of the model become None, and a velocity the nearest of VELOCITIES.
@@ -339,18 +436,20 @@ class Ranges:
         """
         if not isinstance(condition, Mapping):
             raise ConfigError(f"want a mapping of {', '.join(LABELS)} as condition, got {condition!r:.80}")
-        if unknown := condition.keys() - LABELS.keys():
+        known = dict.fromkeys((*LABELS, *self.opened))
+        if unknown := condition.keys() - known.keys():
             names = ", ".join(sorted(map(str, unknown)))
-            raise ConfigError(f"{condition}: want {', '.join(LABELS)} in a condition, got {names}")
-        known = {name: condition.get(name) if name in self.attributes else None for name in self.names}
+            raise ConfigError(f"{condition}: want {', '.join(known)} in a condition, got {names}")
+        kept = {name: condition.get(name) if name in self.attributes else None for name in self.names}
         try:
-            if known["pitch"] is not None:
-                known["pitch"] = _midi("pitch", known["pitch"])
-            return self.requested(**known, allow_untrained=allow_untrained) | {"pitch": known["pitch"]}
+            if kept["pitch"] is not None:
+                kept["pitch"] = _midi("pitch", kept["pitch"])
+            requested = self.requested(**arguments(kept), allow_untrained=allow_untrained)
+            return cast(Condition, requested | {"pitch": kept["pitch"]})
         except ConfigError as error:
             raise ConfigError(f"{condition}: {error}") from None
 
-    def choose(self, requested: Condition, generator: torch.Generator) -> Condition:
+    def choose(self, requested: Values, generator: torch.Generator) -> Condition:
         """Draw the condition of one note; always takes three random numbers, and a fourth with open labels.
 
         What is left open is one of the families, the source most common in it, any of their instruments where that is
@@ -364,7 +463,7 @@ class Ranges:
         entry: Entry | None = None
         if self.notes:
             matching, _ = self._narrowed(requested)
-            families = LABELS["family"].values(self.words)
+            families = label("family").values(self.words)
             known = sorted({e["family"] for e in matching if e["family"]}, key=families.index) or [None]
             family = family or _pick(known, draws[0])
             entry = self._one_of([e for e in matching if e["family"] == family], draws[-1])
@@ -382,7 +481,8 @@ class Ranges:
         for name in self.opened:
             value = requested[name]
             chosen[name] = entry.get(name) if value is None and entry is not None else value
-        return {name: value if name in self.attributes else None for name, value in chosen.items()}
+        kept = {name: value if name in self.attributes else None for name, value in chosen.items()}
+        return cast(Condition, kept)
 
     def _one_of(self, matching: Sequence[Entry], uniform: float) -> Entry | None:
         """Return one of a family's entries with its most common source; with open labels several have that source."""
@@ -394,7 +494,7 @@ class Ranges:
 
     def _check_word(self, name: str, value: Any) -> None:
         """Raise an error if the model does not know the word, or was trained on no note with it."""
-        known, trained = LABELS[name].values(self.words), {entry.get(name) for entry in self.notes}
+        known, trained = label(name).values(self.words), {entry.get(name) for entry in self.notes}
         if value not in known:
             near = difflib.get_close_matches(str(value), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {some(known)}"
@@ -403,7 +503,7 @@ class Ranges:
             others = some([word for word in known if word in trained])
             raise ConfigError(f"{name} {value}: the model was trained on none; it knows {others or 'no other'}")
 
-    def _narrowed(self, requested: Condition) -> tuple[Sequence[Entry], str | None]:
+    def _narrowed(self, requested: Values) -> tuple[Sequence[Entry], str | None]:
         """Return the training notes that match as many requested labels as can be, and the first that none has."""
         matching, missing = self.notes, None
         for name in ("family", "source", *self.opened, "pitch", "velocity"):
@@ -413,7 +513,7 @@ class Ranges:
                 matching = holding or matching
         return matching, missing
 
-    def _check(self, requested: Condition) -> None:
+    def _check(self, requested: Values) -> None:
         """Raise an error if no training notes hold all that is asked for."""
         matching, name = self._narrowed(requested)
         if not self.notes or name is None:
@@ -429,6 +529,12 @@ class Ranges:
             f"{name} {value}: the notes{of and f' ({of})'} that the model was trained on are known to have {trained}; "
             "ask for one of these, or set `allow_untrained` and expect other notes than asked for"
         )
+
+
+def arguments(condition: Values) -> dict[str, Any]:
+    """Return a condition as `Ranges.requested` and `Model.iterate` take it: the labels of the table, and `labels`."""
+    own = {name: value for name, value in condition.items() if name not in LABELS and value is not None}
+    return {**{name: value for name, value in condition.items() if name in LABELS}, "labels": own or None}
 
 
 def _values(entry: Entry, name: str) -> Sequence[Any]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from mars.errors import ConfigError, DiskError
 
+A = TypeVar("A")
+B = TypeVar("B")
 Precision = Literal["auto", "float32", "bfloat16"]  # see `autocast`
 
 # Enough for any machine, and for another's number of threads, which decides the last bits of what is computed here too.
@@ -99,6 +102,27 @@ def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(threads)  # for threads yet to start, which take the number set last
+
+
+def ahead(pool: Executor | None, function: Callable[[A], B], items: Iterable[A], most: int) -> Generator[B, None, None]:
+    """`function(item)` of each item, in order, with up to `most` of them in work in the pool; None: one by one here.
+
+    What is still waiting when the iteration ends early is dropped.
+    """
+    if pool is None:
+        yield from map(function, items)
+        return
+    working: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            working.append(pool.submit(function, item))
+            if len(working) >= most:
+                yield working.popleft().result()
+        while working:
+            yield working.popleft().result()
+    finally:
+        for future in working:
+            future.cancel()
 
 
 @contextmanager

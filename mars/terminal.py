@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,26 @@ class PlainConsole(Console):
 def console(*, stderr: bool = True, soft_wrap: bool = False, quiet: bool = False) -> Console:
     """Return a `PlainConsole`."""
     return PlainConsole(stderr=stderr, soft_wrap=soft_wrap, quiet=quiet)
+
+
+def log(line: str) -> None:
+    """A line for the logger `mars`: a warning if it says that it is one, else information.
+
+    It is how the library speaks to a program that gave it no console and no function to call.
+    """
+    warning, told = line.startswith("warning: "), line.removeprefix("warning: ")
+    logging.getLogger("mars").log(logging.WARNING if warning else logging.INFO, "%s", printable(told))
+
+
+class LogConsole(PlainConsole):
+    """A console that hands its lines to `log`, and has no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(file=io.StringIO(), force_terminal=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if not self.quiet:
+            log(" ".join(map(str, objects)))
 
 
 class PlainColumn(TextColumn):

@@ -1,9 +1,10 @@
-"""Print the last benchmark results as Markdown: `python -m scripts.bench_report [results.json]`."""
+"""The table of benchmark results, as Markdown; of earlier ones: `python -m scripts.bench_report [results.json]`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,34 @@ from benchmarks.contenders import COPY, PRODUCT
 
 def main(path: Path) -> None:
     results = json.loads(path.read_text())
-    result = [b for b in results["benchmarks"] if "contenders" in b["extra_info"]]
-    if not result:
+    lines = table(results["benchmarks"], results["datetime"][:10])
+    if not lines:
         sys.exit(f"{path}: no results; run pytest benchmarks --benchmark-only first")
-    about = result[0]["extra_info"]
+    print("\n".join(lines))
+
+
+def table(benchmarks: Sequence[Mapping[str, Any]], date: str) -> list[str]:
+    """The lines of the table of those benchmarks that were timed; none without any."""
+    found = [b for b in benchmarks if "contenders" in b["extra_info"]]
+    if not found:
+        return []
+    about = found[0]["extra_info"]
     machine = ", ".join(str(about[key]) for key in ("cpu", "gpu") if key in about)
-    print(f"{results['datetime'][:10]}, {machine}, torch {about['torch']}. Medians (smallest to largest).\n")
-    for group, members in groupby(result, key=lambda b: b["group"]):
-        print(f"**{group}**\n")
-        print("| case | contender | ms | times the first | target | rate |\n|---|---|---|---|---|---|")
+    lines = [f"{date}, {machine}, torch {about['torch']}. Medians (smallest to largest).", ""]
+    for group, members in groupby(found, key=lambda b: b["group"]):
+        lines += [f"**{group}**", "", "| case | contender | ms | times the first | target | rate |"]
+        lines += ["|---|---|---|---|---|---|"]
         for benchmark in members:
-            print_case(benchmark)
+            lines += case_lines(benchmark)
             if used := benchmark["extra_info"]["device_memory"]:
-                print(f"| | *the driver's count afterwards* | | | | {used / 2**20:.0f} MiB |")
-        print()
+                lines += [f"| | *the driver's count afterwards* | | | | {used / 2**20:.0f} MiB |"]
+        lines += [""]
+    return lines
 
 
-def print_case(benchmark: dict[str, Any]) -> None:
+def case_lines(benchmark: Mapping[str, Any]) -> list[str]:
     """One line for each contender; the first of them is ours."""
+    lines = []
     info = benchmark["extra_info"]
     contenders = info["contenders"]
     first = next(iter(contenders.values()))
@@ -64,8 +75,9 @@ def print_case(benchmark: dict[str, Any]) -> None:
             share = c["peak_memory"] / list(contenders.values())[-1]["peak_memory"]
             notes.append(f"{share:.2f} of the last's")
             target_ = f"≤ {info['targets']['memory']:.3g} of the last's memory"
-        print(f"| {case} | {name} | {ms} | {ratio:.3g} | {target_} | {', '.join(notes)} |")
+        lines += [f"| {case} | {name} | {ms} | {ratio:.3g} | {target_} | {', '.join(notes)} |"]
         case = ""
+    return lines
 
 
 if __name__ == "__main__":

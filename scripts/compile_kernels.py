@@ -8,13 +8,13 @@ from itertools import groupby
 from mars.kernels._triton import ARCHITECTURES, Compilation
 from tests import cubin
 
-HEAD = """# Triton kernels, compiled, not run
+HEAD = """# Triton kernels, compiled
 
 Every tile that mars launches, compiled by Triton {version} for four generations of GPUs and read from the machine code:
 `python -m scripts.compile_kernels` prints this page, and `tests/kernels/test_compiled.py` checks what it shows; under
 another minor version of Triton only that each tile compiles, fits into shared memory and adds in its order. It says
-that nothing spills and what the inner loops consist of; it does not say how fast they are, since none has run on
-a GPU yet.
+that nothing spills and what the inner loops consist of; how fast they are, only a GPU can say
+([what one said](gpu.md)).
 
 Each cell: registers a thread, shared memory in KiB, tensor-core instructions of the main loop, and for the search its
 instructions per score. No kernel uses a stack or local memory, else the check fails.

@@ -31,3 +31,12 @@ def nan_filled_empty() -> Iterator[None]:
     torch.use_deterministic_algorithms(not GPU)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What commands keep does not go to the folder of whoever starts the tests."""
+    before = os.environ.get("MARS_CACHE_DIR")
+    os.environ["MARS_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("MARS_CACHE_DIR") if before is None else os.environ.update(MARS_CACHE_DIR=before)

@@ -20,9 +20,9 @@ import torch
 from mars.cli.train import main
 from mars.config import Config, override, preset
 from mars.data import Dataset
-from mars.distributed import ALONE
 from mars.models.discriminator import Discriminator
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import ALONE
 from mars.train import start
 from mars.train import tokenizer as tokenizer_stage
 from mars.train.tokenizer import TokenizerStage

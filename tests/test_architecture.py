@@ -17,12 +17,12 @@ MOST_FILES = 16
 # From the ground up: a room imports from its own floor, where nothing goes round in a circle, and from those below.
 FLOORS = (
     {"errors", "files", "text", "lock", "runtime", "terminal", "arguments"},
-    {"kernels", "labels", "config", "checkpoint", "distributed"},
+    {"kernels", "labels", "config", "checkpoint", "hub"},
     {"audio", "data", "models", "pages"},
-    {"sampling", "notes", "model"},
-    {"runs", "evaluate"},
+    {"notes", "model"},
+    {"runs", "evaluate", "instrument"},
     {"train"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -60,6 +61,55 @@ def test_inputs_are_seeded_and_a_comparison_that_fails_is_one_failure(tmp_path):
     assert re.search(r"^FAILED .*bench_differs - AssertionError: these differ", done.stdout, re.M), done.stdout
     assert re.search(r"^ERROR .*bench_forgets - .*Benchmark fixture was not used", done.stdout, re.M)
     assert re.search(r"^1 failed, \d passed, 1 error", done.stdout, re.M)
+
+
+TIMED = """
+from benchmarks.contenders import Contender, Place, race
+
+CALLS = []
+
+
+def sleepy():
+    CALLS.append(0)
+    if len(CALLS) == STOP_AT:  # as Ctrl-C does
+        raise KeyboardInterrupt
+
+
+def bench_whole(benchmark):
+    race(benchmark, Place("cpu", 2), {"ours": Contender(int), "theirs": Contender(list)}, targets={"theirs": 1.5})
+
+
+def bench_stopped(benchmark):
+    race(benchmark, Place("cpu", 2), {"ours": Contender(sleepy), "others": Contender(list)}, rounds=20)
+
+
+def bench_never(benchmark):
+    race(benchmark, Place("cpu", 2), {"ours": Contender(int), "nobody": Contender(list)})
+"""
+
+
+@pytest.mark.parametrize(("stop_at", "seen"), [(6, 3), (3, 0)], ids=["later", "in the first round"])
+def test_an_interrupted_run_ends_with_the_table_of_what_was_timed(stop_at, seen, tmp_path):
+    """That is what was finished, and the rounds of the benchmark that it was stopped in."""
+    (tmp_path / "bench_it.py").write_text(TIMED.replace("STOP_AT", str(stop_at)))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-p", "benchmarks.conftest"),
+            *("-p", "no:cacheprovider", "--benchmark-only", "-q", tmp_path / "bench_it.py"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    table = done.stdout[done.stdout.index("| case | contender | ms |") :]
+    assert re.search(r"^\| 2 threads \| ours \| [\d.e-]+ \(.*\n\|  \| theirs \| .* \| ≥ 1.5 \|", table, re.M)
+    assert ("| others |" in table) == (seen > 0)
+    assert "| nobody |" not in table
+    saved = json.loads((tmp_path / ".benchmarks/latest.json").read_text())["benchmarks"]
+    assert [b["stats"]["rounds"] for b in saved if b["name"] == "bench_stopped"] == ([seen] if seen else [])
 
 
 class Disabled:

@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
     """An empty folder to work in, without anybody's weights."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MARS_WEIGHTS_DIR", raising=False)
+    monkeypatch.setenv("MARS_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -54,8 +55,9 @@ def test_a_run_is_printed_and_written(folder):
     page = files[1].read_text()
     assert page.count("<audio") > 4
     assert "<script" not in page
-    # The features are kept, and found again.
-    assert len(list((folder / "features").glob("pitch-tiny-*/part-*"))) >= 2
+    # The features are kept, and found again, out of the working directory.
+    assert not (folder / "features").exists()
+    assert len(list((folder / "cache" / "features").glob("pitch-tiny-*/part-*"))) >= 2
     again = folder / "again.json"
     succeed("run", "--real", real, "--fake", fake, "--preset", "tiny", "--bins", 5, "--json", again)
     one, other = report.read(files[0]), report.read(again)
@@ -190,21 +192,22 @@ def test_a_place_for_notes_is_not_among_the_real_ones(folder):
 
 def test_a_cache_that_cannot_be_written_is_found_early(folder):
     write(folder / "real", range(3))
-    (folder / "features").touch()
+    (folder / "cache").mkdir()
+    (folder / "cache" / "features").touch()
     result = mars_eval("run", "--real", "real", "--fake", "real", "--metrics", "mse")
     assert result.exit_code == 2
     assert "features is not a folder" in result.output
 
 
-@pytest.mark.parametrize("bad", ["silent", "rate", "garbage"])
+@pytest.mark.parametrize("bad", ["silent", "stereo", "garbage"])
 def test_files_that_cannot_be_used_are_named(folder, bad):
     write(folder / "real", range(12))
     fake = write(folder / "fake", range(12), split="valid")
     match bad:
         case "silent":
             soundfile.write(fake / "zero.wav", np.zeros(64_000), 16_000)
-        case "rate":
-            soundfile.write(fake / "zero.wav", np.random.default_rng(0).uniform(-1, 1, 64_000), 44_100)
+        case "stereo":
+            soundfile.write(fake / "zero.wav", np.random.default_rng(0).uniform(-1, 1, (64_000, 2)), 16_000)
         case "garbage":
             (fake / "zero.wav").write_bytes(b"RIFF and no more")
     options = ("run", "--real", "real", "--fake", "fake", "--metrics", "mae", "--no-baselines", "--json", "x.json")

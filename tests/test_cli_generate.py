@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 import wave
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from click.testing import CliRunner
 
@@ -51,7 +54,9 @@ def test_files(made, folder):
     out, done = made
     document = json.loads((out / "notes.json").read_text())
     files = [note["file"] for note in document["notes"]]
-    assert sorted(p.name for p in out.iterdir()) == sorted([*files, "notes.json", "spectrograms.png"])
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [*files, "index.html", "notes.json", "pictures", "spectrograms.png"]
+    )
     assert (out / "spectrograms.png").read_bytes()[:4] == b"\x89PNG"
     assert document["mars"] == mars.__version__
     assert document["model"] == str(folder)
@@ -107,6 +112,100 @@ def test_a_folder_of_something_else_is_not_touched(folder, tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir() if p.is_file()} == dict.fromkeys(
         ("run.json", ".lock", ".notes.json.1.tmp"), "mine"
     )
+
+
+def test_the_page_shows_every_note_and_links_to_it(made):
+    out, done = made
+    assert f"listen: {out / 'index.html'}" in done.output
+    text = (out / "index.html").read_text(encoding="utf-8")
+    sources = re.findall(r'src="([^"]*)"', text)
+    assert len(sources) == 6
+    assert all((out / source).is_file() for source in sources)
+    assert text.count('<option value="brass"') == 0  # one family: nothing to choose
+
+
+def test_start_gives_the_next_notes_of_a_seed(folder, made, tmp_path):
+    words = ("--model", folder, "--iterations", 1, "--seed", 7, "--device", "cpu", "--out", tmp_path / "out")
+    done = invoke("-n", 2, "--start", 1, *words)
+    assert done.exit_code == 0, done.output
+    again = sorted(p.name for p in (tmp_path / "out").glob("*.wav"))
+    assert [name[:4] for name in again] == ["0001", "0002"]
+    for name in again:
+        assert (tmp_path / "out" / name).read_bytes() == (made[0] / name).read_bytes()
+    document = json.loads((tmp_path / "out" / "notes.json").read_text())
+    assert [note["index"] for note in document["notes"]] == [1, 2]
+    assert "(2 were there)" in invoke("-n", 2, "--start", 1, *words).output
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(folder, tmp_path):
+    words = ("-n", 1, "--model", folder, "--iterations", 1, "--device", "cpu", "--out", tmp_path / "out")
+    assert invoke(*words).exit_code == 0
+    listing = tmp_path / "out" / "notes.json"
+    document = json.loads(listing.read_text())
+    listing.write_text(json.dumps({k: v for k, v in document.items() if k not in ("start", "temperature")}))
+    assert "(1 were there)" in invoke(*words).output
+    assert invoke(*words, "--temperature", 0.5).exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sounds")
+    t = np.arange(32_000) / 16_000
+    for name, frequency in (("a.wav", 220), ("b.wav", 660)):
+        soundfile.write(folder / name, 0.4 * np.sin(2 * np.pi * frequency * t), 16_000)
+    return folder / "a.wav", folder / "b.wav"
+
+
+def test_variations_of_a_sound(folder, sounds, tmp_path):
+    out = tmp_path / "out"
+    words = ("--model", folder, "--iterations", 1, "--device", "cpu", "--out", out, "--from", sounds[0])
+    done = invoke("-n", 2, "--keep", 1, "--pitch", "A3", *words)
+    assert done.exit_code == 0, done.output
+    assert f"{sounds[0]}: padded with silence to 4 s" in done.output
+    document = json.loads((out / "notes.json").read_text())
+    assert (document["from"], document["keep"]) == (str(sounds[0]), 1)
+    assert document["from_sha256"] == hashlib.sha256(sounds[0].read_bytes()).hexdigest()
+    assert [note["condition"]["pitch"] for note in document["notes"]] == [57, 57]
+    assert {note["condition"]["family"] for note in document["notes"]} == {None}
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "Variations of a.wav" in page
+    assert page.count("data:audio/flac") == 1
+    assert invoke("-n", 2, "--keep", 2, "--pitch", "A3", *words).exit_code == 2
+    assert "(2 were there)" in invoke("-n", 2, "--keep", 1, "--pitch", "A3", *words).output
+
+
+def test_a_morph_has_a_note_for_each_amount(folder, sounds, tmp_path):
+    words = ("--model", folder, "--iterations", 1, "--device", "cpu", "--from", sounds[0], "--to", sounds[1])
+    done = invoke("-n", 3, *words, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "out" / "notes.json").read_text())
+    assert document["amount"] == [0, 1]
+    assert len(document["notes"]) == 3
+    done = invoke("--amount", "0.5", *words, "--out", tmp_path / "one")
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "one").glob("*.wav"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", 1), "--keep is for a sound; give it as --from FILE"),
+        (("--to", "a.wav"), "--to is for a sound; give it as --from FILE"),
+        (("--from", "missing.wav"), "missing.wav is not a file"),
+        (("--from", "A", "--keep", 9), "keep must be 0.."),
+        (("--from", "A", "--amount", "0.5"), "--amount is for two sounds"),
+        (("--from", "A", "--to", "B", "--amount", "2"), "want an amount from 0 to 1"),
+        (("--from", "A", "--to", "B", "--amount", "0.5", "-n", 4), "4 notes of one amount would be the same"),
+        (("--from", "A", "--pitch", "C3-C4"), "pitch"),
+        (("--from", "A", "--family", "brss"), "did you mean brass"),
+    ],
+)
+def test_mistakes_with_sounds_are_explained(folder, sounds, tmp_path, words, message):
+    words = [{"A": sounds[0], "B": sounds[1]}.get(word, word) for word in words]
+    done = invoke("--model", folder, "--out", tmp_path / "out", *words)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_whole_folder_is_left_as_it_is(made, folder):
@@ -165,8 +264,9 @@ def test_an_interrupted_command_is_gone_on_with(made, folder, tmp_path, monkeypa
     done = invoke(*arguments, "--batch-size", 1)
     assert done.exit_code == 0, done.output
     assert "(1 were there)" in done.output
-    whole = {p.name: p.read_bytes() for p in made[0].iterdir()}
-    found = {p.name: p.read_bytes() for p in out.iterdir()}
+    whole, found = (
+        {str(p.relative_to(at)): p.read_bytes() for p in at.rglob("*") if p.is_file()} for at in (made[0], out)
+    )
     assert found.keys() == whole.keys()
     assert all(found[name] == content for name, content in whole.items() if name != "notes.json")
     documents = [json.loads(files["notes.json"]) | {"batch_size": 0} for files in (whole, found)]
@@ -191,7 +291,7 @@ def test_what_a_model_was_not_trained_on_is_refused_unless_allowed(folder, tmp_p
     [
         (["--pitch", "128"], "--pitch"),
         (["--pitch", "60-48"], "--pitch"),
-        (["--pitch", "c4"], "--pitch"),
+        (["--pitch", "H4"], "--pitch"),
         (["-n", "0"], "-n"),
         (["--top-p", "0"], "--top-p"),
         (["--cfg", "inf"], "cfg must be"),

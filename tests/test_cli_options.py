@@ -12,13 +12,19 @@ import pytest
 import soundfile
 from click.testing import CliRunner
 
-from mars.cli import data, evaluate, generate, options, train
+from mars.cli import data, evaluate, generate, instrument, options, train
 from mars.cli.console import CommandConsole
 from mars.errors import ConfigError, DataError
 from mars.train.start import settings_of
 
 ROOT = Path(__file__).parents[1]
-MAINS = {"mars-train": train.main, "mars-data": data.main, "mars-eval": evaluate.main, "mars-generate": generate.main}
+MAINS = {
+    "mars-train": train.main,
+    "mars-data": data.main,
+    "mars-eval": evaluate.main,
+    "mars-generate": generate.main,
+    "mars-instrument": instrument.main,
+}
 COMMANDS = {
     f"{name} {part}".strip(): command
     for name, main in MAINS.items()

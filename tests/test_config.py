@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -58,7 +59,7 @@ def test_presets_are_what_they_are_named_for():
 def test_what_a_stage_trains_with_unless_told_otherwise():
     """Presets and command lines leave these out and rely on them; the page on the paper has those of the models."""
     assert dataclasses.asdict(TrainConfig()) == {
-        **{"steps": 1000, "epochs": 0.0, "batch_size": 16, "accumulate": 1},
+        **{"steps": 1000, "epochs": 0.0, "batch_size": 16, "accumulate": 1, "patience": 0},
         **{"optimizer": "adamw", "lr": 1e-4, "lr_batch": 0, "warmup": 0.02, "final_lr": 0.02, "schedule": "cosine"},
         **{"weight_decay": 0.05, "betas": (0.9, 0.95), "grad_clip": 1.0, "ema": 0.999},
         **{"precision": "auto", "compile": "auto", "workers": 1, "checkpointing": False},
@@ -172,7 +173,7 @@ WRONG = {
     "audio.min_db=-300": r"max_db at most 340 dB above, got -300\.0 and 48\.0",
     "audio.min_db=-500": r"want min_db within -400\.\.400",
     "audio.drop=ac": r"audio\.drop must be one of dc, nyquist",
-    "var.condition=mood": r"var\.condition must be one of family, source, pitch, velocity, instrument; got 'mood'",
+    "var.condition=m/d": r"var\.condition must be of family, .* or the dataset's own labels; got 'm/d'",
     "var.condition=pitch,pitch": r"var\.condition names an attribute twice: pitch, pitch",
     "var.condition=3": r"var\.condition must be a str, got 3",
     "var.condition_dropout=-1": r"condition_dropout must be in 0\.\.1",
@@ -294,7 +295,7 @@ def test_no_override_text_raises_anything_else(text):
         (TrainConfig, {"precision": "half"}, "precision must be auto"),
         (TrainConfig, {"schedule": "flat"}, "schedule must be cosine or lin0"),
         (TokenizerConfig, {"metric": "dot"}, "metric must be cosine or l2"),
-        (VARConfig, {"condition": ("mood",)}, "must be one of family, .*; got 'mood'"),
+        (VARConfig, {"condition": ("m/d",)}, "must be of family, .*; got 'm/d'"),
         (AudioConfig, {"drop": "both"}, "drop must be dc or nyquist"),
         (AudioConfig, {"sample_rate": 0}, "must be positive"),
     ],
@@ -331,3 +332,34 @@ def test_files_that_cannot_be_used_are_refused(text, message, tmp_path):
         path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=message):
         config.load(path)
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_settings_as_toml_are_read_as_they_were(name, tmp_path):
+    for overrides in ((), ("train.tokenizer.steps=7", "train.var.epochs=0.5", "tokenizer.width=96")):
+        settings = config.preset(name, overrides)
+        file = tmp_path / "settings.toml"
+        file.write_text(config.as_toml(settings), encoding="utf-8")
+        named, changes = config.read_settings(file)
+        assert named == name
+        assert config.preset(named, file=changes) == settings
+
+
+@pytest.mark.parametrize("name", ["notes", "paper", "smoke"])
+@pytest.mark.parametrize(
+    ("rate", "seconds"), [(16_000, 4), (44_100, 4), (44_100, 10), (48_000, 1), (22_050, 3), (8_000, 4), (16_000, 4.096)]
+)
+def test_rate_and_length_are_followed(name, rate, seconds):
+    plain = config.preset(name)
+    fitted = config.fitted(plain, rate, round(rate * seconds))
+    audio, tokenizer = fitted.audio, fitted.tokenizer
+    assert (fitted == plain) == ((rate, seconds) == (16_000, 4))
+    assert (audio.sample_rate, audio.samples) == (rate, round(rate * seconds))
+    assert 0.7 < audio.hop / rate / (256 / 16_000) < 1.5  # a frame lasts about as long
+    assert audio.shape[1] == plain.audio.shape[1]  # the grid has as many rows
+    assert (audio.frames - 1) * audio.hop < audio.samples * 1.25
+    assert len(tokenizer.scales) == len(plain.tokenizer.scales)
+    assert [h for h, _ in tokenizer.scales] == [h for h, _ in plain.tokenizer.scales]
+    assert tokenizer.scales[-1][1] == max(round(plain.tokenizer.scales[-1][1] * seconds / 4), 1)
+    # A full-scale sine is as far below the loudest as before.
+    assert audio.max_db - 20 * math.log10(audio.n_fft / 4) == pytest.approx(48 - 20 * math.log10(256))

@@ -31,7 +31,13 @@ FENCE = re.compile(
     r"(?P<code>.*?)^ *```$",
     re.DOTALL | re.MULTILINE,
 )
-GROUPS = {"mars-train": "train", "mars-generate": "generate", "mars-data": "data", "mars-eval": "evaluate"}
+GROUPS = {
+    "mars-train": "train",
+    "mars-generate": "generate",
+    "mars-instrument": "instrument",
+    "mars-data": "data",
+    "mars-eval": "evaluate",
+}
 RUN = re.compile(r"(?:mars-\w+|-m mars\.cli\.\w+)\b")
 
 

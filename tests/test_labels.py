@@ -18,6 +18,9 @@ from mars.labels import (
     entries,
     labels_in,
     labels_of,
+    note_name,
+    pitch_of,
+    pitches_of,
     sizes,
     vocabularies,
 )
@@ -311,7 +314,13 @@ def test_what_a_note_is_in_words():
 
 @pytest.mark.parametrize(
     ("name", "cell", "number"),
-    [("family", "brass", 1), ("source", "synthetic", 2), ("pitch", "060", 60), ("instrument", HORN, HORN)],
+    [
+        ("family", "brass", 1),
+        ("source", "synthetic", 2),
+        ("pitch", "060", 60),
+        ("pitch", "A#3", 58),
+        ("instrument", HORN, HORN),
+    ],
 )
 def test_cells_are_read(name, cell, number):
     assert LABELS[name].read(cell) == number
@@ -320,7 +329,7 @@ def test_cells_are_read(name, cell, number):
 @pytest.mark.parametrize(
     ("name", "cell", "message"),
     [
-        ("family", "kazoo", "want a family of bass, brass"),
+        ("family", "ka\x1bzoo", "family .* has characters that cannot be printed"),
         ("velocity", "128", "want velocity 0..127, got '128'"),
         ("pitch", "\u0664", "want pitch 0..127"),
         ("instrument", "a\x1bb", "instrument .* has characters that cannot be printed"),
@@ -329,6 +338,30 @@ def test_cells_are_read(name, cell, number):
 def test_senseless_cells_are_explained(name, cell, message):
     with pytest.raises(ValueError, match=message):
         LABELS[name].read(cell)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("127", 127), ("C4", 60), ("c4", 60), ("Bb3", 58), ("b3", 59), ("E♭2", 39), ("F♯2", 42), ("C-1", 0),
+     ("G9", 127), ("Cb4", 59)],
+)  # fmt: skip
+def test_pitches_are_numbers_or_names_of_notes(text, number):
+    assert pitch_of(text) == number
+    assert pitch_of(note_name(number)) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [("60", (60, 60)), ("48-72", (48, 72)), ("C3-C5", (48, 72)), ("C-1-C4", (0, 60)), ("c-1-b-1", (0, 11))],
+)
+def test_ranges_of_pitches(text, limits):
+    assert pitches_of(text) == limits
+
+
+@pytest.mark.parametrize("text", ["", "C", "H3", "G#9", "C-2", "C10", "128", "-1", "1e1", "C4-", "²", "C5-C3"])
+def test_what_is_no_pitch_is_told(text):
+    with pytest.raises(ValueError, match="want"):
+        pitches_of(text)
 
 
 def test_the_labels_of_a_name_and_of_its_entry_agree():

@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import mars
@@ -15,6 +16,7 @@ from mars.errors import CheckpointError, ConfigError, MarsError
 from mars.model import Model, load
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
+from mars.notes import Note
 from mars.runtime import pick_device
 
 SMALL = (
@@ -231,6 +233,110 @@ def test_what_a_model_was_trained_in_changes_no_note(model):
         assert torch.equal(one.waveform, same.waveform)
     for precision in ("float32", "bfloat16"):
         for note in other.generate(2, seed=1, iterations=1, precision=precision):
-            torch.testing.assert_close(note.spectrogram[None], model.spectrogram(note.ids[None]), rtol=0, atol=1e-5)
+            torch.testing.assert_close(note.log_magnitude[None], model.spectrogram(note.ids[None]), rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match="precision must be one of auto, float32, bfloat16; got 'half'"):
         model.generate(1, precision="half")
+
+
+def test_it_says_in_a_line_what_it_is(model):
+    assert repr(model) == (
+        "<Model smoke: tokenizer 0.0 M, transformer 0.0 M parameters, 0.119 s at 16000 Hz, "
+        "by family, source, pitch, velocity, on cpu>"
+    )
+    assert "transformer" not in repr(dataclasses.replace(model, var=None))
+
+
+def test_a_notebook_shows_its_card_and_runs_nothing_of_it(model):
+    card = (
+        "---\nlicense: mit\n---\n# Bells\n\n<script>alert(1)</script> [x](javascript:alert(1))\n\n| a |\n|---|\n| 1 |\n"
+    )
+    page = dataclasses.replace(model, card=card)._repr_html_()
+    assert page.startswith("<h1>Bells</h1>")
+    assert "<td>1</td>" in page
+    assert "license" not in page
+    assert "<script" not in page
+    assert "href" not in page
+    assert model._repr_html_().startswith("<p>&lt;Model smoke")
+
+
+def test_it_goes_to_a_device(model):
+    other = copy.deepcopy(model)
+    assert other.to("cpu") is other
+    assert other.to("auto").device == pick_device("auto")
+    with pytest.raises(ConfigError, match="device 'tpu'"):
+        other.to("tpu")
+
+
+def test_a_saved_model_is_opened_as_a_pretrained_one(model, tmp_path):
+    model.save_pretrained(str(tmp_path / "kept"))
+    found = Model.from_pretrained(tmp_path / "kept")
+    assert torch.equal(found.generate(1, seed=4)[0].ids, model.generate(1, seed=4)[0].ids)
+    assert Model.from_pretrained("notes").hash == load().hash
+
+
+def ids_of(notes):
+    return torch.stack([note.ids for note in notes])
+
+
+def test_a_sound_is_varied_from_a_file_samples_or_a_note(model, waveforms, ids, tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, waveforms[0].numpy(), 16_000, subtype="FLOAT")
+    kept = model.kept(1)
+    for sound in (path, str(path), waveforms[0], waveforms[0].numpy(), (waveforms[0], 16_000)):
+        assert torch.equal(model.tokenize(sound), ids[0])
+        notes = model.vary(sound, 3, keep=1, seed=4, iterations=1)
+        assert torch.equal(ids_of(notes)[:, :kept], ids[:1, :kept].expand(3, -1))
+    assert torch.equal(ids_of(notes), ids_of(model.vary(path, 3, keep=1, seed=4, iterations=1)))
+    scales = len(model.config.tokenizer.scales)
+    (same,) = model.vary(path, keep=scales, iterations=1)
+    assert torch.equal(same.ids, ids[0])
+    half = model.kept(scales // 2)
+    assert torch.equal(model.vary(path, iterations=1)[0].ids[:half], ids[0, :half])
+
+
+def test_variations_are_labelled_as_asked_or_as_the_note_was(model, waveforms):
+    (note,) = model.generate(1, family="brass", pitch=50, iterations=1)
+    (like,) = model.vary(note, iterations=1)
+    assert like.condition == note.condition
+    assert model.vary(note, pitch=60, iterations=1)[0].condition == {**note.condition, "pitch": 60}
+    assert set(model.vary(waveforms[0], iterations=1)[0].condition.values()) == {None}
+    (other,) = model.generate(1, family="brass", pitch=60, velocity=note.condition["velocity"], iterations=1)
+    assert model.morph(note, other, iterations=1)[0].condition == {**note.condition, "pitch": None}
+
+
+def test_a_morph_goes_from_one_sound_to_the_other(model, waveforms, ids):
+    a, b = waveforms[0], waveforms[1].flip(0) * 0.1
+    ends = model.morph(a, b, [0, 1], iterations=1)
+    assert torch.equal(ids_of(ends), model.encode(torch.stack([a, b])))
+    assert len(model.morph(a, b, [0.5] * 3, keep=1, iterations=1)) == 3
+    assert len(model.morph(a, b, iterations=1)) == 1
+
+
+def test_a_morph_leaves_one_sound_as_it_nears_the_other():
+    packaged = load()
+    t = torch.arange(64_000) / 16_000
+    flute, bass = 0.3 * torch.sin(2764 * t), 0.5 * torch.sin(345.6 * t).sign() * torch.exp(-2 * t)
+    found = packaged.spectrogram(packaged.mix(flute, bass, [0, 0.25, 0.5, 0.75, 1]))
+    left, near = ((found - end).square().mean((1, 2)).tolist() for end in (found[0], found[-1]))
+    assert left == sorted(left)
+    assert near == sorted(near, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: m.vary(x, keep=9), "keep must be 0..3, got 9"),
+        (lambda m, x: m.vary(x, 0), "n must be at least 1"),
+        (lambda m, x: m.vary(x, tokens=x), "tokens are those of the sound"),
+        (lambda m, x: m.vary(x, family="flute"), "flute"),
+        (lambda m, x: m.vary(None), "sound: want a path, a waveform"),
+        (lambda m, x: m.vary("missing.wav"), "missing.wav is not a file"),
+        (lambda m, x: m.morph(x, x, 1.5), "amount must be numbers from 0 to 1"),
+        (lambda m, x: m.morph(x, x, []), "amount must be numbers from 0 to 1"),
+        (lambda m, x: m.morph(x, x, "half"), "amount must be a number"),
+        (lambda m, x: m.vary(Note(0, x, x, x[:4], {}, 16_000)), "sound: want a note with 21 tokens"),
+    ],
+)
+def test_one_error_for_what_cannot_be_varied(model, waveforms, call, message):
+    with pytest.raises(MarsError, match=message):
+        call(model, waveforms[0])

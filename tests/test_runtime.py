@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from mars.cli import data, evaluate, generate, train
 from mars.config import preset
 from mars.errors import ConfigError
-from mars.runtime import MOST_THREADS, float64_device, peak_memory, set_threads
+from mars.runtime import MOST_THREADS, ahead, float64_device, peak_memory, set_threads, thread_pool
 
 CPU = torch.device("cpu")
 
@@ -97,3 +97,21 @@ def test_memory_held_before_does_not_count():
     held = [torch.ones(1_000_000)]
     assert peak_memory(lambda: held.append(torch.ones(500_000)), CPU) == 2_000_000
     assert peak_memory(lambda: held[0].add_(1), CPU) < 100  # the 1 as a tensor
+
+
+def test_work_ahead_comes_in_order_and_never_too_far():
+    asked = []
+
+    def items():
+        for i in range(9):
+            asked.append(i)
+            yield i
+
+    with thread_pool(2) as pool:
+        for got in ahead(pool, lambda i: i * i, items(), 3):
+            assert len(asked) <= int(got**0.5) + 3
+        assert list(ahead(pool, str, range(4), 1)) == ["0", "1", "2", "3"]
+        assert list(ahead(pool, str, [], 2)) == []
+        with pytest.raises(ZeroDivisionError):
+            list(ahead(pool, lambda i: 1 // i, [1, 0, 1], 2))
+    assert list(ahead(None, str, range(3), 1)) == ["0", "1", "2"]

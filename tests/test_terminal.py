@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,20 @@ def test_no_other_console_or_bar_is_made():
         if any(f"{before}{call}(" in line for call in ("Console", "TextColumn", "Progress") for before in " (")
     ]
     assert made == []
+
+
+def test_without_a_console_the_library_speaks_to_the_log(caplog, capfd):
+    with caplog.at_level(logging.INFO, logger="mars"):
+        console = terminal.LogConsole()
+        console.print("step 1 of [2]")
+        console.print("warning: a \x1b[31mname", markup=False)
+        with terminal.progress(console, line_every=1e-9) as tell:
+            tell("notes", 1, 2)
+            tell("notes", 2, 2)
+        console.quiet = True
+        console.print("nothing")
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert said[:2] == [("INFO", "step 1 of [2]"), ("WARNING", r"a \x1b[31mname")]
+    assert said[-1][1].startswith("notes: 2 of 2")
+    assert all(name == "mars" for name, *_ in caplog.record_tuples)
+    assert capfd.readouterr() == ("", "")

@@ -41,8 +41,10 @@ def empty_like(z: Tensor) -> Tensor:
 
 def batched(z: Tensor) -> Tensor:
     """Return z as (samples, bins, frames) with contiguous bins or frames, copied only where no view gives that."""
-    n, F, T = sizes(z)
     z = z.resolve_conj()
+    if z.ndim == 3 and 1 in z.stride()[1:]:
+        return z
+    n, F, T = sizes(z)
     if _bins_contiguous(z):
         return z.mT.reshape(n, T, F).mT
     return (z if z.stride(-1) == 1 else z.contiguous()).reshape(n, F, T)

@@ -10,12 +10,14 @@ i_t, i_t + r_t, ...: the order of `torch.nn.PixelUnshuffle`, with a factor for e
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mars.kernels import _backend, _native
+from mars.kernels._direct import direct
 from mars.kernels.cmx import layout, native, reference
 
 # Within these float32 neither overflows below the clipping nor loses silence.
@@ -33,7 +35,7 @@ def cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     if tuple(factors) == (1, 1):
         _check_divides("cmx", "x", x, 1, 1)
         return x.contiguous().unsqueeze(-3)
-    return torch.ops.mars.cmx(x, *factors)
+    return _compute_cmx(x, *map(index, factors)) if direct(x) else torch.ops.mars.cmx(x, *factors)
 
 
 def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
@@ -46,7 +48,7 @@ def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     if tuple(factors) == (1, 1):
         _check_channels("inverse_cmx", x, 1, 1)
         return x.contiguous().squeeze(-3)
-    return torch.ops.mars.inverse_cmx(x, *factors)
+    return _compute_inverse_cmx(x, *map(index, factors)) if direct(x) else torch.ops.mars.inverse_cmx(x, *factors)
 
 
 def spectrogram_cmx(spectrum: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
@@ -59,6 +61,8 @@ def spectrogram_cmx(spectrum: Tensor, factors: tuple[int, int], epsilon: float, 
     where its magnitude is epsilon * expm1(2 / scale) or more, which is clipped to 1.
     Raises ValueError.
     """
+    if direct(spectrum):
+        return _compute_spectrogram_cmx(spectrum, *map(index, factors), epsilon, scale)
     return torch.ops.mars.spectrogram_cmx(spectrum, *factors, epsilon, scale)
 
 
@@ -73,6 +77,9 @@ def inverse_spectrogram_cmx(
     element's bits depend on its value alone. The gradient is 0 outside [-1, 1].
     Raises ValueError.
     """
+    if direct(x):
+        (r_f, r_t), (below, above) = map(index, factors), map(index, zeros)
+        return _compute_inverse_spectrogram_cmx(x, r_f, r_t, epsilon, scale, below, above)
     return torch.ops.mars.inverse_spectrogram_cmx(x, *factors, epsilon, scale, *zeros)
 
 
@@ -110,11 +117,13 @@ def _kernels_of(x: Tensor) -> str:
     return "reference" if x.dtype in (torch.float64, torch.complex128) else backend
 
 
-@torch.library.custom_op("mars::cmx", mutates_args=())
-def _cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
+def _compute_cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
     _check_divides("cmx", "x", x, r_f, r_t)
     _native.check_memory("cmx", x)
     return _backend.select("cmx", _CMX, _backend.backend(x.device.type))(x, (r_f, r_t))
+
+
+_cmx = torch.library.custom_op("mars::cmx", _compute_cmx, mutates_args=())
 
 
 @_cmx.register_fake
@@ -123,11 +132,13 @@ def _cmx_fake(x: Tensor, r_f: int, r_t: int) -> Tensor:
     return x.new_empty(layout.multiplexed(x, r_f, r_t))
 
 
-@torch.library.custom_op("mars::inverse_cmx", mutates_args=())
-def _inverse_cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
+def _compute_inverse_cmx(x: Tensor, r_f: int, r_t: int) -> Tensor:
     _check_channels("inverse_cmx", x, r_f, r_t)
     _native.check_memory("inverse_cmx", x)
     return _backend.select("inverse_cmx", _INVERSE_CMX, _backend.backend(x.device.type))(x, (r_f, r_t))
+
+
+_inverse_cmx = torch.library.custom_op("mars::inverse_cmx", _compute_inverse_cmx, mutates_args=())
 
 
 @_inverse_cmx.register_fake
@@ -136,12 +147,14 @@ def _inverse_cmx_fake(x: Tensor, r_f: int, r_t: int) -> Tensor:
     return x.new_empty(layout.demultiplexed(x, r_f, r_t))
 
 
-@torch.library.custom_op("mars::spectrogram_cmx", mutates_args=())
-def _spectrogram_cmx(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+def _compute_spectrogram_cmx(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
     _check_spectrum("spectrogram_cmx", z, r_f, r_t, epsilon, scale)
     _native.check_memory("spectrogram_cmx", z)
     backend = _kernels_of(z)
     return _backend.select("spectrogram_cmx", _SPECTROGRAM_CMX, backend)(z, (r_f, r_t), epsilon, scale)
+
+
+_spectrogram_cmx = torch.library.custom_op("mars::spectrogram_cmx", _compute_spectrogram_cmx, mutates_args=())
 
 
 @_spectrogram_cmx.register_fake
@@ -150,12 +163,18 @@ def _spectrogram_cmx_fake(z: Tensor, r_f: int, r_t: int, epsilon: float, scale: 
     return z.new_empty(layout.multiplexed(z, r_f, r_t), dtype=z.dtype.to_real())
 
 
-@torch.library.custom_op("mars::spectrogram_cmx_backward", mutates_args=())
-def _spectrogram_cmx_backward(grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float) -> Tensor:
+def _compute_spectrogram_cmx_backward(
+    grad: Tensor, z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float
+) -> Tensor:
     _check_gradient(grad, z, r_f, r_t, epsilon, scale)
     _native.check_memory("spectrogram_cmx_backward", grad, z)
     run = _backend.select("spectrogram_cmx_backward", _SPECTROGRAM_CMX_BACKWARD, _kernels_of(z))
     return run(grad, z, (r_f, r_t), epsilon, scale)
+
+
+_spectrogram_cmx_backward = torch.library.custom_op(
+    "mars::spectrogram_cmx_backward", _compute_spectrogram_cmx_backward, mutates_args=()
+)
 
 
 @_spectrogram_cmx_backward.register_fake
@@ -164,14 +183,18 @@ def _spectrogram_cmx_backward_fake(grad: Tensor, z: Tensor, r_f: int, r_t: int, 
     return layout.empty_like(z)
 
 
-@torch.library.custom_op("mars::inverse_spectrogram_cmx", mutates_args=())
-def _inverse_spectrogram_cmx(
+def _compute_inverse_spectrogram_cmx(
     x: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, below: int, above: int
 ) -> Tensor:
     _check_inverse(x, r_f, r_t, epsilon, scale, below, above)
     _native.check_memory("inverse_spectrogram_cmx", x)
     run = _backend.select("inverse_spectrogram_cmx", _INVERSE_SPECTROGRAM_CMX, _kernels_of(x))
     return run(x, (r_f, r_t), epsilon, scale, (below, above))
+
+
+_inverse_spectrogram_cmx = torch.library.custom_op(
+    "mars::inverse_spectrogram_cmx", _compute_inverse_spectrogram_cmx, mutates_args=()
+)
 
 
 @_inverse_spectrogram_cmx.register_fake

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mars.kernels._triton import Compilation
+from mars.kernels._triton import Compilation, cdiv, launch
 from mars.kernels.cmx import layout, reference
 
 _SPLITS = (1, 2, 4, 8)  # frame factors with kernels of their own
@@ -29,6 +29,7 @@ _ROWS = {1: 32, 2: 16, 4: 8, 8: 4}  # bytes of an element: rows of such a tile
 _TILE_FRAMES, _TILE_BINS = 64, 32  # of a tile whose bins are contiguous
 _BLOCK = 1024  # elements of a program of the general kernel
 _WARPS = 4
+_STAGES = 3  # Triton's default; without effect, as there are no loops
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -287,20 +288,21 @@ def _magnitude_kernel(
     tl.store(m_ptr + row[:, None] * (columns * R_T) + frame, m, mask=kept)
 
 
-def _row_tile(r_t: int, element_size: int) -> dict[str, int]:
-    return {"R_T": r_t, "ROWS": _ROWS[element_size], "COLUMNS": _FRAMES // r_t}
+def _row_tile(r_t: int, element_size: int) -> tuple[int, int, int]:
+    """Return R_T, ROWS and COLUMNS."""
+    return r_t, _ROWS[element_size], _FRAMES // r_t
 
 
-def _turned_tile(r_t: int) -> dict[str, int]:
-    return {"R_T": r_t, "BINS": _TILE_BINS, "COLUMNS": _TILE_FRAMES // r_t}
+def _turned_tile(r_t: int) -> tuple[int, int, int]:
+    """Return R_T, BINS and COLUMNS."""
+    return r_t, _TILE_BINS, _TILE_FRAMES // r_t
 
 
 def cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     """See `op.cmx`."""
     x = layout.plain(x)
     y = x.new_empty(layout.multiplexed(x, *factors))
-    with torch.cuda.device_of(x):
-        _copy(x, y, *factors, inverse=False)
+    _copy(x, y, *factors, inverse=False)
     return y
 
 
@@ -308,8 +310,7 @@ def inverse_cmx(x: Tensor, factors: tuple[int, int]) -> Tensor:
     """See `op.inverse_cmx`."""
     x = layout.plain(x)
     y = x.new_empty(layout.demultiplexed(x, *factors))
-    with torch.cuda.device_of(x):
-        _copy(y, x, *factors, inverse=True)
+    _copy(y, x, *factors, inverse=True)
     return y
 
 
@@ -326,23 +327,24 @@ def _copy(x: Tensor, y: Tensor, r_f: int, r_t: int, inverse: bool) -> None:
     (*_, bins, frames), columns = x.shape, y.shape[-1]
     rows, size = x.numel() // frames, x.element_size()
     # Seen as integers, which a copy does not alter.
-    x, y = (torch.view_as_real(t).flatten(-2) if t.is_complex() else t for t in (x, y))
-    x, y = (t.view(_INTEGERS[size]) for t in (x, y))
+    if x.is_complex():
+        x, y = (torch.view_as_real(t).flatten(-2) for t in (x, y))
+    x, y = x.view(_INTEGERS[size]), y.view(_INTEGERS[size])
     if r_t in _SPLITS:
         tile = _row_tile(r_t, size)
-        grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
-        _cmx_kernel[grid](x, y, rows, bins, columns, r_f, **tile, INVERSE=inverse, num_warps=_WARPS)
+        grid, numbers = (cdiv(rows, tile[1]), cdiv(columns, tile[2])), (rows, bins, columns, r_f)
+        launch(_cmx_kernel, grid, (x, y), numbers, (*tile, inverse), warps=_WARPS, stages=_STAGES)
     else:
-        general = _general_cmx_kernel[(triton.cdiv(rows * frames, _BLOCK),)]
-        general(x, y, rows * frames, bins, columns, r_f, r_t, BLOCK=_BLOCK, INVERSE=inverse, num_warps=_WARPS)
+        numbers = rows * frames, bins, columns, r_f, r_t
+        grid = (cdiv(rows * frames, _BLOCK),)
+        launch(_general_cmx_kernel, grid, (x, y), numbers, (_BLOCK, inverse), warps=_WARPS, stages=_STAGES)
 
 
 def spectrogram_cmx(z: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
     """See `op.spectrogram_cmx`; z is complex64."""
     x = z.new_empty(layout.multiplexed(z, *factors), dtype=torch.float32)
     z = layout.batched(z)
-    with torch.cuda.device_of(z):
-        _spectrogram(z, x, *factors, epsilon, scale)
+    _spectrogram(z, x, *factors, epsilon, scale)
     return x
 
 
@@ -360,8 +362,7 @@ def _spectrogram(z: Tensor, x: Tensor, r_f: int, r_t: int, epsilon: float, scale
 def spectrogram_cmx_backward(grad: Tensor, z: Tensor, factors: tuple[int, int], epsilon: float, scale: float) -> Tensor:
     """Return the gradient of `spectrogram_cmx` to z, in memory whose contiguous dimension is that of z."""
     grad_z = layout.empty_like(z)
-    with torch.cuda.device_of(grad):
-        _spectrogram_backward(layout.plain(grad), layout.batched(z), layout.batched(grad_z), *factors, epsilon, scale)
+    _spectrogram_backward(layout.plain(grad), layout.batched(z), layout.batched(grad_z), *factors, epsilon, scale)
     return grad_z
 
 
@@ -381,22 +382,21 @@ def _spectrogram_backward(
 def _launch_spectrogram(
     z: Tensor, x: Tensor, grad_z: Tensor, r_f: int, r_t: int, epsilon: float, scale: float, backward: bool
 ) -> None:
-    sizes: tuple[int, ...]
     samples, bins, frames = z.shape
     columns = frames // r_t
     parts, grad_parts = torch.view_as_real(z), torch.view_as_real(grad_z)
-    tile = _row_tile(r_t, z.element_size())
-    if z.stride(2) == 1:
-        grid = triton.cdiv(samples * bins, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
-        sizes = samples * bins, bins, columns, r_f, *z.stride()[:2], *grad_z.stride()[:2]
-        kernel = _spectrogram_rows_kernel[grid]
-    else:
-        tile = _turned_tile(r_t)
-        grid = samples * triton.cdiv(bins, tile["BINS"]), triton.cdiv(columns, tile["COLUMNS"])
-        sizes = bins, columns, r_f, *z.stride()[::2], *grad_z.stride()[::2]
-        kernel = _spectrogram_tiles_kernel[grid]
     settings = 1 / epsilon, scale * math.log(2), epsilon, scale, reference.limit(epsilon, scale)
-    kernel(parts, x, grad_parts, *sizes, *settings, **tile, BACKWARD=backward, num_warps=_WARPS)
+    sizes: tuple[int, ...]
+    if z.stride(2) == 1:
+        kernel, tile = _spectrogram_rows_kernel, _row_tile(r_t, z.element_size())
+        grid = cdiv(samples * bins, tile[1]), cdiv(columns, tile[2])
+        sizes = samples * bins, bins, columns, r_f, *z.stride()[:2], *grad_z.stride()[:2]
+    else:
+        kernel, tile = _spectrogram_tiles_kernel, _turned_tile(r_t)
+        grid = samples * cdiv(bins, tile[1]), cdiv(columns, tile[2])
+        sizes = bins, columns, r_f, *z.stride()[::2], *grad_z.stride()[::2]
+    pointers, constants = (parts, x, grad_parts), (*tile, backward)
+    launch(kernel, grid, pointers, (*sizes, *settings), constants, warps=_WARPS, stages=_STAGES)
 
 
 def inverse_spectrogram_cmx(
@@ -405,8 +405,7 @@ def inverse_spectrogram_cmx(
     """See `op.inverse_spectrogram_cmx`; x is float32."""
     x = layout.plain(x)
     m = x.new_empty(layout.demultiplexed(x, *factors, sum(zeros)))
-    with torch.cuda.device_of(x):
-        _magnitudes(x, m, *factors, epsilon, scale, *zeros)
+    _magnitudes(x, m, *factors, epsilon, scale, *zeros)
     return m
 
 
@@ -421,11 +420,11 @@ def _magnitudes(x: Tensor, m: Tensor, r_f: int, r_t: int, epsilon: float, scale:
         _copy(whole.squeeze(-3), x, r_f, r_t, inverse=True)
         return _magnitudes(whole, m, 1, 1, epsilon, scale, below, above)
     rows, tile = m.numel() // frames, _row_tile(r_t, 4)
-    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
+    grid = cdiv(rows, tile[1]), cdiv(columns, tile[2])
     factor = math.log2(math.e) / scale
     high = float(np.float32(factor))
-    sizes = rows, bins, columns, r_f, below, above
-    _magnitude_kernel[grid](x, m, *sizes, epsilon, high, factor - high, **tile, num_warps=_WARPS)
+    numbers = rows, bins, columns, r_f, below, above, epsilon, high, factor - high
+    launch(_magnitude_kernel, grid, (x, m), numbers, tile, warps=_WARPS, stages=_STAGES)
 
 
 def _configs() -> tuple[Compilation, ...]:
@@ -439,10 +438,13 @@ def _configs() -> tuple[Compilation, ...]:
                 signature=signature,
                 constants=constants,
                 warps=_WARPS,
-                stages=3,  # Triton's default; without effect, as there are no loops
+                stages=_STAGES,
                 **promises,
             )
         )
+
+    def rows(r_t: int, size: int) -> dict[str, int]:
+        return dict(zip(("R_T", "ROWS", "COLUMNS"), _row_tile(r_t, size), strict=True))
 
     def integers(*names: str) -> dict[str, str]:
         return dict.fromkeys(names, "i32")
@@ -458,7 +460,7 @@ def _configs() -> tuple[Compilation, ...]:
             way = f"{8 * size} bit {'inverse' if inverse else 'forward'}"
             names = integers("rows", "bins", "columns", "r_f")
             for r_t in _SPLITS:
-                constants = {**_row_tile(r_t, size), "INVERSE": inverse}
+                constants = {**rows(r_t, size), "INVERSE": inverse}
                 promises = {"multiples_of_16": ("columns",), **wide}
                 add(_cmx_kernel, f"r_t={r_t} {way}", {**pointers, **names}, constants, **promises)
             names = integers("size", "bins", "columns", "r_f", "r_t")
@@ -469,11 +471,11 @@ def _configs() -> tuple[Compilation, ...]:
             tile = f"r_t={r_t} {'backward' if backward else 'forward'}"
             strides = ("z_sample", "z_bin", "grad_z_sample", "grad_z_bin")
             names = integers("rows", "bins", "columns", "r_f", *strides)
-            constants = {**_row_tile(r_t, 8), "BACKWARD": backward}
+            constants = {**rows(r_t, 8), "BACKWARD": backward}
             promises = {"multiples_of_16": ("columns", *strides), **wide}
             add(_spectrogram_rows_kernel, tile, {**spectra, **names}, constants, **promises)
             names = integers("bins", "columns", "r_f", "z_sample", "z_frame", "grad_z_sample", "grad_z_frame")
-            constants = {**_turned_tile(r_t), "BACKWARD": backward}
+            constants = {**dict(zip(("R_T", "BINS", "COLUMNS"), _turned_tile(r_t), strict=True)), "BACKWARD": backward}
             add(_spectrogram_tiles_kernel, tile, {**spectra, **names}, constants, multiples_of_16=("columns",))
         signature = {
             **dict.fromkeys(("x_ptr", "m_ptr"), "*fp32"),
@@ -481,7 +483,7 @@ def _configs() -> tuple[Compilation, ...]:
             **dict.fromkeys(("epsilon", "high", "low"), "fp32"),
         }
         promises = {"multiples_of_16": ("columns",), **wide}
-        add(_magnitude_kernel, f"r_t={r_t}", signature, _row_tile(r_t, 4), **promises)
+        add(_magnitude_kernel, f"r_t={r_t}", signature, rows(r_t, 4), **promises)
     return tuple(out)
 
 

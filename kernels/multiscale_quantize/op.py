@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mars.kernels import _backend, _native
+from mars.kernels._direct import direct
 from mars.kernels.multiscale_quantize import native, reference
 from mars.kernels.multiscale_quantize.problem import Problem
 from mars.kernels.multiscale_quantize.reference import area_downsample as area_downsample
@@ -57,7 +58,9 @@ def multiscale_quantize(
         ValueError: shapes, dtypes, devices, scales or keep do not fit, or the metric is unknown.
     """
     flat = [size for h, w in scales for size in (h, w)]
-    totals, ids = _quantize(f.detach(), codebook, weight, bias, list(phi_index), flat, metric, ratio, keep)
+    f = f.detach()
+    run = _compute if direct(f, codebook, weight, bias, keep) else _quantize
+    totals, ids = run(f, codebook, weight, bias, list(phi_index), flat, metric, ratio, keep)
     return ids, totals
 
 
@@ -68,8 +71,7 @@ _IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Tensor, Tensor]]] = {
 }
 
 
-@torch.library.custom_op("mars::multiscale_quantize", mutates_args=())
-def _quantize(
+def _compute(
     f: Tensor,
     codebook: Tensor,
     weight: Tensor,
@@ -90,6 +92,9 @@ def _quantize(
     with torch.autocast(f.device.type, enabled=False):
         ids, totals = _backend.select("multiscale_quantize", _IMPLEMENTATIONS, backend)(problem)
     return totals, ids  # the differentiable one first, as `torch.library.opcheck` needs it
+
+
+_quantize = torch.library.custom_op("mars::multiscale_quantize", _compute, mutates_args=())
 
 
 @_quantize.register_fake

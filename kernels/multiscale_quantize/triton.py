@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mars.kernels._triton import Compilation
+from mars.kernels._triton import Compilation, cdiv, launch
 from mars.kernels.multiscale_quantize import reference
 from mars.kernels.multiscale_quantize.problem import Problem
 from mars.kernels.nearest_code import PackedCodebook
@@ -196,29 +196,20 @@ def _quantize(problem: Problem) -> tuple[Tensor, Tensor]:
         if (h, w) != (height, width):
             rows = f.new_empty((batch * h * w, dim))
             if batch:
-                grid = (len(rows), triton.cdiv(dim, _AREA_D))
-                _area_kernel[grid](
-                    residual, rows, *sizes, _area_tile(width, w), _AREA_D, num_warps=_AREA_WARPS, num_stages=1
-                )
+                grid = (len(rows), cdiv(dim, _AREA_D))
+                constants = _area_tile(width, w), _AREA_D
+                launch(_area_kernel, grid, (residual, rows), sizes, constants, warps=_AREA_WARPS, stages=1)
         ids.append(packed.search(rows).view(batch, h * w))
         if batch:
             block_j, block_d = _update_tile(dim, w)
-            _update_kernel[(batch * height, triton.cdiv(width, _BLOCK_X), triton.cdiv(dim, block_d))](
-                ids[-1],
-                codebook,
-                taps[q],
-                bias[q],
-                keep,
-                residual,
-                totals[max(k - 1, 0)],
-                totals[k],
-                k,
-                *sizes,
-                _BLOCK_X,
-                block_j,
-                block_d,
-                num_warps=_UPDATE_WARPS,
-                num_stages=1,
+            launch(
+                _update_kernel,
+                (batch * height, cdiv(width, _BLOCK_X), cdiv(dim, block_d)),
+                (ids[-1], codebook, taps[q], bias[q], keep, residual, totals[max(k - 1, 0)], totals[k]),
+                (k, *sizes),
+                (_BLOCK_X, block_j, block_d),
+                warps=_UPDATE_WARPS,
+                stages=1,
             )
     return torch.cat(ids, dim=1), totals
 

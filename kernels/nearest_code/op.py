@@ -13,6 +13,7 @@ is not a float32, is never chosen unless no other is left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, NoReturn, Self, get_args
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mars.kernels import _backend, _native
+from mars.kernels._direct import unobserved
 from mars.kernels.nearest_code import native, packing, reference
 
 Metric = Literal["l2", "cosine"]
@@ -32,25 +34,31 @@ def nearest_code(x: Tensor, codebook: Tensor | PackedCodebook, metric: Metric = 
     """Return the index of the codebook row nearest to each row of x, the lowest on ties, without an (N, V) matrix.
 
     Args:
-        x: (N, D), any float dtype and strides; the search is in float32. No gradient.
+        x: (..., D), any float dtype and strides; the search is in float32. No gradient.
         codebook: (V, D), or what `pack_codebook` made of it, whose metric then holds; that form cannot be compiled.
         metric: "l2", the smallest squared distance, or "cosine", the largest cosine.
 
     Returns:
-        int64 (N,).
+        int64 (...): the shape of x without its last dimension.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the metric is unknown.
     """
+    if x.ndim not in (0, 2):
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        return nearest_code(rows, codebook, metric).view(x.shape[:-1])
     if isinstance(codebook, PackedCodebook):
         return codebook.search(x)
-    return _nearest_code(x.detach(), codebook.detach(), metric)
+    x, codebook = x.detach(), codebook.detach()
+    return (_search if unobserved(x, codebook) else _nearest_code)(x, codebook, metric)
 
 
-@torch.library.custom_op("mars::nearest_code", mutates_args=())
-def _nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+def _search(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     _check(x, codebook.shape, codebook.device)
     return pack_codebook(codebook, metric).search(x)  # type: ignore[arg-type]  # checked there
+
+
+_nearest_code = torch.library.custom_op("mars::nearest_code", _search, mutates_args=())
 
 
 @_nearest_code.register_fake
@@ -143,7 +151,7 @@ def _with_memory(x: Tensor) -> Tensor:
 
 def _check(x: Tensor, shape: torch.Size, device: torch.device) -> None:
     if x.ndim != 2 or len(shape) != 2 or x.shape[1] != shape[1]:
-        raise ValueError(f"nearest_code: want x (N, D) and codebook (V, D); got {tuple(x.shape)}, {tuple(shape)}")
+        raise ValueError(f"nearest_code: want x (..., D) and codebook (V, D); got {tuple(x.shape)}, {tuple(shape)}")
     if not x.is_floating_point():
         raise ValueError(f"nearest_code: want x of a floating-point dtype, got {x.dtype}")
     if x.device != device:

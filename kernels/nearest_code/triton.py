@@ -15,13 +15,14 @@ in float32; b_v is -|c_v|^2 / 2, summed in float64, or 0 for cosine. The kernels
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mars.kernels._triton import ARCHITECTURES, Compilation
+from mars.kernels._triton import ARCHITECTURES, Compilation, cdiv, launch
 from mars.kernels.nearest_code import packing
 from mars.kernels.nearest_code.packing import Packed
 
@@ -72,16 +73,13 @@ def search(x: Tensor, packed: Packed) -> Tensor:
     products = len(x) * packed.rounded.numel()
     # Below, launches and memory decide, not arithmetic.
     run = search_exact if packed.size <= 2048 or products <= 1 << 27 else search_filtered
-    with torch.cuda.device_of(x):
-        return run(x, packed)
+    return run(x, packed)
 
 
 def search_exact(x: Tensor, packed: Packed) -> Tensor:
     """Do what `search` does, without the filter."""
-    blocks = triton.cdiv(len(x), _EXACT["rows"])
-    scratch = torch.zeros(len(x) + blocks + 1, dtype=torch.int64, device=x.device)
     ids = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    _exact(x, packed, ids, scratch, None)
+    _exact(x, packed, ids, _scratch(x), None)
     return ids
 
 
@@ -97,51 +95,31 @@ def search_filtered(x: Tensor, packed: Packed, splits: int | None = None) -> Ten
     depth, tiles = packed.rounded.shape[1], len(packed.bounds)
     interpreted = not x.is_cuda
     tile = _filter_tile(depth, 80 if interpreted else _capability(x.device))
-    blocks = triton.cdiv(n, tile.rows)
+    blocks = cdiv(n, tile.rows)
     splits = splits or _splits(blocks, tiles)
     upper = torch.empty(n, splits, 8, device=x.device)
     place = torch.empty(n, splits, 8, dtype=torch.int32, device=x.device)
     limits = torch.empty(n, splits, 2, device=x.device)
-    exact_blocks = triton.cdiv(n, _EXACT["rows"])
-    scratch = torch.zeros(n + exact_blocks + 1, dtype=torch.int64, device=x.device)
+    scratch = _scratch(x)
     listed = torch.empty(n, dtype=torch.int64, device=x.device)
-    _filter_kernel[(blocks, splits)](
-        x,
-        packed.shift,
-        packed.rounded,
-        packed.rounded_bias,
-        packed.bounds,
-        upper,
-        place,
-        limits,
-        n,
-        d,
-        tiles,
-        triton.cdiv(tiles, splits),
-        DEPTH=depth,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        UPCAST=interpreted,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    found = upper, place, limits
+    launch(
+        _filter_kernel,
+        (blocks, splits),
+        (x, packed.shift, packed.rounded, packed.rounded_bias, packed.bounds, *found),
+        (n, d, tiles, cdiv(tiles, splits)),
+        (depth, tile.rows, tile.columns, interpreted),
+        warps=tile.warps,
+        stages=tile.stages,
     )
-    _rerank_kernel[(triton.cdiv(n, _RERANK["rows"]),)](
-        x,
-        packed.codes,
-        packed.bias,
-        packed.order,
-        upper,
-        place,
-        limits,
-        ids,
-        listed,
-        scratch[-1:],
-        n,
-        d,
-        SPLITS=splits,
-        ROWS=_RERANK["rows"],
-        num_warps=_RERANK["warps"],
-        num_stages=_RERANK["stages"],
+    launch(
+        _rerank_kernel,
+        (cdiv(n, _RERANK["rows"]),),
+        (x, packed.codes, packed.bias, packed.order, *found, ids, listed, scratch.count),
+        (n, d),
+        (splits, _RERANK["rows"]),
+        warps=_RERANK["warps"],
+        stages=_RERANK["stages"],
     )
     _exact(x, packed, ids, scratch, listed)
     return ids
@@ -154,43 +132,44 @@ def _capability(device: torch.device) -> int:
 
 def _splits(blocks: int, tiles: int) -> int:
     """Return how many splits give about 256 programs with four tiles each or more."""
-    wanted = min(triton.cdiv(256, blocks), max(1, tiles // 4))
+    wanted = min(cdiv(256, blocks), max(1, tiles // 4))
     return max(s for s in _SPLITS if s <= wanted)
 
 
-def _exact(x: Tensor, packed: Packed, ids: Tensor, scratch: Tensor, listed: Tensor | None) -> None:
-    """Launch the exact kernel on all rows or on those listed, whose number is scratch[-1].
+class _Scratch(NamedTuple):
+    """What programs of the exact kernel share, int64, zero before it runs but for the count."""
 
-    scratch: int64, zeros but for the number: a key for each row, a counter for each block of rows, the number.
-    """
+    keys: Tensor  # of each row, the best so far
+    done: Tensor  # of each block of rows, the programs that have ended
+    count: Tensor  # of rows that are listed
+
+
+def _scratch(x: Tensor) -> _Scratch:
+    n = len(x)
+    keys, done = n + n % 2, cdiv(n, _EXACT["rows"])  # so that each part is aligned to 16 bytes
+    done += done % 2
+    zeros = torch.zeros(keys + done + 1, dtype=torch.int64, device=x.device)
+    return _Scratch(zeros, zeros[keys:], zeros[keys + done :])
+
+
+def _exact(x: Tensor, packed: Packed, ids: Tensor, scratch: _Scratch, listed: Tensor | None) -> None:
+    """Launch the exact kernel on all rows or on those listed."""
     n, d = x.shape
     if n == 0:
         return
-    blocks, tiles = triton.cdiv(n, _EXACT["rows"]), len(packed.bias) // _EXACT["columns"]
+    blocks, tiles = cdiv(n, _EXACT["rows"]), len(packed.bias) // _EXACT["columns"]
     # Listed rows are few, whatever n is: chunks of 1024 codes give even one block some parallelism.
     each = 16 if listed is not None else max(1, min(16, tiles * blocks // _EXACT_PROGRAMS))
-    chunks = triton.cdiv(tiles, each)
-    _exact_kernel[(min(_EXACT_PROGRAMS, blocks * chunks),)](
-        x,
-        packed.codes,
-        packed.bias,
-        packed.order,
-        ids if listed is None else listed,
-        scratch[-1:],
-        scratch,
-        scratch[n:],
-        ids,
-        n,
-        d,
-        tiles,
-        each,
-        chunks,
-        LISTED=listed is not None,
-        ROWS=_EXACT["rows"],
-        COLUMNS=_EXACT["columns"],
-        DEPTH=_EXACT["depth"],
-        num_warps=_EXACT["warps"],
-        num_stages=_EXACT["stages"],
+    chunks = cdiv(tiles, each)
+    rows = ids if listed is None else listed
+    launch(
+        _exact_kernel,
+        (min(_EXACT_PROGRAMS, blocks * chunks),),
+        (x, packed.codes, packed.bias, packed.order, rows, scratch.count, scratch.keys, scratch.done, ids),
+        (n, d, tiles, each, chunks),
+        (listed is not None, _EXACT["rows"], _EXACT["columns"], _EXACT["depth"]),
+        warps=_EXACT["warps"],
+        stages=_EXACT["stages"],
     )
 
 

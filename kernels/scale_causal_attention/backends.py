@@ -38,33 +38,43 @@ def per_scale(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: fl
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """Call `scaled_dot_product_attention` for each group of scales, with a mask inside the group."""
-    parts = []
-    for start, end, group in groups(lengths):
-        mask = None
-        if len(group) > 1:
-            own = reference.mask(group, q.device)
-            mask = torch.cat((own.new_ones(end - start, start), own), dim=1)
-        rows = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
-        parts.append(F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale))
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    return _by_group(q, k, v, lengths, scale, F.scaled_dot_product_attention)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """Call the flash-attn package for each scale."""
+    """Call the flash-attn package for each large scale, and PyTorch for each group of small ones."""
     from flash_attn import flash_attn_func
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    parts = [flash_attn_func(*part, softmax_scale=scale) for part in _scales(q, k, v, lengths, dim=1)]
-    return torch.cat(parts, dim=1).transpose(1, 2)
+    def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale).transpose(1, 2)
+
+    return _by_group(q, k, v, lengths, scale, unmasked)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """Call the xformers package for each scale."""
+    """Call the xformers package for each large scale, and PyTorch for each group of small ones."""
     from xformers.ops import memory_efficient_attention
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    parts = [memory_efficient_attention(*part, scale=scale) for part in _scales(q, k, v, lengths, dim=1)]
-    return torch.cat(parts, dim=1).transpose(1, 2)
+    def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
+
+    return _by_group(q, k, v, lengths, scale, unmasked)
+
+
+def _by_group(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, unmasked: Callable[..., Tensor]
+) -> Tensor:
+    """Let each group attend to the keys up to its end: with a mask by PyTorch, and a single scale without one."""
+    parts = []
+    for start, end, group in groups(lengths):
+        rows = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        if len(group) > 1:
+            own = reference.mask(group, q.device)
+            mask = torch.cat((own.new_ones(end - start, start), own), dim=1)
+            parts.append(F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale))
+        else:
+            parts.append(unmasked(*rows, scale=scale))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

@@ -5,6 +5,8 @@ in bfloat16 above all, where it does not reach the matrix units. Matrix products
 appendix B.2): P = softmax(S), dV = P' dO, dP = dO V', dS = P (dP - sum P dP), dQ = dS K, dK = dS' Q. S and its softmax
 are in float32, since scores rounded to bfloat16 would be off by 0.25 at the sharpest that a VAR learns.
 
+A processor without products in bfloat16 has the backward done in float32, which there is five to ten times as fast.
+
 P is kept from the forward where it is small, and otherwise computed again. The normalisation of q and k is part of both
 passes, done on what lies in the cache: for x^ = x / |x| and the gradient u of x^, dx = (u - x^ (x^ . u)) / |x|.
 
@@ -17,6 +19,7 @@ Letters: B batch, H heads, L tokens, D values per head.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +32,45 @@ _SCORES = {4: 1 << 20, 2: 1 << 22}  # held at a time, by bytes of a value: a pro
 _EPS = 1e-12  # torch.nn.functional.normalize's
 
 
+class Processor(NamedTuple):
+    """This is what decides which attention is fast on a CPU."""
+
+    amx: bool  # multiplies tiles of bfloat16
+    bfloat16: bool  # multiplies bfloat16 at all, other than by way of float32
+
+
+def _processor() -> Processor:
+    found = torch.cpu.get_capabilities()
+    amx = bool(found.get("amx_bf16"))
+    return Processor(amx, amx or bool(found.get("avx512_bf16")) or bool(found.get("bf16")))
+
+
+PROCESSOR = _processor()  # asked once: a choice by timing would make two runs of one seed differ
+
+
+def pays(dtype: torch.dtype, groups: int, normalised: bool) -> bool:
+    """Return whether this is the fastest attention of the processor, or else "grouped", forward and backward.
+
+    Measured with AMX (a Xeon): where there are several groups of scales, or a normalisation to be fused. Without (EPYC,
+    Zen 3 and 5): several groups and, by far, bfloat16 of any kind, whose backward of PyTorch's own is slow.
+    """
+    if dtype == torch.float16:  # products in it are slow everywhere
+        return False
+    if groups > 1 or (dtype == torch.bfloat16 and not PROCESSOR.amx):
+        return True
+    # Compiled, only this one keeps what is not finite where it belongs.
+    return normalised and (PROCESSOR.amx or torch.compiler.is_compiling())
+
+
+def _widened(q: Tensor) -> bool:
+    """Return whether the products are computed in float32, since the processor has none in the dtype of q."""
+    return q.dtype == torch.bfloat16 and not PROCESSOR.bfloat16
+
+
 def saved_numel(q: Tensor, lengths: Sequence[int]) -> int:
     """Count the values of P that `forward` keeps: only in 16 bits, and none if they take more than `KEPT` bytes."""
     values = q.shape[0] * q.shape[1] * sum((end - start) * end for start, end, _ in backends.groups(lengths))
-    return values if q.element_size() == 2 and 2 * values <= KEPT else 0
+    return values if q.element_size() == 2 and 2 * values <= KEPT and not _widened(q) else 0
 
 
 def forward(
@@ -84,6 +122,11 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it)."""
+    if _widened(q):
+        wide = (x.float() for x in (do, q, k, v))
+        *widened, dgain = backward(*wide, head_scale, weights.float(), lengths, scale)
+        dq, dk, dv = (x.to(q.dtype) for x in widened)
+        return dq, dk, dv, dgain
     gradients = _backward(do, q, k, v, head_scale, weights, backends.groups(lengths), scale)
     if backends.hiding(lengths) and not backends.finite(*gradients[:3]):
         return _backward(do, q, k, v, head_scale, weights[:0], backends.groups(lengths, least=1), scale)

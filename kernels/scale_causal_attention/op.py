@@ -3,10 +3,11 @@
 MARS_ATTENTION chooses the implementation: "auto", or one of `BACKENDS`, which is then an error where it cannot run. It
 is read when this module is imported. "auto" follows MARS_KERNELS, and is otherwise
 
-- on CUDA "triton", which needs no mask and fuses the normalisation; "dense" (without a mask) for a single scale, and
-  "grouped" for what the Triton kernels do not take: heads of other than 16, 32, 64 or 128 values, float64;
-- on a CPU "hybrid", but for float16, whose products are slow there, and for what gains nothing by it, a single group
-  without `head_scale`: both "grouped", which keeps less for its backward;
+- on CUDA "triton" in 16 bits, which needs no mask and fuses the normalisation; "dense" (without a mask) for a single
+  scale, and "grouped" for float32, which it was measured to be fastest in, and for what the Triton kernels do not take:
+  heads of other than 16, 32, 64 or 128 values, float64;
+- on a CPU "hybrid" where it is the fastest of the processor (`hybrid.pays`), else "grouped", which keeps less for its
+  backward. The processor's features decide and no stopwatch, so that a run can be repeated;
 - "grouped" elsewhere.
 
 There is no native kernel in C++: PyTorch's fused forward and oneDNN's matrix products are near what the CPU can do.
@@ -32,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mars.errors import ConfigError, KernelError
 from mars.kernels import _backend
-from mars.kernels.scale_causal_attention import backends, reference, registered
+from mars.kernels.scale_causal_attention import backends, hybrid, reference, registered
 from mars.kernels.scale_causal_attention.heads import TRITON_DTYPES, TRITON_SIZES
 
 AttentionBackend = Literal["triton", "hybrid", "grouped", "dense", "flash", "xformers", "flex", "reference"]
@@ -49,7 +50,7 @@ def scale_causal_attention(
     k: Tensor,
     v: Tensor,
     lengths: Sequence[int],
-    scale: float = 1.0,
+    scale: float | None = None,
     *,
     head_scale: Tensor | None = None,
     backend: str | None = None,
@@ -62,7 +63,8 @@ def scale_causal_attention(
     Args:
         q, k, v: (B, H, L, D), any strides, all of one float dtype; autocast casts them as for a matrix product.
         lengths: tokens of each scale, coarse to fine, each 1 or more; they add up to L.
-        scale: factor on the scores before the softmax, 0 or more.
+        scale: factor on the scores before the softmax, 0 or more. None: 1 / sqrt(D), as in PyTorch's
+            `scaled_dot_product_attention`, but 1 with `head_scale`, which takes its place.
         head_scale: (H,). With it q and k are first divided by their Euclidean norms, in float32, and q is multiplied
             by the scale of its head.
         backend: one of `BACKENDS` instead of the choice of MARS_ATTENTION.
@@ -77,7 +79,7 @@ def scale_causal_attention(
         KernelError: the backend asked for by name cannot run here, and why.
     """
     lengths = tuple(lengths)
-    _check("scale_causal_attention", q, k, v, scale, head_scale)
+    scale = _check("scale_causal_attention", q, k, v, scale, head_scale)
     if not lengths or min(lengths) < 1 or not q.shape[2] == k.shape[2] == sum(lengths):
         raise ValueError(
             f"scale_causal_attention: want q, k, v (B, H, {sum(lengths)}, D) for scales of {list(lengths)} tokens, "
@@ -88,15 +90,15 @@ def scale_causal_attention(
     return _backend.select("scale_causal_attention", _TABLE, name)(q, k, v, head_scale, lengths, scale)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute the softmax attention of all q (B, H, n, D) to all k, v (B, H, m, D).
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Compute the softmax attention of all q (B, H, n, D) to all k, v (B, H, m, D); scale None: 1 / sqrt(D).
 
     With n = m it is `scale_causal_attention` of a single scale, else PyTorch's fused attention.
 
     Raises:
         ValueError, ConfigError, KernelError: as `scale_causal_attention`.
     """
-    _check("attention", q, k, v, scale, None)
+    scale = _check("attention", q, k, v, scale, None)
     if 0 < q.shape[2] == k.shape[2]:
         return scale_causal_attention(q, k, v, (q.shape[2],), scale)
     q, k, v = _autocast(q, k, v)
@@ -110,7 +112,7 @@ def cached_attention(
     keys: Tensor,
     values: Tensor,
     start: int,
-    scale: float = 1.0,
+    scale: float | None = None,
     *,
     head_scale: Tensor | None = None,
 ) -> Tensor:
@@ -129,7 +131,7 @@ def cached_attention(
     Raises:
         ValueError: the shapes or dtypes do not fit, or the new scale does not fit after `start`.
     """
-    _check("cached_attention", q, k, v, scale, head_scale)
+    scale = _check("cached_attention", q, k, v, scale, head_scale)
     n, end = q.shape[2], start + q.shape[2]
     room = (*q.shape[:2], max(end, keys.shape[2] if keys.ndim == 4 else 0), q.shape[3])
     if start < 0 or k.shape[2] != n or keys.shape != room or values.shape != room or keys.dtype != values.dtype:
@@ -155,7 +157,8 @@ def availability(device: str | None = None) -> dict[str, str | None]:
     return {name: _missing(name, device, dtype) for name in BACKENDS}
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, head_scale: Tensor | None) -> None:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, head_scale: Tensor | None) -> float:
+    """Raise ValueError where the arguments do not fit, and return the scale that None stands for."""
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"{op}: want q, k, v (B, H, tokens, D), k and v alike; "
@@ -163,12 +166,15 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, head_scale: T
         )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"{op}: want q, k, v of one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if scale is None:
+        scale = q.shape[3] ** -0.5 if head_scale is None and q.shape[3] else 1.0
     if not 0 <= scale < float("inf"):
         raise ValueError(f"{op}: want a finite scale of 0 or more, got {scale}")
     if head_scale is not None and (head_scale.shape != q.shape[1:2] or not head_scale.is_floating_point()):
         raise ValueError(
             f"{op}: want head_scale ({q.shape[1]},) of a float dtype, got {tuple(head_scale.shape)} {head_scale.dtype}"
         )
+    return scale
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,11 +205,18 @@ def _chosen(backend: str | None, q: Tensor, lengths: Sequence[int], normalised: 
     if kernels == "reference":
         return kernels
     if kernels == "triton" and _fits_triton(q):
-        # Not measured on a GPU. With a single scale nothing is masked, which is what PyTorch's own kernels are best at.
-        return "triton" if len(lengths) > 1 or device != "cuda" else "dense"
-    if device != "cpu" or q.dtype == torch.float16:
-        return "grouped"
-    return "hybrid" if normalised or len(backends.groups(lengths)) > 1 else "grouped"
+        if device == "cuda" and len(lengths) == 1:  # nothing is masked, which is what PyTorch's own kernels are best at
+            return "dense"
+        if q.dtype in _ON_CUDA or _backend.choice() == "triton":
+            return "triton"
+    if device == "cpu" and hybrid.pays(q.dtype, len(backends.groups(lengths)), normalised):
+        return "hybrid"
+    return "grouped"
+
+
+# In which the Triton kernels are fastest on CUDA. Forward and backward on an H200, 8 samples of the published model: in
+# bfloat16 0.27 ms of the device against 0.39 of one masked call; in float32 8.4 ms, masked 2.15, "grouped" 2.01.
+_ON_CUDA = (torch.bfloat16, torch.float16)
 
 
 def _hidden_shows(name: str, k: Tensor, v: Tensor, lengths: Sequence[int]) -> bool:
@@ -250,6 +263,7 @@ def _missing(name: str, device: str, dtype: torch.dtype) -> str | None:
 def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Call a backend beside the reference, and return why it does not work, or None where it does."""
     generator = torch.Generator().manual_seed(0)
+    lengths = (1, 4, backends.GROUP, 32)  # of a group with a mask, and of a scale without one
     try:
         with (
             torch.inference_mode(False),
@@ -257,12 +271,12 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
             torch.autocast(device, enabled=False),
             warnings.catch_warnings(action="ignore"),
         ):
-            qkv, do = (torch.randn(2, 32, n, 2, 64, generator=generator).to(device, dtype) for n in (3, 1))
+            qkv, do = (torch.randn(2, sum(lengths), n, 2, 64, generator=generator).to(device, dtype) for n in (3, 1))
 
             def outcome(attend: backends.Attend, leaf: Tensor) -> tuple[Tensor, ...]:
                 leaf.requires_grad_()
                 q, k, v = leaf.permute(2, 0, 3, 1, 4)
-                out = attend(q, k, v, (1, 4, 27), 0.125)
+                out = attend(q, k, v, lengths, 0.125)
                 return out.detach(), *torch.autograd.grad(out, leaf, do[:, :, 0].transpose(1, 2).to(out.dtype))
 
             expected = outcome(reference.scale_causal_attention, qkv.double())
@@ -275,12 +289,11 @@ def _tried(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
-    return registered.fused_attention(q, k, v, head_scale, lengths, scale)[0]
+    return registered.fused(q, k, v, head_scale, lengths, scale)
 
 
 def _hybrid(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
-    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return registered.hybrid_attention(q, k, v, head_scale, lengths, scale, keep)[0]
+    return registered.hybrid_of(q, k, v, head_scale, lengths, scale)
 
 
 def _plain(
@@ -301,7 +314,13 @@ _PLAIN: dict[str, backends.Attend] = {  # what normalises nothing itself
     "flex": backends.flex,
     "reference": reference.scale_causal_attention,
 }
-_MASKS = {"grouped": None, "dense": sys.maxsize, "reference": sys.maxsize}  # tokens of a group
+_MASKS = {  # tokens of a group
+    "grouped": None,
+    "flash": None,
+    "xformers": None,
+    "dense": sys.maxsize,
+    "reference": sys.maxsize,
+}
 _TABLE: dict[str, Callable[..., Tensor]] = {
     "triton": _triton,
     "hybrid": _hybrid,

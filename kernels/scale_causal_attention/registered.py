@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mars.kernels import _native
+from mars.kernels._direct import differentiated, direct, unobserved
 from mars.kernels.scale_causal_attention import hybrid
 from mars.kernels.scale_causal_attention.heads import TRITON_DTYPES, TRITON_SIZES, empty_like_heads
 
@@ -63,8 +65,7 @@ def _check_saved(op: str, q: Tensor, dtype: torch.dtype, saved: Sequence[Tensor]
             )
 
 
-@torch.library.custom_op("mars::scale_causal_attention", mutates_args=())
-def fused_attention(
+def _fused_attention(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return attention, log-sum-exp of the scores over log 2, and, with head_scale, 1 / |q|, 1 / |k| (else empty)."""
@@ -75,8 +76,10 @@ def fused_attention(
     return triton.forward(q, k, v, head_scale, lengths, scale)
 
 
-@torch.library.custom_op("mars::scale_causal_attention_backward", mutates_args=())
-def fused_attention_backward(
+fused_attention = torch.library.custom_op("mars::scale_causal_attention", _fused_attention, mutates_args=())
+
+
+def _fused_attention_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -102,6 +105,11 @@ def fused_attention_backward(
     from mars.kernels.scale_causal_attention import triton
 
     return triton.backward(do, q, k, v, head_scale, out, lse, q_inverse, k_inverse, lengths, scale)
+
+
+fused_attention_backward = torch.library.custom_op(
+    "mars::scale_causal_attention_backward", _fused_attention_backward, mutates_args=()
+)
 
 
 @fused_attention.register_fake
@@ -131,15 +139,21 @@ def _save_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _fused_gradients(ctx: Any, do: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if do is None:
         return (None,) * 6
-    dq, dk, dv, dgain = fused_attention_backward(do, *ctx.saved_tensors, ctx.lengths, ctx.scale)
+    arguments = do, *ctx.saved_tensors, ctx.lengths, ctx.scale
+    if direct(do):  # saved by our own forward, so that no more than this is left to check
+        _native.check_memory("scale_causal_attention_backward", *arguments[:4])
+        from mars.kernels.scale_causal_attention import triton
+
+        dq, dk, dv, dgain = triton.backward(*arguments)
+    else:
+        dq, dk, dv, dgain = fused_attention_backward(*arguments)
     return dq, dk, dv, dgain if ctx.needs_input_grad[3] else None, None, None
 
 
 fused_attention.register_autograd(_fused_gradients, setup_context=_save_fused)
 
 
-@torch.library.custom_op("mars::hybrid_attention", mutates_args=())
-def hybrid_attention(
+def _hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """Return attention and, with keep and while they are small, its weights (else empty)."""
@@ -148,8 +162,10 @@ def hybrid_attention(
     return hybrid.forward(q, k, v, head_scale, lengths, scale, keep)
 
 
-@torch.library.custom_op("mars::hybrid_attention_backward", mutates_args=())
-def hybrid_attention_backward(
+hybrid_attention = torch.library.custom_op("mars::hybrid_attention", _hybrid_attention, mutates_args=())
+
+
+def _hybrid_attention_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -166,6 +182,11 @@ def hybrid_attention_backward(
     _check_saved(name, q, q.dtype, (weights,), (hybrid.saved_numel(q, lengths) if weights.numel() else 0,))
     _native.check_memory(name, do, q, k, v, head_scale, weights)
     return hybrid.backward(do, q, k, v, head_scale, weights, lengths, scale)
+
+
+hybrid_attention_backward = torch.library.custom_op(
+    "mars::hybrid_attention_backward", _hybrid_attention_backward, mutates_args=()
+)
 
 
 @hybrid_attention.register_fake
@@ -194,8 +215,62 @@ def _save_hybrid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _hybrid_gradients(ctx: Any, do: Tensor | None, unused: None) -> tuple[Tensor | None, ...]:
     if do is None:
         return (None,) * 7
-    dq, dk, dv, dgain = hybrid_attention_backward(do, *ctx.saved_tensors, ctx.lengths, ctx.scale)
+    run = _hybrid_attention_backward if direct(do) else hybrid_attention_backward
+    dq, dk, dv, dgain = run(do, *ctx.saved_tensors, ctx.lengths, ctx.scale)
     return dq, dk, dv, dgain if ctx.needs_input_grad[3] else None, None, None, None
 
 
 hybrid_attention.register_autograd(_hybrid_gradients, setup_context=_save_hybrid)
+
+
+class _Fused(torch.autograd.Function):
+    """This is `fused_attention` with its gradients, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _fused_attention(*inputs)
+        _save_fused(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _fused_gradients(ctx, do)
+
+
+class _Hybrid(torch.autograd.Function):
+    """This is `hybrid_attention` with its gradients, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _hybrid_attention(*inputs)
+        _save_hybrid(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _hybrid_gradients(ctx, do, None)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float) -> Tensor:
+    """Return the attention of the Triton kernels, by the shortest way to them."""
+    tensors = q, k, v, head_scale
+    if not unobserved(*tensors):
+        return fused_attention(*tensors, lengths, scale)[0]
+    if differentiated(*tensors):
+        return _Fused.apply(*tensors, lengths, scale)
+    return _fused_attention(*tensors, lengths, scale)[0]
+
+
+def hybrid_of(
+    q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor | None, lengths: Sequence[int], scale: float
+) -> Tensor:
+    """Return the attention of a CPU, by the shortest way to it."""
+    tensors = q, k, v, head_scale
+    keep = differentiated(q, k, v)
+    if not unobserved(*tensors):
+        return hybrid_attention(*tensors, lengths, scale, keep)[0]
+    if differentiated(*tensors):
+        return _Hybrid.apply(*tensors, lengths, scale, keep)
+    return _hybrid_attention(*tensors, lengths, scale, keep)[0]

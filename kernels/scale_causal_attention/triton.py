@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mars.kernels._triton import Compilation
+from mars.kernels._triton import Compilation, cdiv, launch
 from mars.kernels.scale_causal_attention.heads import TRITON_SIZES, empty_like_heads
 from mars.kernels.scale_causal_attention.reference import kv_end as kv_end_of
 
@@ -324,8 +324,8 @@ def forward(
     kv_end, _ = _bounds(tuple(lengths), q.device)
     _launch(
         "forward", q,
-        (q, k, v, out, lse, q_inverse, k_inverse, _gain(head_scale, lse), kv_end, scale),
-        (q, k, v), head_scale is not None,
+        (q, k, v, out, lse, q_inverse, k_inverse, _gain(head_scale, lse), kv_end),
+        scale, (q, k, v), head_scale is not None,
     )  # fmt: skip
     return out, lse, q_inverse, k_inverse
 
@@ -342,10 +342,10 @@ def backward(
     delta, dgain = torch.empty_like(lse), torch.empty_like(lse) if norm else lse.new_empty(0)
     kv_end, q_start = _bounds(tuple(lengths), q.device)
     _launch(
-        "dq", q, (q, k, v, out, do, lse, q_inverse, k_inverse, gain, kv_end, dq, delta, dgain, scale),
-        (q, k, v, do), norm,
+        "dq", q, (q, k, v, out, do, lse, q_inverse, k_inverse, gain, kv_end, dq, delta, dgain),
+        scale, (q, k, v, do), norm,
     )  # fmt: skip
-    _launch("dkdv", q, (q, k, v, do, lse, delta, q_inverse, gain, q_start, dk, dv, scale), (q, k, v, do), norm)
+    _launch("dkdv", q, (q, k, v, do, lse, delta, q_inverse, gain, q_start, dk, dv), scale, (q, k, v, do), norm)
     return dq, dk, dv, dgain.sum((0, 2)).to(head_scale.dtype) if head_scale is not None else dgain
 
 
@@ -370,20 +370,20 @@ _KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel}
 
 
 def _launch(
-    name: str, q: Tensor, arguments: tuple[Tensor | float, ...], strided: tuple[Tensor, ...], norm: bool
+    name: str, q: Tensor, pointers: tuple[Tensor, ...], scale: float, strided: tuple[Tensor, ...], norm: bool
 ) -> None:
     B, H, L, D = q.shape
     queries, keys, warps, stages = tile(name, D, q.element_size() * 8)
-    programs = B * H * triton.cdiv(L, keys if name == "dkdv" else queries)
+    programs = B * H * cdiv(L, keys if name == "dkdv" else queries)
     if programs == 0:
         return
     # Triton's interpreter computes with the bit patterns of bfloat16.
     upcast = q.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
-    strides = (stride for x in strided for stride in x.stride()[:3])
-    with torch.cuda.device_of(q):
-        _KERNELS[name][(programs,)](
-            *arguments, H, L, *strides, D, queries, keys, norm, upcast, num_warps=warps, num_stages=stages
-        )  # fmt: skip
+    numbers: list[float] = [scale, H, L]
+    for x in strided:
+        numbers += x.stride()[:3]
+    constants = D, queries, keys, norm, upcast
+    launch(_KERNELS[name], (programs,), pointers, tuple(numbers), constants, warps=warps, stages=stages)
 
 
 _TYPES = {

@@ -1,4 +1,4 @@
-"""A folder of anyone's notes: sound files of any kind and rate, labelled by name or by a CSV."""
+"""A folder of anyone's notes: sound files of any kind and rate, labelled by folder and name, or by a CSV."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+
+from mars.data import pitch as pitches
 from mars.data.decode import SUFFIXES, decode
 from mars.data.kinds import not_a_folder
 from mars.data.notes import SHORTEST
-from mars.data.packed import ALLOW_BAD, Dataset, Writer
+from mars.data.packed import ALLOW_BAD, CONFIDENCE, Dataset, Writer
 from mars.data.splits import HoldOut
 from mars.errors import BadFileError, DataError
-from mars.labels import LABELS, Labels, labels_of
+from mars.labels import LABELS, UNKNOWN, Labels, is_name, label, labels_of, pitch_of
+
+RESERVED = ("split", CONFIDENCE)  # columns of a dataset that are no labels
+Pitch = Literal["named", "estimate"]
+
+_BETWEEN = re.compile(r"[-_ .]")  # the parts of a file's name
+_NOTE = re.compile(r"[A-G][#♯b♭]?-?\d")  # a part that names a pitch; written small it is as often a number of takes
 
 
 def pack_folder(
@@ -28,6 +37,7 @@ def pack_folder(
     sample_rate: int = 16_000,
     seconds: float = 4.0,
     shortest: float = SHORTEST,
+    pitch: Pitch = "named",
     licence: str = "unknown",
     hold_out: HoldOut | None = None,
     allow_bad: float = ALLOW_BAD,
@@ -37,7 +47,10 @@ def pack_folder(
 
     Hidden files are left alone, links to folders are not followed. `hold_out`: see `mars.data.splits.hold_out`.
     Labels come from names like NSynth's (bass_electronic_018-060-075.wav), and from `csv` where it lists the
-    file. Without either, the instrument is the file's folder, or its name up to the first separator.
+    file. Without either, the instrument is the file's folder, or its name up to the first separator, and the pitch is
+    what one part of its name says: 60 in violin_C4_soft.wav.
+
+    pitch: "estimate" takes it from the sound where it is not said (`mars.data.pitch`); sounds without one get none.
 
     Raises `DataError` (also for a bad row of the CSV), `TooManyBadError` and `DiskError`.
     """
@@ -55,6 +68,7 @@ def pack_folder(
         out, sample_rate=sample_rate, samples=samples, origin=origin, expected=len(files), progress=progress
     ) as writer:
         writer.ignored = dict(listing.ignored)
+        writer.confidence = {} if pitch == "estimate" else None
         for name, reason in listing.refused.items():
             writer.bad(name, reason)
         for file in files:
@@ -66,7 +80,13 @@ def pack_folder(
             except (BadFileError, OSError) as error:
                 writer.bad(name, str(error))
                 continue
-            writer.add(name, sound.audio, _labels(file, folder, rows.get(name, {})), changes=sound.changes)
+            labels = _labels(file, folder, rows.get(name, {}))
+            if writer.confidence is not None and labels.pitch == UNKNOWN and np.isfinite(sound.audio).all():
+                number, sure = pitches.estimate(sound.audio, sample_rate)
+                labels = replace(labels, pitch=number)
+                if number != UNKNOWN:
+                    writer.confidence[name] = sure
+            writer.add(name, sound.audio, labels, changes=sound.changes)
         for name in rows.keys() - {file.relative_to(folder).as_posix() for file in files}:
             writer.bad(name, "listed in the CSV, but there is no such file")
         return writer.commit(allow_bad, hold_out)
@@ -114,17 +134,26 @@ def find(folder: Path) -> FolderListing:
 
 
 def _labels(file: Path, folder: Path, row: dict[str, str | int]) -> Labels:
-    inside = file.parent.relative_to(folder).as_posix()
-    prefix = re.split(r"[-_ .]", file.stem)[0] or file.stem
-    known = labels_of(file.stem) or Labels(prefix if inside == "." else inside)
-    values: dict[str, Any] = {name: row.get(name, getattr(known, name)) for name in LABELS}
-    return Labels(**values)
+    inside, parts = file.parent.relative_to(folder).as_posix(), _BETWEEN.split(file.stem)
+    known = labels_of(file.stem) or Labels(parts[0] or file.stem if inside == "." else inside, pitch=_named(parts))
+    said: dict[str, Any] = {name: row.get(name, getattr(known, name)) for name in LABELS}
+    own = {name: str(word) for name, word in row.items() if name not in LABELS}
+    return Labels(**said, own=own)
+
+
+def _named(parts: list[str]) -> int:
+    """The pitch that just one of the parts of a file's name is the name of."""
+    found = [part for part in parts if _NOTE.fullmatch(part)]
+    try:
+        return pitch_of(found[0]) if len(found) == 1 else UNKNOWN
+    except ValueError:  # G#9 and higher
+        return UNKNOWN
 
 
 def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
     """Read the labels of each file that a CSV lists; empty cells are left out.
 
-    Columns: file, and any of the labels (`mars.labels`).
+    Columns: file, any of the labels (`mars.labels`), and others, which are labels of their own.
     Raises `DataError` naming the line for whatever is wrong.
     """
     rows: dict[str, dict[str, str | int]] = {}
@@ -132,9 +161,15 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns = reader.fieldnames or []
-            if "file" not in columns or len(set(columns)) < len(columns) or set(columns) - {"file", *LABELS}:
+            if "file" not in columns or len(set(columns)) < len(columns):
                 raise DataError(
-                    f"{file}: want the column file and any of {', '.join(LABELS)}; got {', '.join(columns)}"
+                    f"{file}: want the column file and any of {', '.join(LABELS)}, or labels of your own; "
+                    f"got {', '.join(columns)}"
+                )
+            if wrong := [name for name in columns if not is_name(name) or name in RESERVED]:
+                raise DataError(
+                    f"{file}: the column {wrong[0]!r:.80} cannot be a label; name it with letters, digits, spaces, "
+                    f"- and _, and not {', '.join(RESERVED)}"
                 )
             for row in reader:
                 where = f"{file}, line {reader.line_num}"
@@ -152,6 +187,6 @@ def read_csv(file: Path) -> dict[str, dict[str, str | int]]:
 
 def _cell(key: str, cell: str, where: str) -> str | int:
     try:
-        return LABELS[key].read(cell)
+        return label(key).read(cell)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None

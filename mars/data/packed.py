@@ -5,7 +5,8 @@ A dataset appears under its name complete or not at all. Its files:
   metadata.npy      (N, columns) int32, -1 = unknown
   names.txt, instruments.txt   one name a line
   dataset.json      format, version, sample_rate (Hz), samples, count, origin, splits, bad, columns (the names of those
-                    of metadata.npy; COLUMNS where it says nothing), and how they were packed:
+                    of metadata.npy; COLUMNS where it says nothing), words (of the labels that have some of the
+                    dataset's own, by name: what the numbers of their columns stand for), and how they were packed:
                     changes (notes by what was done to them), ignored (files by suffix), held_out (what, and why)
   bad_files.jsonl   {"file", "reason"} a line: what was left out
   manifest.json     size in bytes and sha256 of every other file
@@ -38,13 +39,14 @@ from mars.data.notes import Audio, fault
 from mars.data.splits import SPLITS, HoldOut, hold_out
 from mars.errors import DataError, DiskError, TooManyBadError
 from mars.files import opened, parse_json, read_bytes, read_json, read_text, sha256, sync
-from mars.labels import CLOSED, LABELS, UNKNOWN, Condition, Labels
+from mars.labels import CLOSED, LABELS, LONGEST_WORD, UNKNOWN, Labels, Values, Words, is_name, label
 from mars.text import is_one_line
 
 if TYPE_CHECKING:
     import torch
 
 COLUMNS = ("instrument", *CLOSED, "split")
+CONFIDENCE = "pitch_confidence"  # column: of an estimated pitch, in percent; -1 where somebody has said it
 FORMAT, VERSION = "mars-dataset", 1
 ALLOW_BAD = 0.01  # of the files; more points at a wrong folder or a broken download
 
@@ -163,6 +165,7 @@ class Dataset:
     origin: dict[str, Any]  # where the notes came from
     packing: Packing = field(default_factory=Packing)
     columns: tuple[str, ...] = COLUMNS  # of the metadata; also such as this version of mars does not know
+    own_words: Words = field(default_factory=dict)  # of labels, by name; see `words`
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Dataset:
@@ -200,6 +203,7 @@ class Dataset:
             if min(count, samples, rate) < 1 or (path / "audio.i16").stat().st_size != bytes_wanted:
                 raise DataError(f"{path}/audio.i16: want {count} x {samples} int16, got another size; {again}")
             columns = _columns(info.get("columns", COLUMNS), path / "dataset.json")
+            own = _own_words(info.get("words", {}), columns, path / "dataset.json")
             metadata = _read_metadata(path / "metadata.npy", count, len(columns))
             names, instruments = (
                 read_text(path / f"{file}.txt", DataError, _LARGEST_NAME * count).splitlines()
@@ -211,7 +215,8 @@ class Dataset:
             raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
         if len(names) != count:
             raise DataError(f"{path}/names.txt: want {count} names, got {len(names)}; {again}")
-        limits = {name: len(label.values({"instrument": instruments})) for name, label in LABELS.items()}
+        words = {"instrument": instruments, **own}
+        limits = {name: len(label(name).values(words)) for name in (*LABELS, *own)}
         limits["split"] = len(SPLITS)
         for column, values in zip(columns, metadata.T, strict=True):
             least = 0 if column in ("instrument", "split") else UNKNOWN
@@ -219,7 +224,7 @@ class Dataset:
                 raise DataError(f"{path}/metadata.npy: a {column} is out of range; {again}")
         audio = AudioFile(path / "audio.i16", count, samples, sums["audio.i16"])
         fingerprint = sha256(path / "manifest.json")
-        dataset = cls(audio, metadata, names, instruments, rate, fingerprint, origin, packing, columns)
+        dataset = cls(audio, metadata, names, instruments, rate, fingerprint, origin, packing, columns, own)
         if verify:
             dataset.verify()
         return dataset
@@ -245,17 +250,22 @@ class Dataset:
 
     @property
     def words(self) -> dict[str, list[str]]:
-        """The words of the labels that have none of their own; see `mars.labels`."""
-        return {"instrument": self.instruments}
+        """The words of the labels that have none of their own, or more than these; see `mars.labels`."""
+        return {"instrument": self.instruments, **{name: list(words) for name, words in self.own_words.items()}}
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names of its labels that are not in `mars.labels.LABELS`."""
+        return tuple(name for name in self.own_words if name not in LABELS)
 
     def labels(self, rows: npt.NDArray[np.int64] | None = None) -> dict[str, npt.NDArray[np.int32]]:
-        """Return the numbers of every label, by its name, of the notes at these places (None: all)."""
-        return {name: self.column(name)[slice(None) if rows is None else rows] for name in LABELS}
+        """The numbers of every label, by its name, of the notes at these places (None: all)."""
+        return {name: self.column(name)[slice(None) if rows is None else rows] for name in (*LABELS, *self.own)}
 
-    def known(self, note: int) -> Condition:
-        """Return the values of the labels of a note, as far as they are known."""
-        numbers = {name: int(self.column(name)[note]) for name in LABELS}
-        return {name: LABELS[name].values(self.words)[i] for name, i in numbers.items() if i != UNKNOWN}
+    def known(self, note: int) -> Values:
+        """The values of the labels of a note, as far as they are known."""
+        numbers, words = {name: int(self.column(name)[note]) for name in (*LABELS, *self.own)}, self.words
+        return {name: label(name).values(words)[i] for name, i in numbers.items() if i != UNKNOWN}
 
     def split(self, name: Literal["train", "valid", "test"]) -> npt.NDArray[np.int64]:
         """Return indices of the notes of one split; none where nothing was held out for it."""
@@ -319,6 +329,7 @@ class Writer:
         self._written = 0
         self.ignored: dict[str, int] = {}  # files that nobody tried to read, by suffix
         self._changes: dict[str, frozenset[str]] = {}  # name -> what was done to its sound
+        self.confidence: dict[str, float] | None = None  # name -> of its pitch, where pitches are estimated
         self._bad: dict[str, str] = {}
 
     def __enter__(self) -> Writer:
@@ -370,7 +381,7 @@ class Writer:
             reason += ": in the beginning, which alone is kept"
         if name in self._rows or name in self._bad:
             reason = "a note of this name came before"
-        elif reason is None and not (is_one_line(name) and is_one_line(labels.instrument)):
+        elif reason is None and not all(map(is_one_line, (name, labels.instrument, *labels.own, *labels.own.values()))):
             reason = "its name has characters that cannot be written on a line"
         if reason is not None:
             self.bad(name, reason)
@@ -433,21 +444,30 @@ class Writer:
         if len(free) < len(rows):
             held_out = "as the source says" + (f"; of the others {held_out}" if free else "")
         decided = iter(splits)
+        words, own = _words_of([labels for _, labels, _ in rows])
+        places = {name: {word: i for i, word in enumerate(known)} for name, known in words.items()}
         table = [
             (
                 index[labels.instrument],
-                *(getattr(labels, name) for name in CLOSED),
+                *(places[name][n] if isinstance(n := getattr(labels, name), str) else n for name in CLOSED),
                 next(decided) if split < 0 else split,
+                *(places[name].get(labels.own.get(name, ""), UNKNOWN) for name in own),
             )
             for _, labels, split in rows
         ]
         metadata = np.array(table, np.int32)
+        columns = (*COLUMNS, *own)
+        if self.confidence is not None:
+            sure = [round(100 * self.confidence[name]) if name in self.confidence else UNKNOWN for name in self._rows]
+            metadata, columns = np.column_stack([metadata, np.array(sure, np.int32)]), (*columns, CONFIDENCE)
+        split_of = metadata[:, COLUMNS.index("split")]
         info = {
             "format": FORMAT, "version": VERSION, "sample_rate": self.sample_rate, "samples": self.samples,
-            "count": len(rows), "columns": COLUMNS, "origin": self.origin,
-            "splits": {name: int((metadata[:, -1] == i).sum()) for i, name in enumerate(SPLITS)},
+            "count": len(rows), "columns": columns, "origin": self.origin,
+            "splits": {name: int((split_of == i).sum()) for i, name in enumerate(SPLITS)},
             "bad": len(self._bad), "ignored": self.ignored, "held_out": held_out,
             "changes": Counter(change for name in self._rows for change in self._changes.get(name, ())),
+            **({"words": words} if words else {}),
         }  # fmt: skip
         buffer = io.BytesIO()
         np.save(buffer, metadata, allow_pickle=False)
@@ -486,6 +506,18 @@ class Writer:
             os.fsync(file.fileno())
 
 
+def _words_of(notes: Iterable[Labels]) -> tuple[dict[str, list[str]], list[str]]:
+    """The words of the labels that have some of the notes' own, and the names of those that are not in the table."""
+    found: dict[str, set[str]] = {}
+    for labels in notes:
+        said = {name: getattr(labels, name) for name in CLOSED} | dict(labels.own)
+        for name, word in said.items():
+            if isinstance(word, str):
+                found.setdefault(name, set()).add(word)
+    own = sorted(found.keys() - LABELS.keys())
+    return {name: [*label(name).words, *sorted(found[name])] for name in (*CLOSED, *own) if name in found}, own
+
+
 def _lines(names: Iterable[str]) -> bytes:
     return "".join(name + "\n" for name in names).encode()
 
@@ -502,6 +534,20 @@ def _columns(names: Any, path: Path) -> tuple[str, ...]:
     ):
         raise DataError(f"{path}: want the names of columns, instrument and split among them; pack the dataset again")
     return tuple(words)
+
+
+def _own_words(found: Any, columns: Collection[str], path: Path) -> dict[str, list[str]]:
+    """The words of labels that a dataset.json holds, checked."""
+    good = isinstance(found, dict) and all(
+        is_name(name) and name in columns and not label(name).levels and name not in ("instrument", "split")
+        and isinstance(words, list) and words[: len(label(name).words)] == list(label(name).words)
+        and all(isinstance(word, str) and 0 < len(word) <= LONGEST_WORD and is_one_line(word) for word in words)
+        and len(set(words)) == len(words)
+        for name, words in found.items()
+    )  # fmt: skip
+    if not good:
+        raise DataError(f"{path}: want different words for columns of labels as words; pack the dataset again")
+    return dict(found)
 
 
 def _read_metadata(path: Path, count: int, columns: int) -> npt.NDArray[np.int32]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mars.errors import ConfigError
 from mars.evaluate.samples import checked
 from mars.runtime import stream
 
@@ -48,7 +49,7 @@ def resample_counts(clips: int, resamples: int, seed: int, key: int = 0) -> Tens
     key: tells two sets of clips of one bootstrap apart, which are drawn independently.
     """
     if clips < 1 or resamples < 2:
-        raise ValueError(f"bootstrap: want clips >= 1 and resamples >= 2, got {clips} and {resamples}")
+        raise ConfigError(f"bootstrap: want clips >= 1 and resamples >= 2, got {clips} and {resamples}")
     counts = torch.zeros(1 + resamples, clips, dtype=torch.float64)
     counts[0] = 1
     indices = torch.randint(clips, (resamples, clips), generator=stream(seed, key))

@@ -27,6 +27,7 @@ from mars.evaluate.sets import NoteSet, can_pair, open_notes
 from mars.files import new_folder, probe
 from mars.model import Model, load
 from mars.runtime import pick_device
+from mars.terminal import log
 
 Split = Literal["train", "valid", "test"]
 Say = Callable[[str], None]  # called with a warning, which names arguments in backquotes
@@ -102,7 +103,7 @@ def run(
             for newly generated ones, whose mel errors are those against the nearest real note.
         json_file: where to write the report.
         html_file: where to write a page of it with pictures and sounds.
-        say: called with warnings.
+        say: called with warnings; None: they go to the logger `mars`.
         progress: called with the task, the notes done and their total.
 
     Raises:
@@ -143,7 +144,7 @@ def reconstruct(
         iterations: of Griffin-Lim.
         refine: steps by which the tokens are improved; see `mars.model.Model.encode`.
         begun: called with the folder before the first note is made.
-        say: called with warnings.
+        say: called with warnings; None: they go to the logger `mars`.
         progress: called with what is being done, notes done and all of them.
 
     Raises:
@@ -195,7 +196,7 @@ def generate(
         top_p: as for `mars.model.Model.generate`.
         iterations: of Griffin-Lim.
         begun: called with the folder before the first note is made.
-        say: called with warnings.
+        say: called with warnings; None: they go to the logger `mars`.
         progress: called with what is being done, notes done and all of them.
 
     Raises:
@@ -223,7 +224,7 @@ class _Evaluation:
 
     def __init__(self, mode: Mode, options: Options, say: Say | None, progress: Progress | None) -> None:
         self.options, self._progress = options, progress
-        self.say: Say = say or (lambda message: None)
+        self.say: Say = say or log
         self.device = pick_device(options.device)
         self.settings = Settings(
             profile=options.profile,

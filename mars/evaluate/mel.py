@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mars.errors import DataError
+from mars.errors import ConfigError, DataError
 from mars.evaluate.samples import finite
 from mars.runtime import exact_float32, float64_device
 
@@ -60,7 +60,7 @@ def log_mel(waveform: Tensor) -> Tensor:
         DataError: a waveform holds NaN or infinity.
     """
     if waveform.ndim != 2 or not waveform.is_floating_point():
-        raise ValueError(f"log_mel: want floating-point (B, samples), got {waveform.dtype} {tuple(waveform.shape)}")
+        raise ConfigError(f"log_mel: want floating-point (B, samples), got {waveform.dtype} {tuple(waveform.shape)}")
     waveform = waveform.to(float64_device(waveform.device))
     finite("log_mel", waveform, "notes")
     filters = filterbank().to(waveform.device)
@@ -97,7 +97,7 @@ def mel_errors(real: Tensor, fake: Tensor) -> MelErrors:
         ValueError: they do not pair up.
     """
     if real.shape != fake.shape or real.ndim != 3:
-        raise ValueError(f"mel_errors: want (n, bands, frames) twice, got {tuple(real.shape)}, {tuple(fake.shape)}")
+        raise ConfigError(f"mel_errors: want (n, bands, frames) twice, got {tuple(real.shape)}, {tuple(fake.shape)}")
     pairs = zip(real.flatten(1).split(_NOTES), fake.flatten(1).split(_NOTES), strict=True)
     parts = [_errors(a, b) for a, b in pairs]
     return MelErrors(torch.cat([mse for mse, _ in parts]), torch.cat([mae for _, mae in parts]))
@@ -118,7 +118,7 @@ def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
         DataError: no references, or a spectrogram that holds NaN or infinity.
     """
     if queries.ndim != 3:
-        raise ValueError(f"nearest: want queries (n, bands, frames), got {tuple(queries.shape)}")
+        raise ConfigError(f"nearest: want queries (n, bands, frames), got {tuple(queries.shape)}")
     queries = queries.to(float64_device(queries.device), torch.promote_types(queries.dtype, torch.float32))
     finite("nearest (queries)", queries, "notes")
     n, device = len(queries), queries.device
@@ -127,7 +127,7 @@ def nearest(queries: Tensor, references: Tensor | Iterable[Tensor]) -> Nearest:
     start = 0
     for block in references.split(4096) if isinstance(references, Tensor) else references:
         if block.shape[1:] != queries.shape[1:]:
-            raise ValueError(f"nearest: want references {('m', *queries.shape[1:])}, got {tuple(block.shape)}")
+            raise ConfigError(f"nearest: want references {('m', *queries.shape[1:])}, got {tuple(block.shape)}")
         flat = block.to(device, queries.dtype).flatten(1)
         finite("nearest (references)", flat, "notes")
         squares = flat.square().sum(1)

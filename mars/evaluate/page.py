@@ -191,12 +191,12 @@ def _computed(report: Report, name: str, headings: Headings) -> str:
 def _provenance(report: Report) -> str:
     """Return the HTML that says which sets and networks were used, and how the evaluated notes were made."""
     sets = html.table(
-        ["", "source", "notes", "padded", "cut", "clipped", "refused", "fingerprint"],
+        ["", "source", "notes", "resampled", "padded", "cut", "clipped", "refused", "fingerprint"],
         [
             [
                 escape(name),
                 escape(s.source),
-                *(f"{count:,}" for count in (s.notes, s.padded, s.cut, s.clipped, len(s.refused))),
+                *(f"{count:,}" for count in (s.notes, s.resampled, s.padded, s.cut, s.clipped, len(s.refused))),
                 f"<code>{escape(s.fingerprint[:DIGITS])}</code>",
             ]
             for name, s in report.sets.items()

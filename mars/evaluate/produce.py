@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.nn import functional
-
 from mars import audio
 from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.baselines import phases
-from mars.evaluate.sets import SAMPLE_RATE, NoteSet
+from mars.evaluate.sets import NoteSet
 from mars.evaluate.sets import stem as stem_of
-from mars.labels import CLOSED, Condition
+from mars.labels import CLOSED, Values
 from mars.model import Model
+from mars.models.sampling import tile_size
 from mars.notes import Filled, Note, NoteFolder, fill, stem
-from mars.sampling import tile_size
 
 Progress = Callable[[int, int], None]  # called with the notes that are there and all of them
 
@@ -45,7 +43,7 @@ def reconstruct(
 
     Raises:
         CheckpointError: what the model decodes is not finite.
-        ConfigError: the model is not at 16 kHz, a setting is below 0, or `out` was begun with others.
+        ConfigError: a setting is below 0, or `out` was begun with others.
         DataError: two notes have one id, a file has changed or gone, or something else is in `out`.
         DiskError: there is no room for the files.
     """
@@ -63,8 +61,8 @@ def reconstruct(
             rows = range(first, min(first + size, len(notes)))
             if not missing.isdisjoint(rows):
                 tile = [*rows, *[first] * (size - len(rows))]
-                waveforms = notes.waveforms(tile)[:, :samples]
-                ids = model.encode(functional.pad(waveforms, (0, samples - waveforms.shape[1])), refine=refine)
+                waveforms = notes.waveforms(tile, model.config.audio.sample_rate, samples)
+                ids = model.encode(waveforms, refine=refine)
                 streams = phases([notes.keys[i] for i in tile], seed)
                 decoded = audio.within_full_scale(model.decode(ids, iterations=iterations, seed=streams).cpu())
                 for i, waveform in zip(rows, decoded, strict=False):
@@ -105,7 +103,7 @@ def generate_like(
 
     Raises:
         CheckpointError: the model is a tokenizer only, or gives numbers that are not finite.
-        ConfigError: the model is not at 16 kHz, a setting is out of range, or `out` was begun with others.
+        ConfigError: a setting is out of range, or `out` was begun with others.
         DataError: something else is in `out`.
         DiskError: there is no room for the files.
     """
@@ -139,11 +137,8 @@ def generate_like(
 
 
 def _folder(
-    model: Model, out: Path, settings: Mapping[str, Any], files: Sequence[str], conditions: Sequence[Condition]
+    model: Model, out: Path, settings: Mapping[str, Any], files: Sequence[str], conditions: Sequence[Mapping[str, Any]]
 ) -> NoteFolder:
-    rate = model.config.audio.sample_rate
-    if rate != SAMPLE_RATE:
-        raise ConfigError(f"notes are evaluated at {SAMPLE_RATE} Hz; the model's are at {rate} Hz")
     return NoteFolder(out, {**model.record, **settings}, files, conditions, model.config.audio)
 
 
@@ -152,7 +147,7 @@ def _produced(model: Model, settings: Mapping[str, Any], filled: Filled) -> dict
     return {"model_hash": model.hash, "settings": dict(settings), "quieter": filled.full_scale}
 
 
-def _labels(notes: NoteSet, i: int, names: Sequence[str]) -> Condition:
+def _labels(notes: NoteSet, i: int, names: Sequence[str]) -> Values:
     """Return those of these labels that are known of a note."""
     return {name: notes.labels[i][name] for name in names if name in notes.labels[i]}
 

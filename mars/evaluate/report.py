@@ -55,6 +55,7 @@ class Sounds:
     source: str
     notes: int
     fingerprint: str
+    resampled: int = 0
     padded: int = 0
     cut: int = 0
     clipped: int = 0
@@ -104,15 +105,20 @@ class Report:
         return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()
 
 
-def write(path: Path, report: Report) -> None:
-    """The report as JSON. Raises `OSError`."""
+def document(report: Report) -> dict[str, Any]:
+    """The report as JSON values, as `write` writes them."""
     document = {"format": FORMAT, "version": VERSION, **asdict(report)}
     document |= {"protocol": report.protocol, "fingerprint": report.fingerprint}
     for row in (document["metrics"], *document["baselines"].values()):
         for name, metric in row.items():
             row[name] = {key: value for key, value in metric.items() if key == "value" or value not in (None, "", {})}
+    return document
+
+
+def write(path: Path, report: Report) -> None:
+    """The report as JSON. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(document(report), indent=1, allow_nan=False) + "\n").encode())
 
 
 def read(path: Path) -> Report:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mars.errors import DataError
+from mars.errors import ConfigError, DataError
 
 _BLOCK = 256  # samples summed at a time
 
@@ -24,7 +24,7 @@ def checked(name: str, samples: Tensor, *shape: str, minimum: int = 1) -> Tensor
     """
     if samples.ndim != len(shape) or not samples.is_floating_point():
         expected = f"floating-point ({', '.join(shape)})"
-        raise ValueError(f"{name}: want {expected}, got {samples.dtype} {tuple(samples.shape)}")
+        raise ConfigError(f"{name}: want {expected}, got {samples.dtype} {tuple(samples.shape)}")
     if len(samples) < minimum:
         raise DataError(f"{name}: want at least {minimum} {shape[0]}, got {len(samples)}; evaluate more of them")
     samples = samples.detach().cpu()
@@ -44,7 +44,7 @@ def checked_pair(name: str, real: Tensor, fake: Tensor, *shape: str, minimum: in
     fake = checked(f"{name} (fake)", fake, *shape, minimum=minimum)
     if real.shape[-1] != fake.shape[-1]:
         sizes = f"{real.shape[-1]} (real), {fake.shape[-1]} (fake)"
-        raise ValueError(f"{name}: want as many {shape[-1]} for both, got {sizes}")
+        raise ConfigError(f"{name}: want as many {shape[-1]} for both, got {sizes}")
     return real, fake
 
 

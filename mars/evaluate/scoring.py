@@ -145,7 +145,9 @@ def evaluate(
     rows = [Row("", truth, NoteFeatures(fake, extractor), settings, learned)]
     if baselines:
         one, other = (NoteFeatures(half, extractor, truth) for half in halves(real, settings.seed))
-        oracle = griffin_lim_oracle(real, audio or AudioConfig(), seed=settings.seed)
+        usual = AudioConfig()  # also where the model's is at another rate than the notes are heard at
+        front_end = audio if audio is not None and audio.sample_rate == usual.sample_rate else usual
+        oracle = griffin_lim_oracle(real, front_end, seed=settings.seed)
         rows += [
             Row(REAL_VS_REAL, one, other, settings, learned, paired=False),
             Row(ORACLE, truth, NoteFeatures(oracle, extractor), settings, learned),
@@ -247,6 +249,7 @@ def _sounds(notes: NoteSet) -> Sounds:
         source=notes.source,
         notes=len(notes),
         fingerprint=notes.fingerprint,
+        resampled=len(record.resampled),
         padded=len(record.padded),
         cut=len(record.cut),
         clipped=len(record.clipped),

@@ -1,7 +1,8 @@
 """Sets of notes to evaluate: folders of audio files and splits of packed datasets, checked and paired.
 
-Every metric hears the same: mono at 16 kHz, exactly 64,000 samples, longer notes cut and shorter ones padded with
-zeros, clipped to [-1, 1]. Nothing is left out in silence: a set counts what it changed and lists what it refused.
+Every metric hears the same: mono at 16 kHz, to which others are resampled, exactly 64,000 samples, longer notes cut
+and shorter ones padded with zeros, clipped to [-1, 1]. Nothing is left out in silence: a set counts what it changed and
+lists what it refused.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import torch
 from torch import Tensor
 
 from mars.data import SPLITS, open_dataset
-from mars.data.decode import SUFFIXES, convert, record
+from mars.data.decode import SUFFIXES, Recording, Sound, convert, record
 from mars.data.folder import find
 from mars.data.kinds import not_a_folder
-from mars.data.notes import Audio, fault
+from mars.data.notes import SHORTEST, Audio, fault
 from mars.errors import BadFileError, DataError, TooManyBadError
 from mars.files import read_json, read_limited
-from mars.labels import LABELS, UNKNOWN, Condition, labels_of
+from mars.labels import UNKNOWN, Values, is_name, label, labels_of
 from mars.runtime import stream
 
 SAMPLE_RATE, SAMPLES = 16_000, 64_000  # Hz; per note
@@ -39,6 +40,7 @@ STREAM = 5  # tells the random order from other streams with the same seed
 class Record:
     """What opening a set gave: the names of notes that it changed, and what it left out."""
 
+    resampled: frozenset[str] = frozenset()  # at another rate than 16 kHz
     padded: frozenset[str] = frozenset()  # shorter than 64,000 samples
     cut: frozenset[str] = frozenset()  # longer
     clipped: frozenset[str] = frozenset()  # beyond full scale
@@ -53,9 +55,9 @@ class NoteSet:
     names: tuple[str, ...]  # file or note
     keys: tuple[str, ...]  # what each note's sound is: a hash of its file, or its place in a dataset
     pitch: npt.NDArray[np.int32]  # (n,) MIDI, -1 = unknown; asked for, where notes were generated
-    labels: tuple[Condition, ...]  # of each note the values that are known
+    labels: tuple[Values, ...]  # of each note the values that are known
     record: Record
-    _read: Callable[[Sequence[int]], Tensor] = field(repr=False)
+    _read: Callable[[Sequence[int], int, int], Tensor] = field(repr=False)  # given the rate in Hz and the samples
     sample_rate: int = SAMPLE_RATE  # Hz
 
     def __len__(self) -> int:
@@ -72,13 +74,22 @@ class NoteSet:
         lines = (f"{name}\t{key}\n" for name, key in zip(self.names, self.keys, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def waveforms(self, rows: Sequence[int] | npt.NDArray[np.int64] | None = None) -> Tensor:
-        """Return waveforms (B, 64000), float32 in [-1, 1], of the notes at these indices (None: all).
+    def waveforms(
+        self,
+        rows: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        sample_rate: int = SAMPLE_RATE,
+        samples: int = SAMPLES,
+    ) -> Tensor:
+        """Return waveforms (B, samples), float32 in [-1, 1], of the notes at these indices (None: all).
+
+        Args:
+            sample_rate: Hz; notes of another are resampled. Metrics hear the default; a model wants its own.
 
         Raises:
             DataError: a file has changed or gone since the set was opened.
         """
-        return self._read(range(len(self)) if rows is None else [int(row) for row in rows])
+        chosen = range(len(self)) if rows is None else [int(row) for row in rows]
+        return self._read(chosen, sample_rate, samples)
 
     def subset(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> NoteSet:
         """Return the notes at these indices, in this order."""
@@ -91,8 +102,14 @@ class NoteSet:
             keys=tuple(self.keys[i] for i in places),
             pitch=self.pitch[places],
             labels=tuple(self.labels[i] for i in places),
-            record=replace(record, padded=record.padded & kept, cut=record.cut & kept, clipped=record.clipped & kept),
-            _read=lambda chosen: self._read([places[i] for i in chosen]),
+            record=replace(
+                record,
+                resampled=record.resampled & kept,
+                padded=record.padded & kept,
+                cut=record.cut & kept,
+                clipped=record.clipped & kept,
+            ),
+            _read=lambda chosen, *shape: self._read([places[i] for i in chosen], *shape),
         )
 
     def mapped(self, name: str, transform: Callable[[Tensor, Sequence[str]], Tensor]) -> NoteSet:
@@ -103,9 +120,11 @@ class NoteSet:
             transform: makes waveforms (B, 64000) of waveforms (B, 64000) and the notes' keys, each from its own alone.
         """
 
-        def read(chosen: Sequence[int]) -> Tensor:
+        def read(chosen: Sequence[int], *shape: int) -> Tensor:
+            if shape != (SAMPLE_RATE, SAMPLES):
+                raise ValueError(f"{name}: want notes of {SAMPLES:,} samples at {SAMPLE_RATE:,} Hz, got {shape}")
             batches = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
-            return torch.cat([transform(self._read(rows), [self.keys[i] for i in rows]) for rows in batches])
+            return torch.cat([transform(self._read(rows, *shape), [self.keys[i] for i in rows]) for rows in batches])
 
         keys = tuple(f"{name}:{key}" for key in self.keys)
         return replace(self, source=f"{self.source}, {name}", keys=keys, _read=read)
@@ -164,12 +183,12 @@ def open_notes(
     """Open the notes of a folder of audio files, of one split of a packed dataset, or of the built-in notes (None).
 
     A folder is read with its sub-folders. Labels come from NSynth names, or from the `notes.json` that mars-generate
-    writes. A file is refused that cannot be read, is not mono at 16 kHz, lasts under 0.1 s, is silent or holds NaN,
+    writes. A file is refused that cannot be read, is not mono, lasts under 0.1 s, is silent or holds NaN,
     and so is one that `notes.json` lists but is not there; more than the share `allow_bad` of them is an error. Of a
     packed dataset every checksum is checked, since features are kept under it.
 
     Raises:
-        DataError: there is no such folder, dataset or split, or it is at another rate or damaged.
+        DataError: there is no such folder, dataset or split, or it is damaged.
         TooManyBadError: files were refused.
     """
     if path is None or (Path(path) / "dataset.json").is_file():
@@ -224,19 +243,21 @@ def _packed(path: str | Path | None, split: str, progress: Callable[[int, int], 
     source = "built-in notes" if path is None else str(path)
     if split not in SPLITS:
         raise DataError(f"want one of the splits {', '.join(SPLITS)}; got {split!r}")
-    if dataset.sample_rate != SAMPLE_RATE:
-        raise DataError(f"{source} is at {dataset.sample_rate} Hz, want {SAMPLE_RATE}; pack it again at that rate")
     rows = np.flatnonzero(dataset.column("split") == SPLITS.index(split))
     if not len(rows):
         raise DataError(f"{source} has no notes in the split {split}; name another with `split`")
     note = dataset.samples * 2  # bytes
     dataset.verify(progress and (lambda done, size: progress(done // note, size // note)))
 
-    def read(chosen: Sequence[int]) -> Tensor:
-        waveforms = dataset.waveforms(rows[list(chosen)])[:, :SAMPLES]
-        return torch.nn.functional.pad(waveforms, (0, SAMPLES - waveforms.shape[1]))
+    def read(chosen: Sequence[int], sample_rate: int, samples: int) -> Tensor:
+        waveforms = dataset.waveforms(rows[list(chosen)])
+        if sample_rate != dataset.sample_rate:
+            return resampled(waveforms, dataset.sample_rate, sample_rate, samples)
+        waveforms = waveforms[:, :samples]
+        return torch.nn.functional.pad(waveforms, (0, samples - waveforms.shape[1]))
 
     names = tuple(dataset.names[i] for i in rows)
+    seconds, whole = dataset.samples / dataset.sample_rate, SAMPLES / SAMPLE_RATE
     return NoteSet(
         source=f"{source} ({split})",
         names=names,
@@ -244,11 +265,19 @@ def _packed(path: str | Path | None, split: str, progress: Callable[[int, int], 
         pitch=dataset.column("pitch")[rows],
         labels=tuple(dataset.known(int(i)) for i in rows),
         record=Record(
-            padded=frozenset(names if dataset.samples < SAMPLES else ()),
-            cut=frozenset(names if dataset.samples > SAMPLES else ()),
+            resampled=frozenset(names if dataset.sample_rate != SAMPLE_RATE else ()),
+            padded=frozenset(names if seconds < whole else ()),
+            cut=frozenset(names if seconds > whole else ()),
         ),
         _read=read,
     )
+
+
+def resampled(waveforms: Tensor, was: int, sample_rate: int = SAMPLE_RATE, samples: int = SAMPLES) -> Tensor:
+    """Return waveforms (B, n) at `was` Hz as (B, samples) at `sample_rate` Hz, in [-1, 1], cut or padded with zeros."""
+    recordings = (Recording(waveform[:, None], was, None) for waveform in waveforms.numpy())
+    sounds = [convert(one, sample_rate=sample_rate, samples=samples, shortest=0).audio for one in recordings]
+    return torch.from_numpy(np.stack(sounds)).clamp(-1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +285,7 @@ class _File:
     """A file that was read, or the reason why it is refused."""
 
     sha256: str = ""
-    frames: int = 0  # of 64,001 at most
+    changes: frozenset[str] = frozenset()  # of `mars.data.decode.CHANGES`
     clipped: bool = False
     reason: str = ""
 
@@ -288,8 +317,11 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
         raise DataError(f"{path}: none of its {len(refused):,} notes can be used; {refused[0][0]}: {refused[0][1]}")
     names = tuple(intact)
 
-    def read(chosen: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.stack([_again(path / names[i], intact[names[i]]) for i in chosen]))
+    def read(chosen: Sequence[int], *shape: int) -> Tensor:
+        return torch.from_numpy(np.stack([_again(path / names[i], intact[names[i]], *shape) for i in chosen]))
+
+    def changed(how: str) -> frozenset[str]:
+        return frozenset(name for name, file in intact.items() if how in file.changes)
 
     labels = tuple(_labels(name, conditions) for name in names)
     return NoteSet(
@@ -299,8 +331,9 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
         pitch=np.array([known.get("pitch", UNKNOWN) for known in labels], np.int32),
         labels=labels,
         record=Record(
-            padded=frozenset(name for name, file in intact.items() if file.frames < SAMPLES),
-            cut=frozenset(name for name, file in intact.items() if file.frames > SAMPLES),
+            resampled=changed("resampled"),
+            padded=changed("padded"),
+            cut=changed("cut"),
             clipped=frozenset(name for name, file in intact.items() if file.clipped),
             refused=refused,
         ),
@@ -311,39 +344,36 @@ def _folder(path: Path, allow_bad: float, progress: Callable[[int, int], None] |
 def _check(path: Path) -> _File:
     try:
         content = read_limited(path, LARGEST)
-        audio, frames = _decode(content)
-        if reason := fault(audio):
+        sound = _decode(content, SAMPLE_RATE, SAMPLES)
+        if reason := fault(sound.audio):
             raise BadFileError(reason)
     except BadFileError as error:
         return _File(reason=str(error))
     except OSError as error:
         return _File(reason=f"unreadable ({error.strerror})")
-    return _File(hashlib.sha256(content).hexdigest(), frames, bool(np.abs(audio).max() > 1))
+    return _File(hashlib.sha256(content).hexdigest(), sound.changes, bool(np.abs(sound.audio).max() > 1))
 
 
-def _decode(content: bytes) -> tuple[Audio, int]:
-    """Decode a file to (64000,), and count its frames, up to 64,001. Raises `BadFileError`."""
-    recording = record(content, SAMPLES / SAMPLE_RATE)
-    if (recording.rate, recording.channels) != (SAMPLE_RATE, 1):
-        raise BadFileError(
-            f"want mono at {SAMPLE_RATE} Hz; got {recording.channels} channels at {recording.rate} Hz; convert it first"
-        )
-    audio = convert(recording, sample_rate=SAMPLE_RATE, samples=SAMPLES).audio
-    return audio, len(recording.audio)
+def _decode(content: bytes, sample_rate: int, samples: int, shortest: float = SHORTEST) -> Sound:
+    """Decode a mono file to (samples,) at `sample_rate` Hz. Raises `BadFileError`."""
+    recording = record(content, samples / sample_rate)
+    if recording.channels != 1:
+        raise BadFileError(f"want mono; got {recording.channels} channels; mix them to one first")
+    return convert(recording, sample_rate=sample_rate, samples=samples, shortest=shortest)
 
 
-def _again(path: Path, known: _File) -> Audio:
-    """Decode a file that was checked before to (64000,) in [-1, 1]."""
+def _again(path: Path, known: _File, sample_rate: int, samples: int) -> Audio:
+    """Decode a file that was checked before to (samples,) in [-1, 1] at `sample_rate` Hz."""
     try:
         content = read_limited(path, LARGEST)
     except OSError as error:
         raise DataError(f"{path} was there when the evaluation began ({error.strerror}); start again") from None
     if hashlib.sha256(content).hexdigest() != known.sha256:
         raise DataError(f"{path} has changed since the evaluation began; start again")
-    return np.clip(_decode(content)[0], -1, 1)
+    return np.clip(_decode(content, sample_rate, samples, shortest=0).audio, -1, 1)
 
 
-def _conditions(path: Path) -> dict[str, Condition]:
+def _conditions(path: Path) -> dict[str, Values]:
     """Return the labels that `notes.json` says each file was to have; empty where there is none."""
     listing = path / "notes.json"
     if not listing.exists():
@@ -355,7 +385,7 @@ def _conditions(path: Path) -> dict[str, Condition]:
         raise DataError(f"{listing} is not one that mars-generate wrote; move it elsewhere") from None
     try:
         conditions = {
-            file: {name: label.listed(condition.get(name)) for name, label in LABELS.items()}
+            file: {name: label(name).listed(value) for name, value in condition.items() if is_name(name)}
             for file, condition in requested.items()
         }
     except ValueError as error:
@@ -363,7 +393,7 @@ def _conditions(path: Path) -> dict[str, Condition]:
     return {file: {k: v for k, v in condition.items() if v is not None} for file, condition in conditions.items()}
 
 
-def _labels(name: str, conditions: dict[str, Condition]) -> Condition:
+def _labels(name: str, conditions: dict[str, Values]) -> Values:
     """Return the labels that are known of a note: those it was generated for, or those in its name."""
     if name in conditions:
         return conditions[name]

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mars.errors import ConfigError
+from mars.evaluate.published import PROFILE, Published
 from mars.evaluate.report import Figure, Heading, Report, Sounds
 from mars.pages.html import duration, number, text
 from mars.text import printable
@@ -136,16 +137,50 @@ def compare(reports: Mapping[str, Report]) -> list[str]:
     )
 
 
-def print_comparison(reports: Mapping[str, Report], console: Console, stderr: Console) -> None:
-    """The figures of reports side by side, by file name, and before them, on stderr, what `compare` says.
+def comparison(reports: Mapping[str, Report], beside: Sequence[Published] = ()) -> dict[str, Any]:
+    """What `print_comparison` shows, as JSON values.
 
     Raises:
-        ConfigError: they are of two profiles.
+        ConfigError: see `print_comparison`.
     """
-    for line in compare(reports):
+    differs = compare(reports)
+    _check_published(reports, beside)
+    own = {
+        name: {
+            "profile": report.profile,
+            "mode": report.mode,
+            "fingerprint": report.fingerprint,
+            "notes": report.sets["fake"].notes,
+            "metrics": {metric: figure.value for metric, figure in report.metrics.items() if figure.value is not None},
+        }
+        for name, report in reports.items()
+    }
+    others = [
+        {"name": row.name, "source": row.source, "mode": row.mode, "notes": row.notes, "metrics": dict(row.figures)}
+        for row in beside
+    ]
+    return {"reports": own, "published": others, "differences": differs}
+
+
+def print_comparison(
+    reports: Mapping[str, Report], console: Console, stderr: Console, beside: Sequence[Published] = ()
+) -> None:
+    """The figures of reports side by side, by file name, and before them, on stderr, what `compare` says.
+
+    Args:
+        beside: what others published, in columns of its own, which say so.
+
+    Raises:
+        ConfigError: they are of two profiles; or of another than what was published.
+    """
+    differs = compare(reports)
+    _check_published(reports, beside)
+    for line in differs:
         _say(stderr, f"warning: {line}", "yellow")
     known = headings(*reports.values())
-    names = measured((report.metrics for report in reports.values()), known)
+    shown = {name for row in beside for name in row.figures}
+    here = set(measured((report.metrics for report in reports.values()), known))
+    names = [name for name in known if name in here | shown]
     columns = [
         [
             name,
@@ -154,9 +189,29 @@ def print_comparison(reports: Mapping[str, Report], console: Console, stderr: Co
         ]
         for name, report in reports.items()
     ]
+    columns += [
+        [
+            row.name,
+            *(row.mode, "published", "-" if row.notes is None else f"{row.notes:,}"),
+            *(number(row.figures[metric]) if metric in row.figures else "-" for metric in names),
+        ]
+        for row in beside
+    ]
     profile = next(iter(reports.values())).profile
     first = [f"{profile} profile", "mode", "fingerprint", "notes", *(_heading(known[name]) for name in names)]
     _print([first, *columns], console)
+    for source in dict.fromkeys(row.source for row in beside):
+        of = ", ".join(row.name for row in beside if row.source == source)
+        _say(console, f"published, not computed by mars: {of}: {source}")
+
+
+def _check_published(reports: Mapping[str, Report], beside: Sequence[Published]) -> None:
+    found = next(iter(reports.values())).profile
+    if beside and found != PROFILE:
+        raise ConfigError(
+            f"the published figures are of the statistics of {PROFILE}, these of {found}, and must not share a table; "
+            f"evaluate with `profile` {PROFILE}"
+        )
 
 
 def _differences(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mars.config import Config, Pair, TokenizerConfig
+from mars.errors import ConfigError
 from mars.kernels import attention
 from mars.models.quantizer import Quantized, Quantizer
 from mars.runtime import to_device
@@ -36,7 +37,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v, scale=q.shape[-1] ** -0.5).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -121,11 +122,22 @@ class ViT(nn.Module):
 class Tokenizer(nn.Module):
     """CMX tensor (B, C, F, T) <-> tokens (B, L)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config | TokenizerConfig, shape: tuple[int, int, int] | None = None) -> None:
+        """Make a tokenizer of a whole model's settings, or of its own for tensors of any shape (C, F, T).
+
+        Raises:
+            ConfigError: the patch does not divide the shape.
+        """
         super().__init__()
-        t = config.tokenizer
-        self.channels = config.audio.channels
-        self.patch, self.patches = t.patch, config.patches
+        if isinstance(config, Config):
+            shape, config = config.audio.shape, config.tokenizer
+        if shape is None:
+            raise ConfigError("a tokenizer's own settings do not say what it reads; give its shape (C, F, T)")
+        t = config
+        self.channels, *grid = shape
+        if grid[0] % t.patch[0] or grid[1] % t.patch[1]:
+            raise ConfigError(f"tokenizer.patch {t.patch} must divide the grid {tuple(grid)}")
+        self.patch, self.patches = t.patch, (grid[0] // t.patch[0], grid[1] // t.patch[1])
         values = self.channels * t.patch[0] * t.patch[1]
         self.embed = nn.Linear(values, t.width)
         self.queries = nn.Parameter(torch.randn(1, t.latent[0] * t.latent[1], t.width) * 1e-6)

@@ -8,9 +8,8 @@ Letters: B batch, N scales, n_k tokens of scale k, L tokens in all, W width, V c
 
 from __future__ import annotations
 
-import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,41 +17,19 @@ from torch import Tensor, nn
 
 from mars import labels
 from mars.config import TokenizerConfig, VARConfig
-from mars.kernels import cached_attention, scale_causal_attention
+from mars.kernels import ScaleCausalAttention
 from mars.models.tokenizer import drop_path, recomputed
 from mars.runtime import to_device
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, n, d) and head_scale (H,) to (B, H, n, d)
 Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values (B, H, L, d), filled from the front
-
-
-class Attention(nn.Module):
-    """Self-attention on l2-normalised queries and keys; no bias on the keys."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Return (B, n, W) of x (B, n, W); `attend` normalises its queries and keys."""
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        head_scale = self.log_scale.clamp_max(math.log(100)).exp().flatten()
-        return self.proj(attend(q, k, v, head_scale).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """AdaLN block; `ada` gives the six modulations, or with shared AdaLN an offset to the shared ones."""
 
-    def __init__(self, width: int, heads: int, shared: bool) -> None:
+    def __init__(self, width: int, heads: int, shared: bool, lengths: Sequence[int]) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = ScaleCausalAttention(width, heads, lengths)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         if shared:
             self.offset = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
@@ -66,14 +43,21 @@ class Block(nn.Module):
             return self.offset + condition
         return self.ada(condition).view(len(condition), 1, 6, -1)
 
-    def forward(self, x: Tensor, condition: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
-        """Return (B, n, W) of x (B, n, W); condition: as for `modulation`; keep: as in the tokenizer."""
-        return self.transform(x, self.modulation(condition), attend, keep)
+    def forward(self, x: Tensor, condition: Tensor, keep: Tensor | None) -> Tensor:
+        """Return (B, L, W) of x (B, L, W); condition: as for `modulation`; keep: as in the tokenizer."""
+        return self.transform(x, self.modulation(condition), keep)
 
-    def transform(self, x: Tensor, modulation: Tensor, attend: Attend, keep: Tensor | None) -> Tensor:
-        """Compute `forward` from a modulation that is computed already."""
+    def transform(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        keep: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Compute `forward` from a modulation that is computed already; cache, start: see `ScaleCausalAttention`."""
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        y = self.attn(_norm(x) * (scale1 + 1) + shift1, attend) * gain1
+        y = self.attn(_norm(x) * (scale1 + 1) + shift1, cache, start) * gain1
         x = x + (y if keep is None else y * keep[0])
         y = self.mlp(_norm(x) * (scale2 + 1) + shift2) * gain2
         return x + (y if keep is None else y * keep[1])
@@ -84,28 +68,47 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def key(name: str) -> str:
+    """What the table of a condition is called in `VAR.condition`: people may call labels what parts of modules are."""
+    return name if name in labels.LABELS else f"own {name}"
+
+
 class VAR(nn.Module):
     """Logits of every scale's tokens given all coarser scales and the condition."""
 
     checkpointing = False  # in training mode: see `mars.models.tokenizer.recomputed`
 
-    def __init__(self, config: VARConfig, tokenizer: TokenizerConfig, words: labels.Words | None = None) -> None:
-        """words: the words of each open condition; see `mars.labels.vocabularies`."""
+    def __init__(
+        self,
+        config: VARConfig,
+        tokenizer: TokenizerConfig,
+        words: labels.Words | None = None,
+        *,
+        classes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Make a transformer for the tokens of a tokenizer.
+
+        Args:
+            words: the words of each open condition; see `mars.labels.vocabularies`.
+            classes: how many classes each condition has, in place of `config.condition`: for what is no sound.
+        """
         super().__init__()
         self.config = config
         self.lengths = [h * w for h, w in tokenizer.scales]
         self.starts = tokenizer.starts
         width, first, tokens = config.width, self.lengths[0], tokenizer.tokens
         # The last row of each table is the null condition.
-        sizes = labels.sizes(config.condition, words or {})
-        self.condition = nn.ModuleDict({name: nn.Embedding(size + 1, width) for name, size in sizes.items()})
-        self.start = None if config.condition else nn.Parameter(torch.empty(1, width))  # stands for the condition
+        sizes = labels.sizes(config.condition, words or {}) if classes is None else classes
+        self.condition = nn.ModuleDict({key(name): nn.Embedding(size + 1, width) for name, size in sizes.items()})
+        self.start = None if sizes else nn.Parameter(torch.empty(1, width))  # stands for the condition
         self.start_position = nn.Parameter(torch.empty(1, first, width))
         self.position = nn.Parameter(torch.empty(1, tokens, width))
         self.level = nn.Embedding(len(self.lengths), width)
         self.embed = nn.Linear(tokenizer.code_dim, width)
         self.shared_ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width)) if config.shared_adaln else None
-        self.blocks = nn.ModuleList(Block(width, config.heads, config.shared_adaln) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.shared_adaln, self.lengths) for _ in range(config.depth)
+        )
         self.head_ada = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.head = nn.Linear(width, tokenizer.codebook_size)
         self.register_buffer(
@@ -147,10 +150,10 @@ class VAR(nn.Module):
         return to_device(torch.tensor(rows, dtype=torch.int64), self.position.device).expand(batch, -1)
 
     def embed_condition(self, condition: Tensor) -> Tensor:
-        """Embed class ids (B, attributes), in the order of `config.condition`, to (B, W); the last class is unknown."""
+        """Embed class ids (B, attributes), in the order of `condition`, to (B, W); the last class is unknown."""
         if self.start is not None:
             return self.start.expand(len(condition), -1)
-        tables = self.condition.values()  # in the order of config.condition
+        tables = self.condition.values()  # in the order of config.condition, or of `classes`
         return torch.stack([table(ids) for table, ids in zip(tables, condition.unbind(1), strict=True)]).sum(0)
 
     def modulations(self, embedded: Tensor) -> list[Tensor]:
@@ -192,24 +195,15 @@ class VAR(nn.Module):
         if keep is not None:
             keep = to_device(keep.to(x.dtype), x.device)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
-            return scale_causal_attention(q, k, v, self.lengths, head_scale=head_scale)
-
         shared = self._block_condition(embedded)
         for i, block in enumerate(self.blocks):
-            arguments = x, shared, attend, None if keep is None else keep[i]
+            arguments = x, shared, None if keep is None else keep[i]
             x = recomputed(block, *arguments) if self.training and self.checkpointing else block(*arguments)
         return self.modulate(x, embedded)
 
     def new_cache(self, batch: int, dtype: torch.dtype) -> Cache:
         """Allocate the cache: keys and values of all L tokens."""
-        w, h = self.config.width, self.config.heads
-        shape = (batch, h, self.starts[-1], w // h)
-        device = self.position.device
-        return [
-            (torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
-            for _ in self.blocks
-        ]
+        return [typing.cast(Block, block).attn.new_cache(batch, dtype) for block in self.blocks]
 
     def step(
         self, k: int, inputs: Tensor | None, embedded: Tensor, modulations: Sequence[Tensor], cache: Cache
@@ -225,12 +219,6 @@ class VAR(nn.Module):
         start, end = self.starts[k], self.starts[k + 1]
         x = embedded[:, None] + self.start_position if inputs is None else self.embed(inputs)
         x = x + self.position[:, start:end] + self.level.weight[k]
-        for block, modulation, (keys, values) in zip(self.blocks, modulations, cache, strict=True):
-
-            def attend(
-                q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor, keys: Tensor = keys, values: Tensor = values
-            ) -> Tensor:
-                return cached_attention(q, k, v, keys, values, start, head_scale=head_scale)
-
-            x = typing.cast(Block, block).transform(x, modulation, attend, None)
+        for block, modulation, filled in zip(self.blocks, modulations, cache, strict=True):
+            x = typing.cast(Block, block).transform(x, modulation, None, filled, start)
         return self.head(self.modulate(x, embedded)).float()

@@ -1,4 +1,6 @@
-"""Pages in one file, without network or script: their frame and style sheet, and the words, sounds and tables in them.
+"""Pages without network and, but for `listen`, without script.
+
+Here are their frame and style sheet, and the words, sounds and tables in them.
 
 Nothing here needs PyTorch. Strings that are not said to be HTML are escaped.
 """
@@ -20,16 +22,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# There is no script to run, and a name that smuggled one in must not get to run it.
+# A name that smuggled a script in must not get to run it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data: file:; media-src 'self' data: file:"
 
 
-def document(title: str, parts: Iterable[str], footer: str) -> str:
-    """Return a page of HTML parts, without the empty ones, above a footer in HTML."""
+def document(title: str, parts: Iterable[str], footer: str, script: str = "") -> str:
+    """Return a page of HTML parts, without the empty ones, above a footer in HTML.
+
+    script: source of scripts that may run, as a policy names it; none otherwise.
+    """
+    policy = f"{POLICY}; script-src {script}" if script else POLICY
     style = resources.files("mars.pages").joinpath("page.css").read_text(encoding="utf-8")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>\n{style}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n"
         f"<footer>{footer}</footer>\n</body></html>\n"
@@ -67,6 +73,15 @@ def note(picture: str, sound: str, spoken: str, label: str, caption: str) -> str
         f'<audio controls preload="metadata" src="{escape(sound)}" aria-label="{escape(label)}"></audio>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def markdown(text: str) -> str:
+    """A text in Markdown as HTML, without a header between lines of `---`; HTML in it is shown as text."""
+    from markdown_it import MarkdownIt
+
+    if text.startswith("---\n") and (end := text.find("\n---\n", 3)) > 0:
+        text = text[end + 5 :]
+    return str(MarkdownIt("js-default").render(text))
 
 
 def data_uri(kind: str, data: bytes) -> str:

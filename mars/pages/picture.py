@@ -5,6 +5,7 @@ Pictures are uint8 arrays (height, width, 3), sRGB. Low frequencies are at the b
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mars.files import write_atomically
+from mars.pages.charts import Axis
 
 Picture = NDArray[np.uint8]
 Spectrogram = NDArray[np.floating] | Tensor  # a tensor must be on the CPU
@@ -26,6 +28,7 @@ _ANCHORS = (0x000004, 0x1D1147, 0x51127C, 0x832681, 0xB73779, 0xE75263, 0xFC8961
 _BACKGROUND = (18, 18, 24)
 _TEXT = (214, 214, 222)
 _GAP = 6  # pixels between the pictures of a sheet
+_LEFT, _BELOW = 40, 14  # pixels for the axes of a sheet
 
 # Five columns a glyph, one byte a column, the least significant bit on top.
 _GLYPHS = {
@@ -40,6 +43,7 @@ _GLYPHS = {
     " ": "0000000000",
 }  # fmt: skip
 _UNKNOWN = "7f4141417f"  # a box
+_LINEAR = 10  # the bin below which a logarithmic axis is linear: bins there would else be many pixels high
 
 
 def png(picture: Picture) -> bytes:
@@ -87,12 +91,19 @@ def spectrogram_picture(
         raise ValueError(f"spectrogram_picture: height and width must be positive, got {height}, {width}")
     edges = np.linspace(0, bins, rows + 1)
     if frequency == "log":
-        # asinh: linear below bin 10, whose bins would otherwise be many pixels high, logarithmic above.
-        edges = np.minimum(10 * np.sinh(np.linspace(0, np.arcsinh(bins / 10), rows + 1)), bins)
+        edges = np.minimum(_LINEAR * np.sinh(np.linspace(0, np.arcsinh(bins / _LINEAR), rows + 1)), bins)
     x = np.nan_to_num(spectrogram.astype(np.float64), nan=-1.0).clip(-1, 1)
     x = _averaged(x, edges)
     x = _averaged(x.T, np.linspace(0, frames, columns + 1)).T
     return _colours()[np.rint((x[::-1] + 1) * 127.5).astype(np.int64)]
+
+
+def height_of(share: float, bins: int, frequency: Frequency = "linear") -> float:
+    """Return how high in a picture a frequency is drawn, 0 (its bottom) to 1, as `spectrogram_picture` does it.
+
+    share: of the highest frequency of the spectrogram, 0 to 1. bins: of the spectrogram.
+    """
+    return share if frequency == "linear" else math.asinh(share * bins / _LINEAR) / math.asinh(bins / _LINEAR)
 
 
 def contact_sheet(
@@ -103,10 +114,12 @@ def contact_sheet(
     frequency: Frequency = "linear",
     height: int | None = None,
     width: int | None = None,
+    extent: tuple[float, float] | None = None,
 ) -> Picture:
     """One picture of many spectrograms (N, bins, frames), in reading order, each above its label.
 
-    Labels are drawn in lower case and cut to the width. Other arguments are as for `spectrogram_picture`.
+    Labels are drawn in lower case and cut to the width. extent: seconds across a spectrogram and kHz up it, for axes
+    along the sheet's left and lower edge. Other arguments are as for `spectrogram_picture`.
     """
     spectrograms = np.asarray(spectrograms)
     if spectrograms.ndim != 3 or not len(spectrograms):
@@ -121,16 +134,36 @@ def contact_sheet(
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     step_y, step_x = tile_height + caption + _GAP, tile_width + _GAP
-    sheet = np.empty((rows * step_y + _GAP, columns * step_x + _GAP, 3), np.uint8)
+    left, below = (0, 0) if extent is None else (_LEFT, _BELOW)
+    sheet = np.empty((rows * step_y + _GAP + below, left + columns * step_x + _GAP, 3), np.uint8)
     sheet[:] = _BACKGROUND
     for index, tile in enumerate(tiles):
-        y, x = _GAP + index // columns * step_y, _GAP + index % columns * step_x
+        y, x = _GAP + index // columns * step_y, left + _GAP + index % columns * step_x
         sheet[y : y + tile_height, x : x + tile_width] = tile
         if labels is not None:
-            text = _text(labels[index])[:, :tile_width]
-            top = y + tile_height + 3
-            sheet[top : top + 7, x : x + text.shape[1]][text] = _TEXT
+            _write(sheet[:, : x + tile_width], labels[index], y + tile_height + 3, x)
+    if extent is not None:
+        seconds, khz = extent
+        for tick in (ticks := Axis(0, khz, 0, 1).ticks(4)):
+            up = height_of(tick / khz, np.asarray(spectrograms).shape[1], frequency)
+            name = f"{tick:g}{' khz' if tick == ticks[-1] else ''}"
+            for top in range(_GAP, rows * step_y, step_y):
+                y = top + round((1 - up) * (tile_height - 1))
+                sheet[y, left + 1 : left + _GAP - 1] = _TEXT
+                _write(sheet, name, min(max(y - 3, 0), top + tile_height - 7), left - 6 * len(name))
+        for tick in (ticks := Axis(0, seconds, 0, 1).ticks(max(tile_width // 40, 1))):
+            name = f"{tick:g}{' s' if tick == ticks[-1] else ''}"
+            for start in range(left + _GAP, left + columns * step_x, step_x):
+                x = start + round(tick / seconds * (tile_width - 1))
+                sheet[rows * step_y + 1 : rows * step_y + 5, x] = _TEXT
+                _write(sheet, name, rows * step_y + 7, min(x, start + tile_width - 6 * len(name)))
     return sheet
+
+
+def _write(sheet: Picture, text: str, top: int, left: int) -> None:
+    """Draw a line of text, cut at the sheet's right edge."""
+    pixels = _text(text)[:, : max(sheet.shape[1] - left, 0)]
+    sheet[top : top + 7, left : left + pixels.shape[1]][pixels] = _TEXT
 
 
 def _averaged(x: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,10 +16,13 @@ from torch import Tensor
 import mars
 from mars import checkpoint
 from mars.config import from_document
-from mars.distributed import ALONE, World
 from mars.errors import CheckpointError, ConfigError, DiskError, Diverged
 from mars.files import size_of, write_atomically
+from mars.model import Model
+from mars.runs import card
+from mars.runs.distributed import ALONE, World
 from mars.runs.log import JUDGED_BY
+from mars.runs.record import read_document
 from mars.runs.stage import Stage
 
 FORMAT = 1  # of state.json
@@ -70,6 +73,8 @@ class RunFolder:
     identity: Mapping[str, Any] = field(default_factory=dict)
     world: World = ALONE
     threads: int = field(default_factory=torch.get_num_threads)  # of this session
+    tokenizer_card: str = ""  # of a VAR's tokenizer
+    _judged: Mapping[str, Any] | None = None  # the last regular validation; None: not looked up in the log yet
 
     @property
     def surroundings(self) -> dict[str, Any]:
@@ -84,6 +89,9 @@ class RunFolder:
         """
         if not self.world.main:
             return
+        train = self._train
+        if train is not None and "step" in record and card.regular(record, train["validate_every"], train["steps"]):
+            self._judged = dict(record)
         path = self.path / "log.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -134,6 +142,7 @@ class RunFolder:
         best, model = position.best, stage.snapshot()
         if model is None:
             return
+        model.card = self._card(model, position.step)
         try:
             model.save(self.path / "model")
             if best is not None and best.step == position.step:
@@ -153,6 +162,22 @@ class RunFolder:
                 f"{error.strerror or error}; older checkpoints are as they were; "
                 "make room and go on with the same command"
             ) from error
+
+    @property
+    def _train(self) -> Mapping[str, Any] | None:
+        """The settings of the training, where they are known."""
+        config, stage = self.identity.get("config"), self.identity.get("stage")
+        return config["train"][stage] if config and stage else None
+
+    def _card(self, model: Model, step: int) -> str:
+        """The card of the run's model; empty for a folder that is no run's."""
+        train = self._train
+        if train is None or not (self.path / "run.json").is_file():
+            return ""
+        if self._judged is None:
+            self._judged = card.last_validation(self.path, step, train["validate_every"], train["steps"])
+        record = read_document(self.path)
+        return card.made(record, model.config, step, self._judged, model.parameters, self.tokenizer_card)
 
     def restore(self, stage: Stage, say: Callable[[str], None]) -> Position:
         """Load the newest intact checkpoint, and return how far the run was then; without one it is at its start.

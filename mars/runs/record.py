@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mars.config import from_document
 from mars.errors import ConfigError
@@ -27,6 +28,9 @@ class Record:
     train_notes: int = 0
     tokenizer: str = ""  # of a VAR: the path of what it is trained on
     tokenizer_hash: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)  # of the dataset: kind, licence, …
+    init: str = ""  # the path or name of the model that the weights start from; empty: from random ones
+    init_hash: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.created <= LAST_DAY:
@@ -39,7 +43,17 @@ def read_record(run: Path) -> Record:
     Raises:
         ConfigError: it is not a run folder, or its `run.json` is not one that mars wrote.
     """
+    return from_document(Record, _content(run), run / FILE, ConfigError)
+
+
+def read_document(run: Path) -> dict[str, Any]:
+    """The same with everything else that `run.json` holds. Raises as `read_record`."""
+    content = _content(run)
+    return {**content, **asdict(from_document(Record, content, run / FILE, ConfigError))}
+
+
+def _content(run: Path) -> Any:
     path = run / FILE
     if not path.exists():
         raise ConfigError(f"{run} is not a run folder (no {FILE})")
-    return from_document(Record, read_json(path, ConfigError), path, ConfigError)
+    return read_json(path, ConfigError)

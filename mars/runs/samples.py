@@ -24,7 +24,7 @@ from mars.data import Dataset
 from mars.data.splits import spread
 from mars.errors import CheckpointError
 from mars.files import write_atomically
-from mars.labels import described
+from mars.labels import arguments, described
 from mars.model import Model, tokens_of
 from mars.pages.picture import Picture, spectrogram_picture, write_png
 from mars.runs.stage import Stage
@@ -94,13 +94,14 @@ class Sampler:
             condition = self._condition(model, int(note))
             (generated,) = model.iterate(1, seed=self.seed, start=index, allow_untrained=True, **condition)
             name = described(generated.condition) or f"note {index}"
-            samples.append(Sample(name, generated.waveform, generated.spectrogram))
+            samples.append(Sample(name, generated.waveform, generated.log_magnitude))
         return samples
 
     def _condition(self, model: Model, note: int) -> dict[str, Any]:
         """Return the known labels of the note that the model has as conditions."""
         ranges = model.ranges
-        return {name: value for name, value in self.dataset.known(note).items() if ranges.takes(name, value)}
+        known = self.dataset.known(note)
+        return arguments({name: value for name, value in known.items() if ranges.takes(name, value)})
 
 
 def write(path: Path, samples: Sequence[Sample], sample_rate: int) -> None:

@@ -47,6 +47,8 @@ class Watch:
         self.board: Board | None = None
         self.step = 0
         self.news = False  # since the last report
+        self.complete = False  # nothing is left to train
+        self.signalled = False  # a signal has stopped the session
 
     @contextmanager
     def session(self, step: int) -> Iterator[None]:
@@ -57,7 +59,11 @@ class Watch:
             self.event("started", mars=mars.__version__, torch=torch.__version__, device=_device_name(self.device))
             self._report()
             yield
-            self.event("finished" if self.step >= self.train.steps else "stopped")
+            self.complete |= self.step >= self.train.steps
+            if self.complete:
+                self.event("finished")
+            else:
+                self.event("stopped", **({"by": "signal"} if self.signalled else {}))
             self._report()
         except Diverged as error:
             self.event("diverged", reason=str(error))

@@ -58,10 +58,10 @@ def examples(dataset: Dataset, task: Task, preset: Preset) -> Examples:
         targets, classes = pitch - low, tuple(str(pitch) for pitch in range(low, high + 1))
     else:
         family = dataset.column("family")
-        usable &= family >= 0
-        families = np.unique(family[usable & (split == 0)]) if preset.acoustic else np.arange(len(FAMILIES))
-        usable &= np.isin(family, families)
-        targets, classes = np.searchsorted(families, family).astype(np.int32), tuple(FAMILIES[i] for i in families)
+        usable &= (family >= 0) & (family < len(FAMILIES))  # a family of the dataset's own is none of the classes
+        learnt = np.unique(family[usable & (split == 0)]) if preset.acoustic else np.arange(len(FAMILIES))
+        usable &= np.isin(family, learnt)
+        targets, classes = np.searchsorted(learnt, family).astype(np.int32), tuple(FAMILIES[i] for i in learnt)
     train, valid = (np.flatnonzero(usable & (split == SPLITS.index(name))) for name in ("train", "valid"))
     kind = "acoustic notes" if preset.acoustic else "notes"
     for name, rows in (("train", train), ("valid", valid)):
@@ -99,7 +99,7 @@ def train(
         OSError: `out` cannot be written.
     """
     began = time.monotonic()
-    device, console = device or torch.device("cpu"), console or terminal.console(soft_wrap=True)
+    device, console = device or torch.device("cpu"), console or terminal.LogConsole()
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     if out.exists():
@@ -254,7 +254,7 @@ def _judge(predicted: np.ndarray, dataset: Dataset, notes: Examples) -> dict[str
     truth = notes.targets[notes.valid]
     right = predicted == truth
     family = dataset.column("family")[notes.valid]
-    names = [*FAMILIES, "unknown"]  # family -1 is the last
+    names = [*dataset.words.get("family", FAMILIES), "unknown"]  # family -1 is the last
     result: dict[str, Any] = {
         "accuracy": float(right.mean()),
         "families": {

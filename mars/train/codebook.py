@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.models.quantizer import Quantized, Quantizer
+from mars.runs.distributed import ALONE, World
 from mars.runtime import stream, to_device
 from mars.train.optimizer import Optimizer
 

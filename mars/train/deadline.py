@@ -32,3 +32,8 @@ class Deadline:
         """Return whether one piece of each kind would end in time."""
         needed = sum(self.longest.get(kind, self.expected.get(kind, 0.0)) for kind in kinds)
         return time.monotonic() + needed <= self.end
+
+    @property
+    def left(self) -> float:
+        """Seconds until it; infinite without one."""
+        return self.end - time.monotonic()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import lru_cache
@@ -65,6 +65,8 @@ def run(
 ) -> int:
     """Train to the configured number of steps, or until `max_steps`, a signal, or as long as `max_time` seconds allow.
 
+    With `train.patience` it ends, complete, where validation has got no better for so long.
+
     After SIGTERM, SIGINT or SIGUSR1 in any process the step is finished and saved; `max_time` leaves time for that.
     `names` are the notes' names, for `diverged.json`. Without a `watch` the run has a log but shows nothing else of
     itself. Returns the number of steps done, over all sessions.
@@ -75,7 +77,7 @@ def run(
         DiskError: a checkpoint or the log could not be written.
     """
     world = folder.world
-    train, console = stage.train, console or terminal.console(soft_wrap=True)
+    train, console = stage.train, console or terminal.LogConsole()
     watch = watch or Watch(folder, train, console.print, device=torch.device("cpu"))
     deadline = Deadline(max_time, {} if max_time is None else {"save": checkpoint_size(stage) / SAVE_RATE})
     mine = world.share(train.accumulate)
@@ -115,6 +117,11 @@ def run(
     def validates(step: int) -> bool:
         return step % train.validate_every == 0 or step == end
 
+    def spent() -> bool:
+        """Whether the held-out notes have got no better for as long as `train.patience` allows."""
+        best = position.best
+        return best is not None and 0 < train.patience <= (done - best.step) // train.validate_every
+
     def in_time() -> bool:
         parts = {"validation": validates(done + 1), "samples": watch.samples_due(done + 1, done + 1 == end)}
         return deadline.leaves_time_for("step", "save", *(part for part, due in parts.items() if due))
@@ -125,9 +132,17 @@ def run(
         terminal.progress(console) as tell,
         thread_pool(max(train.workers, 1)) as loader,
     ):
+        if done == 0 and train.patience:  # what the start is worth, in case nothing gets better
+            with deadline.timed("validation"):
+                values = world.broadcast(stage.validate())
+            if values:
+                position.improves(values)
+                watch.log({"step": 0, **values})
+                console.print("step 0  " + _shown(values))
+                save()
         info = ""
         upcoming: deque[Future[list[Any]]] = deque()
-        while done < end and not world.any(stop() or not in_time()):
+        while done < end and not spent() and not world.any(stop() or not in_time()):
             while len(upcoming) <= train.workers and done + len(upcoming) < end:
                 upcoming.append(loader.submit(load, done + len(upcoming)))
             with deadline.timed("step"):
@@ -151,7 +166,7 @@ def run(
                 shown, memory = f"loss {values['loss']:.4f}  {rate:.1f} notes/s", watch.memory()
                 info = f"{shown}  {memory}"
                 if not console.is_terminal:  # no bar either
-                    left = (end - done) * batch / rate
+                    left = min((end - done) * batch / rate, deadline.left)
                     console.print(f"step {done:,}/{end:,}  {shown}  {left:.0f} s left  {memory}")
             tell("step", done, end, info)
             pause, improved = time.monotonic(), False
@@ -162,8 +177,7 @@ def run(
                     # One that only this session's end made would make the best depend on where the run was stopped.
                     improved = (done % train.validate_every == 0 or done == train.steps) and position.improves(values)
                     watch.log({"step": done, **values})
-                    shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
-                    console.print(f"step {done:,}  {shown}")
+                    console.print(f"step {done:,}  {_shown(values)}")
             if done % train.save_every == 0 or done == end or improved:
                 save()
             with deadline.timed("samples"):
@@ -171,12 +185,20 @@ def run(
             last_log += time.monotonic() - pause
         if done != saved:
             save()
-        if done < train.steps:
+        watch.signalled, watch.complete = stop(), spent()
+        if spent() and position.best is not None:
+            console.print(f"ended at step {done:,}: the held-out notes have been best at step {position.best.step:,}")
+        elif done < train.steps:
             where = f"; saved in {folder.path}" if done else ""
             ahead = f"start the same again with `out` {folder.path} to go on"
             console.print(f"stopped at step {done:,} of {train.steps:,}{where}; {ahead}")
     world.barrier()  # a launcher may kill the main process, still saving, once another has ended
     return done
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    """The numbers of a validation, in words."""
+    return "  ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float))
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mars.config import TrainConfig
-from mars.distributed import World
 from mars.errors import CheckpointError
+from mars.runs.distributed import World
 from mars.runtime import native_bfloat16
 from mars.train.spans import span
 

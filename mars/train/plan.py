@@ -82,6 +82,7 @@ class Plan:
     optimizer: int
     averaged: int
     checkpointing: bool  # as the settings have it
+    grid: str  # the front end and the scales, in words
     memory: int
     usable: int  # of the memory, for tensors
     fits: tuple[Fit, Fit]  # without and with activation checkpointing
@@ -285,6 +286,7 @@ class Planner:
             batch_size=train.batch_size,
             accumulate=train.accumulate,
             checkpointing=train.checkpointing,
+            grid=_grid(self.config),
             memory=memory,
             usable=usable,
             fits=(plain, checkpointed),
@@ -364,6 +366,7 @@ def report(plan: Plan, before: str = "") -> str:
     lines = [
         f"{plan.stage}, preset {plan.preset}: {plan.parameters / 1e6:.1f} M parameters, "
         f"{plan.accumulate} x {plan.batch_size} = {plan.notes} notes a step",
+        plan.grid,
         f"estimated on fake tensors for {place}, {plan.precision}; nothing was run or measured",
         "",
         *(f"{name:<18}{_gb(size)}" for name, size in (*fixed, ("EMA weights", plan.averaged))),
@@ -391,6 +394,16 @@ def report(plan: Plan, before: str = "") -> str:
     else:
         lines.append("Not even one note fits: choose a smaller model.")
     return "\n".join(lines)
+
+
+def _grid(config: Config) -> str:
+    """ "44,100 Hz, 4 s: window 2,048, hop 512, 384 frames, CMX 16 x 6; scales 1x1 2x2, 155 tokens"."""
+    a, t = config.audio, config.tokenizer
+    scales = " ".join(f"{h}x{w}" for h, w in t.scales)
+    return (
+        f"{a.sample_rate:,} Hz, {a.samples / a.sample_rate:.3g} s: window {a.n_fft:,}, hop {a.hop}, {a.frames} frames, "
+        f"CMX {a.cmx[0]} x {a.cmx[1]}; scales {scales}, {t.tokens:,} tokens a note"
+    )
 
 
 def _gb(size: int) -> str:

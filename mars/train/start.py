@@ -16,11 +16,12 @@ from rich.console import Console
 from mars import checkpoint, config, labels, lock, model, runtime, terminal
 from mars.config import Config
 from mars.data import Dataset, open_dataset
-from mars.distributed import World, join
 from mars.errors import ConfigError, DiskError
 from mars.files import new_folder, probe, write_atomically
+from mars.labels import LABELS
 from mars.runs import folder
 from mars.runs.compare import RUNS
+from mars.runs.distributed import World, join
 from mars.runs.record import read_record
 from mars.runs.samples import Sampler
 from mars.runs.stage import StageName
@@ -30,7 +31,7 @@ from mars.train import loop
 from mars.train.compiling import compile_blocks
 from mars.train.profiling import profile_steps
 from mars.train.tokenizer import TokenizerStage
-from mars.train.tokens import cached_tokens
+from mars.train.tokens import cached_tokens, given_tokens
 from mars.train.var import VARStage
 
 ENDS = 3.0  # seconds of `max_time` for the start and the end of the process
@@ -44,6 +45,7 @@ def train(
     *,
     data: Path | None = None,
     preset: str | None = None,
+    settings_file: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
     resume: Resume = "auto",
@@ -56,6 +58,8 @@ def train(
     profile: Path | None = None,
     began: float | None = None,
     tokenizer: Path | None = None,
+    tokens: Path | None = None,
+    init: str | Path | None = None,
     shard: bool = False,
     next_command: Callable[[Path], str] | None = None,
     console: Console | None = None,
@@ -63,15 +67,18 @@ def train(
     """Train a tokenizer, or a VAR on the tokens of one, and return the run folder.
 
     Args:
-        overrides: settings to change, each as "KEY=VALUE".
+        settings_file: TOML that changes settings of the preset, and may name that; see `mars.config.read_settings`.
+        overrides: settings to change after it, each as "KEY=VALUE".
         resume: "auto" resumes if `out` is a run, "never" refuses to; or the run folder to resume.
         max_time: seconds after which training stops, saved.
         profile: path at which to write a trace of a few steps instead of a run folder; it is returned.
         began: the `time.monotonic()` that `max_time` counts from; None: now.
-        tokenizer: run or model that a VAR is trained on; None: the newest run.
+        tokenizer: run or model that a VAR is trained on; None: that of `init`, or else the newest run.
+        tokens: folder of the tokens of the dataset (`mars.data.tokens`), for a VAR; None: they are made, and kept.
+        init: run, model or packaged model whose weights this stage starts from; None: random ones.
         shard: spread weights, averages and optimiser of a VAR over the processes instead of copying them to each.
         next_command: gives the command to type after the run at a path has ended, which is then printed.
-        console: where messages go; None: to stderr.
+        console: where messages go; None: to the logger `mars`.
 
     Raises:
         ConfigError, DataError, CheckpointError: an argument or a setting cannot be used, or the audio of the dataset is
@@ -82,7 +89,7 @@ def train(
         check_installed()
     began = time.monotonic() if began is None else began
     world = _prepare(device, threads)
-    console = console or terminal.console(soft_wrap=True)
+    console = console or terminal.LogConsole()
     console.quiet = console.quiet or not world.main
     if profile is not None and world.size > 1:
         raise ConfigError("`profile` looks at one process; start it without torchrun")
@@ -93,24 +100,36 @@ def train(
     notes = dataset.split("train")
     origin: dict[str, Any] = {}
     trained: model.Model | None = None
+    init = _init(init, out)
+    other = None if init is None else model.load(init, world.device)
+    if other is not None:
+        origin = {"init": str(init), "init_hash": other.hash}
     if stage_name == "tokenizer":
-        settings = _settings(out, preset, overrides, stage_name)
+        if other is None:
+            settings = _settings(out, preset, settings_file, overrides, stage_name, dataset)
+        else:
+            settings = _settings_on(out, other.config, preset, settings_file, overrides, init, stage_name)
     else:
-        source = _source(tokenizer, out, preset, console, world)
+        resumed = out is not None and (out / "run.json").is_file()
+        if tokenizer is None and init is not None and not resumed:
+            tokenizer = model.locate(init)
+        named = None if settings_file is None else config.read_settings(settings_file)[0]
+        source = _source(tokenizer, out, preset or named, console, world)
         trained = model.load(source, world.device)
-        settings = _var_settings(out, trained.config, preset, overrides, source)
+        settings = _settings_on(out, trained.config, preset, settings_file, overrides, source, stage_name, other)
         if (problem := _other_data(trained, source, dataset, data)) is not None:
-            resumed = out is not None and (out / "run.json").is_file()
             if trained.data.get("tokenizer") is not None and not resumed and None in (data, tokenizer):
                 raise ConfigError(
                     f"{problem}; name the dataset that it was trained on, or to train on others all the same, "
                     "both the data and the tokenizer"
                 )
             console.print(f"warning: {problem}", markup=False)
-        origin = {"tokenizer": str(source), "tokenizer_hash": trained.hash}
+        origin |= {"tokenizer": str(source), "tokenizer_hash": trained.hash}
     settings = settings.resolved(stage_name, len(notes))
     world.check(getattr(settings.train, stage_name))
     _check_dataset(settings, dataset, console.print)
+    if stage_name == "var":
+        _check_conditions(settings, dataset)
     if (stored := dataset.samples) != (expected := settings.audio.samples):
         change = "cut" if stored > expected else "padded with silence"
         rate = dataset.sample_rate
@@ -120,12 +139,18 @@ def train(
         _verify(dataset, console, world)
         stage: TokenizerStage | VARStage
         if trained is None:
-            stage = TokenizerStage(settings, dataset, world.device, seed, world)
+            start = None if other is None else other.tokenizer
+            stage = TokenizerStage(settings, dataset, world.device, seed, world, start)
         else:
             cache = (out.parent if out is not None else RUNS) / TOKENS
-            tokens = _tokens(cache, trained, settings, dataset, console, world)
+            if tokens is None:
+                ids = _tokens(cache, trained, settings, dataset, console, world)
+            else:
+                ids = given_tokens(tokens, trained.tokenizer, settings, dataset)
             trained_on = trained.data.get("tokenizer")
-            stage = VARStage(settings, dataset, trained.tokenizer, tokens, world.device, seed, world, shard, trained_on)
+            stage = VARStage(
+                settings, dataset, trained.tokenizer, ids, world.device, seed, world, shard, trained_on, other
+            )
         compile_blocks(stage, console.print)
         return stage
 
@@ -135,6 +160,7 @@ def train(
     origin["data_path"] = None if data is None else str(data.resolve())
     with _open_run(out, stage_name, settings, dataset, seed, resume, console, origin, world) as run:
         stage = make_stage()
+        run.tokenizer_card = trained.card if trained is not None else ""
         if world.main:
             runtime.free_space(run.path, run.space_needed(stage))
         count = sum(p.numel() for p in stage.model.parameters()) / 1e6
@@ -142,7 +168,10 @@ def train(
             f"{stage_name}: preset {settings.preset}, {count:.1f} M parameters, {len(notes):,} training notes, "
             f"run {run.path}"
         )
-        done = loop.run(
+        watch = Watch(
+            run, stage.train, console.print, Sampler(stage, dataset, seed), device=world.device, tensorboard=tensorboard
+        )
+        loop.run(
             stage,
             run,
             notes,
@@ -151,16 +180,9 @@ def train(
             max_time=None if max_time is None else began + max_time - ENDS - time.monotonic(),
             console=console,
             names=dataset.names,
-            watch=Watch(
-                run,
-                stage.train,
-                console.print,
-                Sampler(stage, dataset, seed),
-                device=world.device,
-                tensorboard=tensorboard,
-            ),
+            watch=watch,
         )
-    if done >= stage.train.steps and next_command is not None:
+    if watch.complete and next_command is not None:
         console.print(f"next: {next_command(run.path)}", markup=False)
     return run.path
 
@@ -169,10 +191,13 @@ def settings_of(
     stage_name: StageName,
     *,
     preset: str | None = None,
+    settings_file: Path | None = None,
     overrides: tuple[str, ...] = (),
     out: Path | None = None,
     resume: Resume = "auto",
     tokenizer: Path | None = None,
+    init: str | Path | None = None,
+    data: Path | None = None,
 ) -> Config:
     """Return the settings that training would have with these options; without a tokenizer, a VAR's are the preset's.
 
@@ -180,9 +205,12 @@ def settings_of(
         ConfigError, CheckpointError: an argument or a setting cannot be used.
     """
     out = _resumed(out, resume)
-    if tokenizer is None:
-        return _settings(out, preset, overrides, stage_name)
-    return _var_settings(out, config.load(model.locate(tokenizer) / "config.json"), preset, overrides, tokenizer)
+    source = init if tokenizer is None else tokenizer
+    if source is None:
+        return _settings(out, preset, settings_file, overrides, stage_name, open_dataset(data))
+    other = None if init is None or stage_name == "tokenizer" else model.load(init)
+    trained = config.load(model.locate(source) / "config.json")
+    return _settings_on(out, trained, preset, settings_file, overrides, source, stage_name, other)
 
 
 def words_of(settings: Config, data: Path | None) -> labels.Words:
@@ -194,7 +222,7 @@ def words_of(settings: Config, data: Path | None) -> labels.Words:
         DataError: the dataset cannot be opened.
     """
     attributes = settings.var.condition
-    if not any(data is not None or labels.LABELS[name].open for name in attributes):
+    if not any(data is not None or labels.label(name).open for name in attributes):
         return {}
     dataset = open_dataset(data)
     return labels.vocabularies(attributes, dataset.labels(dataset.split("train")), dataset.words)
@@ -244,10 +272,30 @@ def _resumed(out: Path | None, resume: Resume) -> Path | None:
     return Path(resume)
 
 
-def _settings(out: Path | None, preset: str | None, overrides: tuple[str, ...], stage: str) -> Config:
-    if preset is None and not overrides and out is not None and (out / "config.json").is_file():
+def _settings(
+    out: Path | None,
+    preset: str | None,
+    file: Path | None,
+    overrides: tuple[str, ...],
+    stage: StageName,
+    dataset: Dataset,
+) -> Config:
+    """Return the preset's, whose rate and length follow the dataset's unless the preset or somebody sets them."""
+    if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
-    return config.preset(preset or "notes", overrides, stage)
+    named, changes = (None, {}) if file is None else config.read_settings(file)
+    plain, usual = config.preset(preset or named or "notes"), config.AudioConfig()
+    set_by_hand = "audio" in changes or any(override.strip().startswith("audio.") for override in overrides)
+    if not set_by_hand and (plain.audio.sample_rate, plain.audio.samples) == (usual.sample_rate, usual.samples):
+        plain = config.fitted(plain, dataset.sample_rate, dataset.samples)
+    return config.override(plain, overrides, stage, changes)
+
+
+def _init(init: str | Path | None, out: Path | None) -> str | Path | None:
+    """Return what the weights start from: what is named, or what a run to go on with started from."""
+    if init is None and out is not None and (out / "run.json").is_file():
+        return read_record(out).init or None
+    return init
 
 
 def _source(tokenizer: Path | None, out: Path | None, preset: str | None, console: Console, world: World) -> Path:
@@ -264,26 +312,61 @@ def _source(tokenizer: Path | None, out: Path | None, preset: str | None, consol
     return newest
 
 
-def _var_settings(
-    out: Path | None, trained: Config, preset: str | None, overrides: tuple[str, ...], source: Path
+def _settings_on(
+    out: Path | None,
+    trained: Config,
+    preset: str | None,
+    file: Path | None,
+    overrides: tuple[str, ...],
+    source: str | Path | None,
+    stage: StageName,
+    init: model.Model | None = None,
 ) -> Config:
-    """Return the settings of a VAR: the tokenizer's own, and the preset's for the rest."""
-    if preset is None and not overrides and out is not None and (out / "config.json").is_file():
+    """Return the settings of the tokenizer in `source`, of the VAR of `init`, and the preset's for the rest."""
+    if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
+    named, changes = (None, {}) if file is None else config.read_settings(file)
+    preset = preset or named
     name = preset or trained.preset
     plain = config.preset(name) if preset or name in config.preset_names() else trained
-    settings = config.override(plain, overrides, "var")
+    if init is not None:
+        plain = dataclasses.replace(plain, var=init.transformer.config)
+    settings = config.override(plain, overrides, stage, changes)
     fixed = [o.split(".")[0] for o in overrides if o.split(".")[0] in ("audio", "tokenizer")]
     if fixed:
         raise ConfigError(
             f"`overrides` {fixed[0]}.…: the trained tokenizer {source} fixes these; set them when training it"
         )
-    if preset is not None and plain.tokenizer.scales != trained.tokenizer.scales:
+    for part in ("audio", "tokenizer"):
+        if part in changes and getattr(settings, part) != getattr(trained, part):
+            raise ConfigError(
+                f"`settings_file` {file}: its [{part}] is not that of the trained tokenizer {source}, which fixes it; "
+                "leave that table out"
+            )
+    if preset is not None and settings.tokenizer.scales != trained.tokenizer.scales:
         raise ConfigError(
             f"`preset` {preset} does not fit the tokenizer {source}, which is of preset {trained.preset}; "
             "train one of that preset first or leave `preset` out"
         )
+    if init is not None:
+        _check_init(init.config, settings, trained)
     return dataclasses.replace(settings, audio=trained.audio, tokenizer=trained.tokenizer)
+
+
+def _check_init(other: Config, asked: Config, trained: Config) -> None:
+    """Raise `ConfigError` where the weights of a VAR cannot be those that another starts from."""
+    for name in ("depth", "width", "heads", "shared_adaln"):
+        if (had := getattr(other.var, name)) != (wanted := getattr(asked.var, name)):
+            raise ConfigError(f"var.{name} {wanted}: the weights of `init` are of {had}, which they fix; leave it out")
+    if set(other.var.condition) - set(asked.var.condition) or bool(other.var.condition) != bool(asked.var.condition):
+        had = ", ".join(other.var.condition) or "none"
+        raise ConfigError(f"var.condition: the conditions of `init` are {had}; keep them, and add others if you like")
+    for name in ("scales", "codebook_size", "code_dim"):
+        if getattr(other.tokenizer, name) != getattr(trained.tokenizer, name):
+            raise ConfigError(
+                f"`init` is for tokens of another tokenizer (tokenizer.{name} differs); name a `tokenizer` that was "
+                "trained from that of `init`"
+            )
 
 
 def _other_data(trained: model.Model, source: Path, dataset: Dataset, data: Path | None) -> str | None:
@@ -311,7 +394,7 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
     if dataset.sample_rate != settings.audio.sample_rate:
         raise ConfigError(
             f"the dataset is at {dataset.sample_rate} Hz, audio.sample_rate is {settings.audio.sample_rate}; "
-            "pack it again at that rate (`mars-data folder`)"
+            "pack it again at that rate (`mars-data folder`), or train a tokenizer for it from nothing"
         )
     if len(dataset.split("train")) == 0:
         raise ConfigError("the dataset has no training notes")
@@ -320,6 +403,13 @@ def _check_dataset(settings: Config, dataset: Dataset, say: Callable[[str], None
             "warning: the dataset holds no notes out, so that nothing is validated and no step is known as the best; "
             "to have that, pack it again with some notes held out"
         )
+
+
+def _check_conditions(settings: Config, dataset: Dataset) -> None:
+    known = (*LABELS, *dataset.own)
+    for name in settings.var.condition:
+        if name not in known:
+            raise ConfigError(f"var.condition {name}: the dataset has no such label; it has {', '.join(known)}")
 
 
 def _verify(dataset: Dataset, console: Console, world: World) -> None:
@@ -361,10 +451,11 @@ def _open_run(
         "data": dataset.fingerprint,
         "notes": len(dataset),
         "train_notes": len(dataset.split("train")),
+        "origin": {key: value for key, value in dataset.origin.items() if isinstance(value, str | int)},
         "created": time.time(),
         **origin,
     }
-    identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash")}
+    identity = {key: record.get(key) for key in ("stage", "seed", "data", "tokenizer_hash", "init_hash")}
     run = folder.RunFolder(path, {**identity, "config": config.to_dict(settings)}, world)
     signature = json.dumps([run.identity, str(path)])
     if world.broadcast(signature) != signature:  # this waits for all to have read what the main process may write now
@@ -407,7 +498,7 @@ def _check_run(path: Path, record: dict[str, Any], settings: Config, resume: Res
         raise ConfigError(
             f"{path} is a run on {_called(known)}, not on {_called(record)}; name that dataset, or a new folder"
         )
-    for key in ("stage", "preset", "seed", "tokenizer_hash"):
+    for key in ("stage", "preset", "seed", "tokenizer_hash", "init_hash"):
         if known.get(key) != record.get(key):
             raise ConfigError(
                 f"`out` {path} is a run with {key} {known.get(key)}, not {record.get(key)}; name a new folder"

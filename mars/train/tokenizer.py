@@ -19,11 +19,11 @@ from mars import audio, checkpoint
 from mars.config import Config, TrainConfig
 from mars.data import Dataset
 from mars.data.splits import spread
-from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.model import Model
 from mars.models.discriminator import Discriminator, adaptive_weight, hinge_loss
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import ALONE, World
 from mars.runtime import autocast, stream, to_device
 from mars.train.codebook import CodebookTraining, usage
 from mars.train.optimizer import Optimizer, not_finite
@@ -33,7 +33,16 @@ from mars.train.spans import span
 class TokenizerStage:
     """Trains a `Tokenizer` on the waveforms of a dataset."""
 
-    def __init__(self, config: Config, dataset: Dataset, device: torch.device, seed: int, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        device: torch.device,
+        seed: int,
+        world: World = ALONE,
+        init: Tokenizer | None = None,
+    ) -> None:
+        """Make the model, with the weights of `init` if that is given, and its optimisers."""
         self.config = config.resolved("tokenizer", len(dataset.split("train")))
         self.train = self.config.train.tokenizer
         self.dataset, self.device, self.seed, self.world = dataset, device, seed, world
@@ -41,6 +50,9 @@ class TokenizerStage:
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = Tokenizer(config).to(device)
             self.discriminator = Discriminator(config.audio.channels).to(device) if self.train.adversarial else None
+        self.begun = init is not None  # with a codebook
+        if init is not None:
+            self.model.load_state_dict(init.state_dict())
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.encoder.checkpointing = self.model.decoder.checkpointing = self.train.checkpointing
         self.optimizer = Optimizer(self.model, self.train, self.ema)
@@ -66,7 +78,7 @@ class TokenizerStage:
 
     def step(self, step: int, batches: list[Tensor], streams: list[torch.Generator]) -> dict[str, float | Tensor]:
         """Do one update of the tokenizer and, once it has joined, of the discriminator."""
-        if step == 0 and self.config.tokenizer.kmeans_init:
+        if step == 0 and self.config.tokenizer.kmeans_init and not self.begun:
             self._start_codebook()
         self.model.train()
         weight = self.adversarial_weight(step)

@@ -19,12 +19,13 @@ from torch import Tensor
 from mars import checkpoint
 from mars.config import Config, to_dict
 from mars.data import Dataset
-from mars.distributed import World
-from mars.errors import CheckpointError
-from mars.model import tokens_of
+from mars.data.tokens import SEARCH, kind, read, write
+from mars.errors import CheckpointError, ConfigError
+from mars.model import Model, tokens_of
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import ALONE, World
 
-VERSION = 1  # of what is cached; a change of the front end or of the search must raise it
+VERSION = SEARCH  # of what is cached
 PRECISION = str(torch.float32)  # of all tokens (`mars.model.tokens_of`); tokens of another were kept once
 
 
@@ -83,6 +84,48 @@ def _key(tokenizer: Tokenizer, config: Config, dataset: Dataset) -> str:
     return digest.hexdigest()[:32]
 
 
+def write_tokens(model: Model, dataset: Dataset, out: Path, progress: Callable[[int, int], None]) -> None:
+    """Write the tokens of all notes of a dataset to the new folder `out`; see `mars.data.tokens`.
+
+    Args:
+        progress: called with the notes done and all of them.
+
+    Raises:
+        ConfigError: `out` exists, or the notes are at another sample rate than the model's.
+        OSError: it cannot be written.
+    """
+    if out.exists():
+        raise ConfigError(f"`out` {out} exists; name a new folder")
+    if dataset.sample_rate != model.config.audio.sample_rate:
+        raise ConfigError(
+            f"the dataset is at {dataset.sample_rate} Hz, the model at {model.config.audio.sample_rate}; "
+            "pack it again at that rate (`mars-data folder`)"
+        )
+    done = 0
+
+    def advance(notes: int) -> None:
+        nonlocal done
+        done = min(done + notes, len(dataset))
+        progress(done, len(dataset))
+
+    world = World(device=model.device) if model.device.type != "cpu" else ALONE
+    write(out, tokenize(model.tokenizer, model.config, dataset, world, advance), dataset, model.tokenizer, model.config)
+
+
+def given_tokens(path: Path, tokenizer: Tokenizer, config: Config, dataset: Dataset) -> Tensor:
+    """Return the tokens in a folder, (notes, L), for training on this dataset.
+
+    Raises:
+        ConfigError: they are of another dataset, or by another tokenizer.
+        DataError: the folder is damaged, or something else.
+    """
+    tokens = read(path)
+    tokens.check(f"`tokens` {path}", tokenizer, config)
+    if tokens.header.dataset not in (None, dataset.fingerprint) or list(tokens.header.names) != list(dataset.names):
+        raise ConfigError(f"`tokens` {path} is of other notes than the dataset; name that, or make its tokens")
+    return tokens.ids
+
+
 @torch.inference_mode()
 def tokenize(
     tokenizer: Tokenizer, config: Config, dataset: Dataset, world: World, advance: Callable[[int], None]
@@ -93,7 +136,7 @@ def tokenize(
     turn, and all get all tokens.
     """
     size, codes = config.train.var.batch_size, config.tokenizer.codebook_size
-    dtype = torch.uint8 if codes <= 1 << 8 else torch.uint16 if codes <= 1 << 16 else torch.int32
+    dtype = kind(codes)
     tokens = torch.zeros(len(dataset), config.tokenizer.tokens, dtype=dtype if world.size == 1 else torch.int32)
     for start in range(world.rank * size, len(dataset), world.size * size):
         indices = np.arange(start, min(start + size, len(dataset)))

@@ -16,12 +16,12 @@ from mars import checkpoint, labels
 from mars.config import Config
 from mars.data import Dataset
 from mars.data.splits import spread
-from mars.distributed import ALONE, World
 from mars.errors import CheckpointError
 from mars.kernels import linear_cross_entropy, token_scores
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
-from mars.models.var import VAR
+from mars.models.var import VAR, key
+from mars.runs.distributed import ALONE, World
 from mars.runtime import autocast, stream, to_device
 from mars.train.optimizer import Optimizer, not_finite
 from mars.train.spans import span
@@ -67,6 +67,7 @@ class VARStage:
         world: World = ALONE,
         shard: bool = False,
         tokenizer_data: str | None = None,
+        init: Model | None = None,
     ) -> None:
         """Make the model and its optimiser.
 
@@ -74,6 +75,7 @@ class VARStage:
             tokens: integer (notes, L) of the whole dataset, from `mars.train.tokens`.
             shard: spread the VAR over the processes.
             tokenizer_data: fingerprint of the dataset that the tokenizer was trained on; None: unknown.
+            init: a model whose VAR the weights start from; its words are kept, and those of the dataset added.
         """
         self.config = config.resolved("var", len(dataset.split("train")))
         self.train = self.config.train.var
@@ -83,11 +85,15 @@ class VARStage:
         columns, attributes = dataset.labels(), config.var.condition
         learning = dataset.labels(dataset.split("train"))
         self.words = labels.vocabularies(attributes, learning, dataset.words)
+        if init is not None:
+            self.words = labels.grown(init.transformer.config.condition, init.words, self.words)
         self.conditions = labels.column_ids(columns, attributes, dataset.words, self.words)
         self.notes = labels.entries(learning, attributes, dataset.words)
         with torch.random.fork_rng():
             torch.manual_seed(stream(seed, 2).initial_seed())
             self.model = VAR(config.var, config.tokenizer, self.words).to(device)
+        if init is not None:
+            start_from(self.model, self.words, init.transformer, init.words)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.checkpointing = self.train.checkpointing
         self.objective, self.validated = Objective(self.model), Objective(self.ema)
@@ -209,3 +215,24 @@ class VARStage:
         var.load_state_dict(weights, assign=True)
         var.scale_of = self.ema.scale_of.cpu()
         return var.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def start_from(model: VAR, words: labels.Words, other: VAR, others: labels.Words) -> None:
+    """Copy the weights of another VAR, whose conditions are among those of `model`, each with its own words.
+
+    Words that it does not know start as the mean of those that it knows. A condition that it lacks starts as zeros, so
+    that at first nothing depends on it.
+    """
+    state = other.state_dict()
+    for name in model.config.condition:
+        place = f"condition.{key(name)}.weight"
+        rows = state.get(place)
+        table = torch.zeros_like(model.state_dict()[place])
+        if rows is not None:
+            known = {value: i for i, value in enumerate(labels.label(name).classes(others))}
+            mean = rows[:-1].mean(0)
+            classes = labels.label(name).classes(words)
+            table = torch.stack([*(rows[known[v]] if v in known else mean for v in classes), rows[-1]]).to(table)
+        state[place] = table
+    model.load_state_dict(state)

@@ -18,9 +18,9 @@ from mars.evaluate.produce import generate_like, reconstruct
 from mars.evaluate.sets import NoteSet, open_notes, pair
 from mars.labels import CLOSED, VELOCITIES
 from mars.model import Model
+from mars.models.sampling import TILE
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.sampling import TILE
 
 SMALL = (
     *("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1"),
@@ -249,9 +249,14 @@ def test_without_room_nothing_is_begun(made, model, builtin, tmp_path, monkeypat
 def test_mistakes_write_nothing(settings, message, made, model, builtin, tmp_path):
     with pytest.raises(ConfigError, match=message):
         make(made[0], model, builtin, tmp_path / "out", **settings)
-    with pytest.raises(ConfigError, match=r"at 16000 Hz; the model's are at 8000 Hz"):
-        make(made[0], small("audio.sample_rate=8000"), builtin, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_rate_hears_the_notes_at_its_own(made, builtin, tmp_path):
+    make(made[0], small("audio.sample_rate=8000"), builtin.subset(range(3)), tmp_path / "out")
+    for file in (tmp_path / "out").glob("*.wav"):
+        assert soundfile.info(file).samplerate == 8000
+    assert open_notes(tmp_path / "out").record.resampled
 
 
 def test_a_loud_note_is_made_quieter_and_counted(made, model, builtin, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from rich.console import Console
 
 from mars.cli.evaluate import main
 from mars.errors import ConfigError
+from mars.evaluate import published, table
 from mars.evaluate import report as reports
-from mars.evaluate import table
 from mars.evaluate.metrics import catalogue
 from mars.evaluate.report import Figure
 from tests.reports import plausible
@@ -195,3 +196,34 @@ def test_comparing_does_not_wait_for_pytorch(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_published_figures_stand_beside_those_of_their_profile_and_of_no_other(tmp_path):
+    made = plausible()
+    file = tmp_path / "vinay.json"
+    reports.write(file, replace(made, profile="vinay2022"))
+    shown = command(file, "--published")
+    assert shown.exit_code == 0, shown.output
+    text = " ".join(shown.output.split())
+    for name in ("DiffWave", "DDSP", "NSynth", "anchor", "MARS, generated", "published"):
+        assert name in text
+    for figure in ("7.949", "0.0035", "1.883", "5.337"):
+        assert figure in text
+    assert "published, not computed by mars: MARS, MARS, generated: Ristori et al. 2025, Table 1" in text
+    told = json.loads(command(file, "--published", "--json").stdout)
+    assert [row["name"] for row in told["published"]] == [row.name for row in published.TABLE_1]
+    assert told["reports"]["vinay.json"]["metrics"]["mse"] == made.metrics["mse"].value
+    reports.write(file, made)
+    refused = command(file, "--published")
+    assert refused.exit_code == 2
+    assert "of the statistics of vinay2022, these of standard" in " ".join(refused.output.split())
+    assert "--profile vinay2022" in " ".join(refused.output.split())
+
+
+def test_the_published_figures_are_those_of_the_paper():
+    rows = {row.name: [*row.figures.values()] for row in published.TABLE_1}
+    assert rows["DDSP"] == [0.20, 0.0053, 0.0020, 3.3224, 5.3371, 0.0130, 0.0666, 1.1519]
+    assert rows["MARS"] == [0.19, 0.0035, 0.0015, 2.9602, 5.2047, 0.0143, 0.0915, 1.6429]
+    assert rows["MARS, generated"] == [0.15, 0.0066, 0.0017, 3.2220, 4.5357, 0.0201, 0.0795, 1.8833]
+    assert [sum(row[i] for row in rows.values()) for i in (0, 7)] == pytest.approx([2.74, 18.1811])
+    assert all(set(row.figures) <= set(catalogue.table()) for row in published.TABLE_1)

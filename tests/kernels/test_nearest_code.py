@@ -246,6 +246,16 @@ def test_an_empty_batch_gives_no_indices(v, implementation):
     assert ids.dtype == torch.int64
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4, 7), (2, 0, 3, 7), (7,)], ids=str)
+def test_rows_may_have_any_leading_dimensions(shape, implementation):
+    x, codebook = torch.randn(shape), torch.randn(40, 7)
+    wanted = nearest_code(x.reshape(-1, 7), codebook).view(shape[:-1])
+    for held in (codebook, pack_codebook(codebook)):
+        assert torch.equal(nearest_code(x, held), wanted)
+    if x.ndim > 2:  # of strides that no view can flatten
+        assert torch.equal(nearest_code(x.transpose(0, 1), codebook), wanted.transpose(0, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes_are_searched_in_float32(dtype, implementation):
     x, codebook = (t.to(dtype) for t in inputs(90, 12, 1200))
@@ -276,7 +286,7 @@ def test_a_packed_codebook_gives_the_same_and_keeps_its_values(metric, implement
     codebook.zero_()
     for part, ids in zip(x.split(30), expected.split(30), strict=True):
         assert torch.equal(nearest_code(part, packed), ids)
-    with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got \(2, 3\), \(1300, 9\)"):
+    with pytest.raises(ValueError, match=r"want x \(\.\.\., D\) and codebook \(V, D\); got \(2, 3\), \(1300, 9\)"):
         nearest_code(torch.zeros(2, 3), packed)
 
 
@@ -343,9 +353,11 @@ def test_no_gradient_is_recorded():
     assert not nearest_code(x, codebook).requires_grad
 
 
-@pytest.mark.parametrize(("x", "codebook"), [((3,), (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 2)), ((1, 2, 3), (4, 3))])
+@pytest.mark.parametrize(
+    ("x", "codebook"), [((), (4, 3)), ((2, 3), (3,)), ((2, 3), (4, 2)), ((1, 2, 3), (4, 2)), ((3,), (4, 2))]
+)
 def test_shapes_that_do_not_fit_are_refused(x, codebook):
-    with pytest.raises(ValueError, match=r"want x \(N, D\) and codebook \(V, D\); got"):
+    with pytest.raises(ValueError, match=r"want x \(\.\.\., D\) and codebook \(V, D\); got"):
         nearest_code(torch.zeros(x), torch.zeros(codebook))
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from mars import kernels
 from mars.kernels import _backend, attention, cached_attention, scale_causal_attention
 from mars.kernels.scale_causal_attention import availability, backends, heads, hybrid, op, reference, registered
+from mars.runtime import native_bfloat16 as native_bfloat16_of
 
 SCHEDULES = [
     (1,),
@@ -239,12 +240,15 @@ def test_groups_join_short_scales_in_order():
 
 
 @pytest.mark.parametrize("scores", [1, 2 * 50 * 70, 1 << 20], ids=["one head", "two heads", "all heads"])
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
-def test_heads_at_a_time_do_not_show(scores, kept, monkeypatch):
+@pytest.mark.parametrize(
+    ("kept", "native"), [(True, True), (False, True), (False, False)], ids=["kept", "recomputed", "widened"]
+)
+def test_heads_at_a_time_do_not_show(scores, kept, native, monkeypatch):
     lengths = (20, 50)
+    monkeypatch.setattr(hybrid, "PROCESSOR", hybrid.Processor(native, native))
     monkeypatch.setattr(backends, "GROUP", 10)
     monkeypatch.setattr(hybrid, "_SCORES", {2: scores, 4: scores, 8: scores})
-    monkeypatch.setattr(hybrid, "KEPT", 1 << 20 if kept else 0)
+    monkeypatch.setattr(hybrid, "KEPT", 1 << 20 if kept or not native else 0)
     assert (hybrid.saved_numel(torch.empty(3, 5, 70, 16, dtype=torch.bfloat16), lengths) > 0) == kept
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         tensors = inputs(lengths, dtype, heads=5, batch=3)
@@ -259,6 +263,17 @@ def test_heads_at_a_time_do_not_show(scores, kept, monkeypatch):
             assert_all_as_accurate(found, rounded, exact)
 
 
+@pytest.fixture
+def native_bfloat16(monkeypatch):
+    monkeypatch.setattr(hybrid, "PROCESSOR", hybrid.Processor(amx=True, bfloat16=True))
+
+
+def test_the_processor_is_that_of_pytorch():
+    assert hybrid.PROCESSOR.bfloat16 == native_bfloat16_of(torch.device("cpu"))
+    assert hybrid.PROCESSOR.bfloat16 or not hybrid.PROCESSOR.amx
+
+
+@pytest.mark.usefixtures("native_bfloat16")
 def test_weights_are_kept_up_to_64_mib_of_16_bits():
     def kept(heads, dtype):
         return hybrid.saved_numel(torch.empty(1, heads, 2048, 16, dtype=dtype, device="meta"), (2048,))
@@ -267,19 +282,20 @@ def test_weights_are_kept_up_to_64_mib_of_16_bits():
     assert kept(9, torch.bfloat16) == kept(1, torch.float32) == 0
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_weights_are_kept_for_a_backward_only():
     q, k, v = (t.bfloat16() for t in inputs((1, 4)))
     for keep, values in ((False, 0), (True, 2 * 3 * 5 * 5)):
         assert len(registered.hybrid_attention(q, k, v, None, (1, 4), 1.0, keep)[1]) == values
     called = []
-    original = registered.hybrid_attention
+    original = registered._hybrid_attention
 
     def spy(*args):
         called.append(args[-1])
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registered, "hybrid_attention", spy)
+        patch.setattr(registered, "_hybrid_attention", spy)
         gain = torch.ones(q.shape[1])
         scale_causal_attention(q, k, v, (1, 4), head_scale=gain)
         scale_causal_attention(q, k.requires_grad_(), v, (1, 4), head_scale=gain)
@@ -366,18 +382,29 @@ def test_large_values_are_no_reason_to_compute_twice(monkeypatch):
         assert scale_causal_attention(q, k, v * 1e30, (2, 5, 40), 0.25, backend=name).isfinite().all()
 
 
-def test_scores_are_not_scaled_unless_asked():
+def test_the_default_scale_is_that_of_pytorchs_attention():
     lengths = (1, 4)
     q, k, v = inputs(lengths)
     for name in PYTORCH:
         out = scale_causal_attention(q, k, v, lengths, backend=name)
-        torch.testing.assert_close(out, dense(q, k, v, lengths, 1.0), rtol=1e-5, atol=1e-5)
+        mask = torch.tensor([[True] + [False] * 4] + [[True] * 5] * 4)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
     for n in (2, 5):
-        exact = dense(q[:, :, :n], k, v, (5,), 1.0) if n == 5 else ((q[:, :, :n] @ k.mT).softmax(-1) @ v)
+        exact = F.scaled_dot_product_attention(q[:, :, :n], k, v)
         torch.testing.assert_close(attention(q[:, :, :n], k, v), exact, rtol=1e-5, atol=1e-5)
-    keys, values = k.clone(), v.clone()
-    out = cached_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], keys, values, 1)
-    torch.testing.assert_close(out, dense(q, k, v, lengths, 1.0)[:, :, 1:], rtol=1e-5, atol=1e-5)
+    step = cached_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], k.clone(), v.clone(), 1)
+    torch.testing.assert_close(step, out[:, :, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_for_each_head_takes_the_place_of_the_default():
+    lengths, gain = (1, 4), torch.rand(inputs((1,))[0].shape[1]) + 1
+    q, k, v = inputs(lengths)
+    exact = dense(q.double(), k.double(), v.double(), lengths, 1.0, head_scale=gain.double())
+    for name in PYTORCH:
+        out = scale_causal_attention(q, k, v, lengths, head_scale=gain, backend=name)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+    step = cached_attention(*(x[:, :, 1:] for x in (q, k, v)), F.normalize(k, dim=-1), v.clone(), 1, head_scale=gain)
+    torch.testing.assert_close(step.double(), exact[:, :, 1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -496,28 +523,91 @@ def test_a_backward_under_autocast_keeps_its_dtype():
     assert all(map(torch.equal, actual, expected))
 
 
+XEON, ZEN_5, ZEN_3 = hybrid.Processor(True, True), hybrid.Processor(False, True), hybrid.Processor(False, False)
+ONE, TWO = (9, 160), (160, 9)  # groups
+
+
 @pytest.mark.parametrize(
-    ("kernels_of", "dtype", "D", "lengths", "wanted"),
+    ("processor", "dtype", "lengths", "raw", "normalised"),
     [
-        ("auto", torch.float32, 16, (160, 9), "hybrid"),
-        ("auto", torch.float32, 16, (9, 160), "grouped"),  # a single group: nothing to gain but the normalisation
-        ("auto", torch.bfloat16, 16, (160, 9), "hybrid"),
-        ("auto", torch.bfloat16, 16, (9, 160), "grouped"),
-        ("auto", torch.float64, 16, (160, 9), "hybrid"),
-        ("auto", torch.float16, 16, (160, 9), "grouped"),
-        ("native", torch.float32, 16, (160, 9), "hybrid"),
-        ("reference", torch.float32, 16, (160, 9), "reference"),
-        pytest.param("triton", torch.float32, 16, (160, 9), "triton", marks=needs_triton),
-        pytest.param("triton", torch.float32, 24, (160, 9), "hybrid", marks=needs_triton),
-        pytest.param("triton", torch.float64, 16, (160, 9), "hybrid", marks=needs_triton),
+        (XEON, torch.float32, TWO, "hybrid", "hybrid"),
+        (XEON, torch.float32, ONE, "grouped", "hybrid"),
+        (XEON, torch.bfloat16, TWO, "hybrid", "hybrid"),
+        (XEON, torch.bfloat16, ONE, "grouped", "hybrid"),
+        (ZEN_5, torch.float32, TWO, "hybrid", "hybrid"),
+        (ZEN_5, torch.float32, ONE, "grouped", "grouped"),
+        (ZEN_5, torch.bfloat16, TWO, "hybrid", "hybrid"),
+        (ZEN_5, torch.bfloat16, ONE, "hybrid", "hybrid"),
+        (ZEN_3, torch.float32, ONE, "grouped", "grouped"),
+        (ZEN_3, torch.bfloat16, TWO, "hybrid", "hybrid"),
+        (ZEN_3, torch.bfloat16, ONE, "hybrid", "hybrid"),
+        (ZEN_3, torch.float64, TWO, "hybrid", "hybrid"),
+        (XEON, torch.float16, TWO, "grouped", "grouped"),
+        (ZEN_5, torch.float16, TWO, "grouped", "grouped"),
     ],
 )
-def test_what_is_chosen_automatically(kernels_of, dtype, D, lengths, wanted):
-    q = torch.empty(1, 1, sum(lengths), D, dtype=dtype)
+def test_a_processor_takes_what_was_measured_fastest_on_its_kind(
+    processor, dtype, lengths, raw, normalised, monkeypatch
+):
+    monkeypatch.setattr(hybrid, "PROCESSOR", processor)
+    q = torch.empty(1, 1, sum(lengths), 16, dtype=dtype)
+    with kernels.use("auto"):
+        assert op._chosen(None, q, lengths, False) == raw
+        assert op._chosen(None, q, lengths, True) == normalised
+
+
+@pytest.mark.parametrize(
+    ("kernels_of", "dtype", "D", "wanted"),
+    [
+        ("auto", torch.float32, 16, "hybrid"),
+        ("native", torch.float32, 16, "hybrid"),
+        ("reference", torch.float32, 16, "reference"),
+        pytest.param("triton", torch.float32, 16, "triton", marks=needs_triton),
+        pytest.param("triton", torch.float32, 24, "hybrid", marks=needs_triton),
+        pytest.param("triton", torch.float64, 16, "hybrid", marks=needs_triton),
+    ],
+)
+def test_what_is_chosen_automatically(kernels_of, dtype, D, wanted):
+    q = torch.empty(1, 1, 169, D, dtype=dtype)
     with kernels.use(kernels_of):
-        assert op._chosen(None, q, lengths, False) == wanted
-        assert op._chosen(None, q, lengths, True) == ("hybrid" if lengths == (9, 160) else wanted)
-        assert op._chosen("dense", q, lengths, False) == "dense"
+        assert op._chosen(None, q, TWO, False) == op._chosen(None, q, TWO, True) == wanted
+        assert op._chosen("dense", q, TWO, False) == "dense"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "wanted"),
+    [
+        (torch.bfloat16, TWO, "triton"),
+        (torch.float16, TWO, "triton"),
+        (torch.float32, TWO, "grouped"),
+        (torch.float64, TWO, "grouped"),
+        (torch.bfloat16, (169,), "dense"),
+        (torch.float32, (169,), "dense"),
+    ],
+    ids=str,
+)
+def test_cuda_takes_what_was_measured_fastest_there(dtype, lengths, wanted):
+    q = torch.empty(1, 1, 169, 64, dtype=dtype)
+    with _backend.planned("cuda"):
+        for normalised in (False, True):
+            assert op._chosen(None, q, lengths, normalised) == wanted
+        with kernels.use("triton"):  # asked for by name
+            assert op._chosen(None, q, TWO, False) == ("grouped" if dtype == torch.float64 else "triton")
+
+
+def test_packages_are_called_for_single_scales_alone(monkeypatch):
+    calls = []
+
+    def unmasked(q, k, v, scale):
+        calls.append((q.shape[2], k.shape[2]))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    lengths = [n * n for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)]
+    q, k, v = inputs(lengths, heads=1, batch=1)
+    found = backends._by_group(q, k, v, lengths, 0.25, unmasked)
+    assert calls == [(169, 424), (256, 680)]
+    torch.testing.assert_close(found, dense(q, k, v, lengths, 0.25), rtol=1e-4, atol=1e-5)
 
 
 def test_devices_without_kernels_of_our_own_take_pytorchs():

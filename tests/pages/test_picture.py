@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mars.pages.picture import contact_sheet, spectrogram_picture, write_png
+from mars.pages.picture import contact_sheet, height_of, spectrogram_picture, write_png
 
 
 def decoded(path: Path) -> np.ndarray:
@@ -100,6 +100,28 @@ def test_labels_are_drawn_below_and_nowhere_else():
     changed[26:37, 6:36] = changed[26:37, 42:72] = False
     assert not changed.any()
     assert np.array_equal(contact_sheet(x, ["A", "b"]), contact_sheet(x, ["a", "B"]))
+
+
+def test_axes_lie_outside_the_pictures():
+    x = np.linspace(-1, 1, 3 * 60 * 80).reshape(3, 60, 80)
+    plain, drawn = contact_sheet(x, columns=2), contact_sheet(x, columns=2, extent=(4.0, 8.0))
+    left, below = drawn.shape[1] - plain.shape[1], drawn.shape[0] - plain.shape[0]
+    assert left > 0
+    assert below > 0
+    assert np.array_equal(drawn[: -below - 6, left + 6 :], plain[:-6, 6:])
+    for top in (6, 6 + 66):  # kHz beside each row
+        assert (drawn[top : top + 60, :left] != plain[0, 0]).any()
+    for start in (left + 6, left + 6 + 86):  # seconds below each column
+        assert (drawn[-below:, start : start + 80] != plain[0, 0]).any()
+    assert not np.array_equal(drawn, contact_sheet(x, columns=2, extent=(10.0, 8.0)))
+
+
+@pytest.mark.parametrize("frequency", ["linear", "log"])
+def test_a_frequency_is_drawn_where_the_axis_says(frequency):
+    x = np.full((512, 4), -1.0)
+    x[128] = 1.0  # a quarter of the way up to the highest
+    row = int(spectrogram_picture(x, frequency=frequency)[:, 0].sum(-1).argmax())
+    assert height_of(0.25, 512, frequency) == pytest.approx(1 - (row + 0.5) / 512, abs=0.005)
 
 
 def test_every_character_looks_different():

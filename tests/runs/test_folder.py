@@ -22,6 +22,7 @@ from mars.cli.train import main
 from mars.errors import CheckpointError, DiskError, Diverged
 from mars.runs import folder
 from mars.runs.folder import Best, Position, RunFolder
+from mars.terminal import PlainConsole
 from mars.train import loop, start
 from mars.train.deadline import Deadline
 from mars.train.divergence import BadSteps
@@ -487,12 +488,15 @@ def test_a_second_interrupt_exits_130():
     assert caught.value.exit_code == 130
 
 
-def test_a_folder_of_any_name_is_trained_in(tmp_path, capsys):
+def test_a_folder_of_any_name_is_trained_in(tmp_path):
     """What is in brackets is no markup; going on prints other lines than beginning."""
-    out = tmp_path / "[/b] [red] :smile:"
+    out, said = tmp_path / "[/b] [red] :smile:", io.StringIO()
+    console = PlainConsole(file=said, soft_wrap=True)
     for most in (1, 2):
-        start.train("tokenizer", preset="smoke", overrides=("train.sample_every=0",), out=out, max_steps=most)
-    lines = capsys.readouterr().err.splitlines()
+        start.train(
+            "tokenizer", preset="smoke", overrides=("train.sample_every=0",), out=out, max_steps=most, console=console
+        )
+    lines = said.getvalue().splitlines()
     assert sum(f"run {out}" in line for line in lines) == 2
     assert sum(f"saved in {out}; start the same again with `out` {out} to go on" in line for line in lines) == 2
     assert any("resuming at step 1" in line for line in lines)

@@ -27,10 +27,10 @@ from rich.console import Console
 from mars import audio, config, runtime
 from mars.cli.train import main
 from mars.config import override
-from mars.distributed import ALONE, World
 from mars.errors import CheckpointError, ConfigError, Diverged
 from mars.models.tokenizer import Tokenizer
 from mars.runs import compare, report, samples
+from mars.runs.distributed import ALONE, World
 from mars.runs.folder import RunFolder
 from mars.runs.log import read_log
 from mars.runs.samples import Sampler

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from mars.distributed import World, leave, teardown
 from mars.models.discriminator import Discriminator
+from mars.runs.distributed import World, leave, teardown
 from mars.train import start, tokenizer
 from mars.train.tokenizer import TokenizerStage
 from mars.train.var import VARStage

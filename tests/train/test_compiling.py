@@ -12,9 +12,9 @@ import torch._inductor.config
 from rich.console import Console
 
 from mars.config import override
-from mars.distributed import ALONE
 from mars.errors import ConfigError
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import ALONE
 from mars.runs.folder import RunFolder
 from mars.runtime import stream
 from mars.train import loop

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from mars.config import override
-from mars.distributed import ALONE
 from mars.models.discriminator import Discriminator
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import ALONE
 from mars.train.profiling import profile_steps
 from mars.train.spans import span, timed
 from mars.train.tokenizer import TokenizerStage

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from mars import checkpoint, model
 from mars.config import override
-from mars.distributed import ALONE
 from mars.errors import CheckpointError, Diverged
 from mars.labels import column_ids, entries
 from mars.models.discriminator import Discriminator, hinge_loss
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import ALONE
 from mars.runs.folder import RunFolder
 from mars.runtime import stream
 from mars.train import loop

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 from click.testing import CliRunner
 
-from mars import checkpoint, model
+from mars import checkpoint, config, model
 from mars.cli.train import main
 from mars.data import Dataset
+from mars.data.folder import pack_folder
 from mars.data.packed import Writer
-from mars.labels import Labels
+from mars.labels import FAMILIES, Labels
 from mars.train.tokenizer import TokenizerStage
 
 AUDIO = ("audio.n_fft=128", "audio.hop=64", "audio.bins=64", "audio.frames=32", "audio.samples=1900", "audio.cmx=2,1")
@@ -213,3 +216,137 @@ def test_other_threads_are_said_as_another_torch_is(tmp_path):
     other = tokenizer(*words, "--threads", 2)
     assert "was written with threads 1, not 2; going on may not be exact to the bit" in said(other)
     assert other.exit_code == 0
+
+
+def toml(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_printed_settings_are_those_of_the_run_and_make_the_same_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pack(tmp_path / "mine")
+    printed = tokenizer("--print-config")
+    assert printed.exit_code == 0, printed.output
+    file = toml(tmp_path / "settings.toml", printed.stdout)
+    plain = ("tokenizer", "--device", "cpu", "--data", "mine")
+    first = tokenizer("--data", "mine", "--out", "runs/a", "--json", "-q")
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["run"] == "runs/a"
+    assert json.loads(first.stdout)["state"] == "finished"
+    second = CliRunner().invoke(main, [*plain, "--config", str(file), "--out", "runs/b"])
+    assert second.exit_code == 0, second.output
+    for name in ("config.json", "model/tokenizer.safetensors", "model/README.md"):
+        assert Path("runs/a", name).read_bytes() == Path("runs/b", name).read_bytes(), name
+    again = CliRunner().invoke(main, ["tokenizer", "--print-config", "--out", "runs/b"])
+    assert config.preset(*_read(toml(tmp_path / "again.toml", again.stdout))) == config.load(Path("runs/b/config.json"))
+    beyond = CliRunner().invoke(
+        main, ["tokenizer", "--print-config", "--json", "--config", str(file), "--set", "train.lr=3e-5"]
+    )
+    assert json.loads(beyond.stdout)["train"]["tokenizer"]["lr"] == 3e-5
+    assert not list(Path("runs").glob("tokenizer-*"))
+
+
+def _read(file: Path) -> tuple[str, tuple[str, ...], None, dict[str, object]]:
+    named, changes = config.read_settings(file)
+    assert named is not None
+    return named, (), None, changes
+
+
+def test_a_transformers_settings_keep_to_its_tokenizer(trained):
+    printed = run("var", "--tokenizer", trained, "--print-config")
+    assert printed.exit_code == 0, printed.output
+    file = toml(Path("var.toml"), printed.stdout)
+    assert run("var", "--tokenizer", trained, "--config", file, "--print-config").stdout == printed.stdout
+    toml(file, printed.stdout.replace("codebook_size = 8", "codebook_size = 16"))
+    wrong = run("var", "--tokenizer", trained, "--config", file, "--print-config")
+    assert wrong.exit_code == 2
+    assert "--config var.toml: its [tokenizer] is not that of the trained tokenizer runs/tok" in said(wrong).replace(
+        str(trained), "runs/tok"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tokenizer = 1", "want preset and the tables audio, tokenizer, var, train; got tokenizer"),
+        ("preset = 1", "preset must be a name"),
+        ("[tokeniser]\nwidth = 8", "got tokeniser"),
+        ("[tokenizer]\nwidht = 8", "did you mean tokenizer.width?"),
+        ("[train]\nsteps = 'x'", "train.tokenizer.steps must be an int"),
+        ("x =", "cannot be read as TOML"),
+        ("preset = 'huge'", "unknown preset 'huge'"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_one_line(text, message, tmp_path):
+    file = toml(tmp_path / "settings.toml", text)
+    done = CliRunner().invoke(main, ["tokenizer", "--config", str(file), "--print-config"])
+    assert done.exit_code == 2
+    assert message in said(done)
+
+
+def labelled(out: Path) -> Path:
+    """Notes of two instruments and of a label of their own."""
+    folder = out.with_suffix(".wav")
+    for i in range(6):
+        path = folder / f"{'ab'[i % 2]}{i}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, 0.5 * np.sin(np.arange(1900) * (i + 3) / 20), 16_000)
+    rows = "".join(f"{'ab'[i % 2]}{i}.wav,6{i},kazoo,{'xy'[i % 2]},{['dark', 'bright'][i % 2]}\n" for i in range(6))
+    (out.parent / "labels.csv").write_text("file,pitch,family,instrument,type\n" + rows)
+    pack_folder(folder, out, csv=out.parent / "labels.csv", seconds=1900 / 16_000, hold_out="notes", shortest=0.1)
+    return out
+
+
+def test_both_stages_start_from_a_model_and_its_vocabulary_grows(trained, tmp_path):
+    small = (*STEPS, "var.width=16", "var.depth=1")
+    base = run("var", "--tokenizer", trained, "--data", "mine", "--out", "runs/base", settings=small)
+    assert base.exit_code == 0, base.output
+    own = labelled(tmp_path / "own")
+    none = ("train.lr=1e-30", "train.weight_decay=0")  # so that the weights stay what they start as
+    first = run("tokenizer", "--init", "runs/base", "--data", own, "--out", "runs/first", settings=(*STEPS, *none))
+    assert first.exit_code == 0, first.output
+    for name, tensor in model.load("runs/first").tokenizer.state_dict().items():
+        torch.testing.assert_close(tensor, model.load("runs/base").tokenizer.state_dict()[name])
+    condition = "var.condition=family,source,pitch,velocity,instrument,type"
+    second = run("var", "--init", "runs/base", "--tokenizer", "runs/first", "--data", own, "--out", "runs/second",
+                 settings=(*STEPS, *none, condition))  # fmt: skip
+    assert second.exit_code == 0, second.output
+    old, new = model.load("runs/base"), model.load("runs/second")
+    assert new.words == {"family": [*FAMILIES, "kazoo"], "instrument": ["x", "y"], "type": ["bright", "dark"]}
+    had, has = (made.var.condition["family"].weight for made in (old, new))
+    torch.testing.assert_close(has[: len(FAMILIES)], had[:-1])
+    torch.testing.assert_close(has[len(FAMILIES)], had[:-1].mean(0))
+    torch.testing.assert_close(has[-1], had[-1])
+    assert not new.var.condition["instrument"].weight.abs().max() > 1e-20
+    (note,) = new.generate(1, labels={"type": "dark"}, pitch=61, family="kazoo", allow_untrained=True)
+    assert note.condition["type"] == "dark"
+    again = run("var", "--resume", "runs/second", "--data", own, settings=())
+    assert again.exit_code == 0, again.output
+    other = run("var", "--init", trained, "--tokenizer", "runs/first", "--data", own, "--out", "runs/third")
+    assert other.exit_code == 2
+    for settings, says in (
+        (("var.width=32",), "the weights of --init are of 16, which they fix"),
+        (("var.condition=pitch",), "the conditions of --init are family, source, pitch, velocity; keep them"),
+        (("var.condition=family,source,pitch,velocity,colour",), "the dataset has no such label; it has family"),
+        (("tokenizer.width=32",), "the trained tokenizer runs/first fixes these"),
+    ):
+        refused = run("var", "--init", "runs/base", "--tokenizer", "runs/first", "--data", own, "--out", "runs/no",
+                      settings=(*STEPS, *settings))  # fmt: skip
+        assert refused.exit_code == 2, refused.output
+        assert says in said(refused)
+
+
+def test_training_follows_the_rate_and_the_length_of_the_notes(tmp_path):
+    data = pack(tmp_path / "fast", rate=22_050)
+    result = run(
+        "tokenizer", "--preset", "smoke", "--data", data, "--plan", "--device", "cpu", settings=("train.batch_size=2",)
+    )
+    assert result.exit_code == 0, result.output
+    assert "22,050 Hz, 0.0862 s: window 1,024, hop 256" in result.output
+    result = run(
+        "tokenizer", "--preset", "smoke", "--data", data, "--out", "runs/fast", "--max-steps", 1, settings=STEPS
+    )
+    assert result.exit_code == 0, result.output
+    made = model.load("runs/fast").config
+    assert (made.audio.sample_rate, made.audio.samples) == (22_050, 1900)

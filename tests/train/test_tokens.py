@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mars.config import override
-from mars.distributed import ALONE
 from mars.model import Model
 from mars.models.tokenizer import Tokenizer
+from mars.runs.distributed import ALONE
 from mars.train import start, tokens
 from mars.train.tokens import cached_tokens, tokenize
 

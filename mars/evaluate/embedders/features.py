@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mars import checkpoint
-from mars.errors import CheckpointError, DataError
+from mars.errors import CheckpointError, ConfigError, DataError
 from mars.evaluate.sets import NoteSet
 from mars.runtime import exact_float32, thread_pool
 
@@ -81,9 +81,9 @@ def embed(
         OSError: the cache cannot be written.
     """
     if notes.sample_rate != embedder.sample_rate:
-        raise ValueError(f"{embedder.id} takes notes at {embedder.sample_rate} Hz, got {notes.sample_rate}")
+        raise ConfigError(f"{embedder.id} takes notes at {embedder.sample_rate} Hz, got {notes.sample_rate}")
     if not len(notes):
-        raise ValueError(f"{embedder.id}: want at least one note, got none from {notes.source}")
+        raise ConfigError(f"{embedder.id}: want at least one note, got none from {notes.source}")
     folder = None if cache is None else cache / f"{embedder.id}-{_digest([embedder.sha256, embedder.front_end])}"
     embeddings = {} if folder is None else _read(folder, set(notes.keys))
     missing: list[int] = []

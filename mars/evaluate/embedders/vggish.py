@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mars import checkpoint
-from mars.errors import CheckpointError
+from mars.errors import CheckpointError, ConfigError
 from mars.evaluate.embedders.features import Embedding
 from mars.evaluate.embedders.weights import read_weights
 from mars.files import sha256
@@ -66,12 +66,12 @@ def examples(waveform: Tensor, framing: Framing = "google") -> Tensor:
     A rest at the end that does not fill an example is left out.
 
     Raises:
-        ValueError: another shape, integers, or notes too short for one example.
+        ConfigError: another shape, integers, or notes too short for one example.
     """
     least = WINDOW + (FRAMES - 1) * HOP if framing == "torchvggish" else SAMPLE_RATE
     if waveform.ndim != 2 or waveform.shape[1] < least or not waveform.is_floating_point():
         expected = f"floating-point (B, samples >= {least})"
-        raise ValueError(f"vggish.examples: want {expected}, got {waveform.dtype} {tuple(waveform.shape)}")
+        raise ConfigError(f"vggish.examples: want {expected}, got {waveform.dtype} {tuple(waveform.shape)}")
     if framing == "torchvggish":
         return log_mel(waveform).unfold(1, FRAMES, FRAMES).mT.float()
     peak = waveform.amax(1, keepdim=True)  # of the signed signal, as published

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mars.errors import ConfigError
 from mars.evaluate import mel
 from mars.evaluate.baselines import REAL_VS_REAL
 from mars.evaluate.bootstrap import bootstrap_median
@@ -28,7 +29,7 @@ def copy_ratio(train: Nearest, test: Nearest) -> Tensor:
         ValueError: the two are not of the same queries.
     """
     if len(train.index) != len(test.index):
-        raise ValueError(f"copy_ratio: want the same queries twice, got {len(train.index)} and {len(test.index)}")
+        raise ConfigError(f"copy_ratio: want the same queries twice, got {len(train.index)} and {len(test.index)}")
     ratio = (train.errors.mse / test.errors.mse).sqrt()
     return torch.where(train.errors.mse == test.errors.mse, torch.ones_like(ratio), ratio)
 

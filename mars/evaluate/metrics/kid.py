@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mars.errors import DataError, needed
+from mars.errors import ConfigError, DataError, needed
 from mars.evaluate.bootstrap import RESAMPLES, SEED, Estimate, estimate, resample_counts
 from mars.evaluate.embedders.classifier import Classifier, logits_vinay2022
 from mars.evaluate.embedders.roles import Role
@@ -113,7 +113,7 @@ def _pair(name: str, real: Tensor, fake: Tensor, width: str, minimum: int) -> tu
     real = checked(f"{name} (real)", real, "notes", width, minimum=minimum)
     fake = checked(f"{name} (fake)", fake, "notes", width, minimum=minimum)
     if real.shape[1] != fake.shape[1]:
-        raise ValueError(
+        raise ConfigError(
             f"{name}: want as many {width} for both, got {real.shape[1]} (real) and {fake.shape[1]} (fake)"
         )
     return real, fake

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mars.errors import DataError, needed
+from mars.errors import ConfigError, DataError, needed
 from mars.evaluate.bootstrap import SEED
 from mars.evaluate.metrics.measure import Measure, Metric, Row
 from mars.evaluate.report import Figure
@@ -118,7 +118,7 @@ def different_bins(bins: Bins, notes: Tensor, alpha: float = ALPHA) -> NDB:
     """
     notes = checked("different_bins", notes, "notes", "features")
     if notes.shape[1] != bins.features:
-        raise ValueError(f"different_bins: want {bins.features} features as the bins have, got {notes.shape[1]}")
+        raise ConfigError(f"different_bins: want {bins.features} features as the bins have, got {notes.shape[1]}")
     samples = _project(notes, bins.projection)
     k = bins.counts.shape[1]
     labels = [torch.cdist(samples, centres).argmin(1) for centres in bins.centres]

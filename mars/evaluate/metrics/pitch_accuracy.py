@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mars.errors import DataError
+from mars.errors import ConfigError, DataError
 from mars.evaluate.bootstrap import bootstrap_mean
 from mars.evaluate.embedders.roles import Role
 from mars.evaluate.metrics.measure import Measure, Metric, Row, figure
@@ -40,7 +40,7 @@ def detected(logits: Tensor, classes: Sequence[str]) -> Numbers:
         ValueError: there is not one class for each logit, or a class is no MIDI number.
     """
     if logits.ndim != 2 or logits.shape[1] != len(classes):
-        raise ValueError(f"detected: want logits (n, {len(classes)}), got {tuple(logits.shape)}")
+        raise ConfigError(f"detected: want logits (n, {len(classes)}), got {tuple(logits.shape)}")
     return _midi(classes)[logits.argmax(1).cpu().numpy()]
 
 
@@ -57,12 +57,12 @@ def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[s
     """Compare requested pitches (n,), MIDI or -1 for unknown, with the likeliest of logits (n, C).
 
     Raises:
-        ValueError: as `detected`, or there is not one pitch for each note.
+        ConfigError: as `detected`, or there is not one pitch for each note.
         DataError: no note can be judged.
     """
     expected, predicted = np.asarray(requested, np.int64), detected(logits, classes)
     if expected.shape != predicted.shape:
-        raise ValueError(f"pitch_accuracy: want a pitch a note, {len(predicted)}; got shape {expected.shape}")
+        raise ConfigError(f"pitch_accuracy: want a pitch a note, {len(predicted)}; got shape {expected.shape}")
     known, scored = expected >= 0, scorable(expected, classes)
     if not scored.any():
         raise DataError(
@@ -83,7 +83,9 @@ def pitch_accuracy(requested: npt.ArrayLike, logits: Tensor, classes: Sequence[s
 
 def _midi(classes: Sequence[str]) -> Numbers:
     if not all(name.isdecimal() and int(name) < 128 for name in classes):
-        raise ValueError(f"want classes that are MIDI numbers, got {', '.join(classes[:3])}...; use a pitch classifier")
+        raise ConfigError(
+            f"want classes that are MIDI numbers, got {', '.join(classes[:3])}...; use a pitch classifier"
+        )
     return np.array([int(name) for name in classes], np.int64)
 
 

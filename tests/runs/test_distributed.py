@@ -19,14 +19,14 @@ import torch
 from mars import checkpoint, model
 from mars.config import TrainConfig
 from mars.data import open_dataset
-from mars.distributed import ALONE, World, join, teardown
 from mars.errors import ConfigError, Diverged, LostProcess
+from mars.runs.distributed import ALONE, World, join, teardown
 from mars.runs.folder import RunFolder
 from mars.train.loop import batch_indices
 from mars.train.start import train
 from tests.train import processes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = [
     *(("two", name) for name in processes.SETTINGS),
     *(("sharded", name) for name in ("var", "muon")),
@@ -315,7 +315,7 @@ def test_only_a_lost_process_is_reported_as_one():
 
 ENDING = """
 import atexit, sys, torch
-from mars import distributed
+from mars.runs import distributed
 from mars.cli.train import main
 
 class Late:

@@ -17,11 +17,21 @@ from mars.runtime import Precision, autocast
 
 TILE = 8  # notes the network runs on at once on a CPU; changing it changes the bytes of all notes
 TILE_ACCELERATOR = 32
+# Parameters of a transformer whose tiles share the processor, each on one thread. Threads that share a tile wait for
+# each other at every product: beside another busy process for most of the time. With a larger one a tile takes so long
+# that few notes should have all threads. Not by the number of notes, as threads may round differently.
+MOST_ON_ONE_THREAD = 50_000_000
 
 
 def tile_size(device: torch.device) -> int:
     """Return how many notes the network runs on at once."""
     return TILE if device.type == "cpu" else TILE_ACCELERATOR
+
+
+def workers(var: VAR, device: torch.device) -> int:
+    """Tiles to be computed side by side, each on a thread of its own; 1: one after the other, on all threads."""
+    small = sum(p.numel() for p in var.parameters()) <= MOST_ON_ONE_THREAD
+    return torch.get_num_threads() if device.type == "cpu" and small else 1
 
 
 def sample(
@@ -34,6 +44,8 @@ def sample(
     top_k: int,
     top_p: float,
     precision: Precision,
+    temperature: float = 1.0,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw all tokens, scale after scale.
 
@@ -44,15 +56,20 @@ def sample(
             the cost. Without effect if the transformer has no condition.
         top_k, top_p: draw among the top_k likeliest tokens, and of these among the likeliest of mass top_p.
         precision: of the transformer, see `mars.runtime.autocast`.
+        temperature: that the logits are divided by, before top_k and top_p.
+        first: int64 (B, n), the tokens of the first scales, which are taken as they are; None: all are drawn.
 
     Returns:
         ids: int64 (B, L).
         latent: (B, D, H, W), the tokens' latent map.
     """
     device = condition.device
+    given = 0 if first is None else first.shape[1]
+    if first is not None and given == var.starts[-1]:
+        return first, quantizer.latent(first)
     cast = autocast(device, precision)
     last = len(var.lengths) - 1
-    guided = cfg > 0 and bool(var.config.condition) and last > 0
+    guided = cfg > 0 and len(var.condition) > 0 and last > 0
     if guided:  # the second half of the rows has the condition hidden
         condition = torch.cat((condition, var.null_condition(len(condition))))
     with cast:
@@ -71,7 +88,10 @@ def sample(
             if k > 0:  # no guidance on the first scale, but the rest needs both halves of its cache
                 t = cfg * k / last
                 logits = (1 + t) * logits - t * free
-        ids.append(draw(logits, uniform, top_k, top_p))
+        if first is not None and var.starts[k] < given:
+            ids.append(first[:, var.starts[k] : var.starts[k + 1]])
+        else:
+            ids.append(draw(logits / temperature, uniform, top_k, top_p))
         total = quantizer.add_scale(k, ids[-1], total)  # not autocast, as in training
         if k < last:
             inputs = quantizer.next_input(k + 1, total)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
-from mars import audio, config, sampling
+from mars import audio, config
 from mars.errors import CheckpointError, ConfigError
 from mars.labels import condition_ids
 from mars.model import Model, Timing
+from mars.models import sampling
+from mars.models.sampling import TILE, draw
 from mars.models.tokenizer import Tokenizer
 from mars.models.var import VAR
-from mars.sampling import TILE, draw
 
 NOTES = [
     {"family": "brass", "source": "acoustic", "count": 8, "pitch": [42, 70]},
@@ -42,7 +45,7 @@ def listed(model, n, **settings):
 
 
 def identical(a, b):
-    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.spectrogram, b.spectrogram)
+    same = torch.equal(a.waveform, b.waveform) and torch.equal(a.log_magnitude, b.log_magnitude)
     return same and torch.equal(a.ids, b.ids) and (a.index, a.condition) == (b.index, b.condition)
 
 
@@ -67,7 +70,7 @@ def test_notes_are_audible_and_at_most_full_scale(model):
     settings = model.config.audio
     for note in listed(model, 4, iterations=4):
         assert note.waveform.shape == (settings.samples,)
-        assert note.spectrogram.shape == (settings.bins, settings.frames)
+        assert note.log_magnitude.shape == (settings.bins, settings.frames)
         assert note.ids.shape == (model.config.tokenizer.tokens,)
         assert 1e-3 < note.waveform.abs().max() <= 1
 
@@ -84,6 +87,61 @@ def test_progress_and_timing(model):
     listed(model, 11, start=3, batch_size=1, progress=lambda *p: seen.append(p), timing=timing)
     assert seen == [(5, 11), (11, 11)]
     assert min(timing.transformer, timing.decoding, timing.griffin_lim) > 0
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tiles_side_by_side_have_the_bytes_of_one_thread(model, precision, threads, monkeypatch):
+    seen, step = set(), model.var.step
+
+    def spied(*arguments):
+        seen.add((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        return step(*arguments)
+
+    monkeypatch.setattr(model.var, "step", spied)
+    threads(1)
+    alone = listed(model, 3 * TILE - 2, precision=precision)
+    assert seen == {(threading.get_ident(), 1, False)}
+    threads(3)
+    seen.clear()
+    timing = Timing()
+    together = listed(model, 3 * TILE - 2, precision=precision, batch_size=1, timing=timing)
+    assert all(map(identical, alone, together))
+    assert {number for _, number, _ in seen} == {1}
+    assert not any(grad for *_, grad in seen)
+    assert threading.get_ident() not in {thread for thread, *_ in seen}
+    assert torch.get_num_threads() == 3
+    assert min(timing.transformer, timing.decoding, timing.griffin_lim) > 0
+
+
+def test_a_large_transformer_has_all_threads_for_each_tile(model, threads, monkeypatch):
+    threads(2)
+    cpu = torch.device("cpu")
+    assert sampling.workers(model.var, cpu) == 2
+    assert sampling.workers(model.var, torch.device("cuda")) == 1
+    monkeypatch.setattr(sampling, "MOST_ON_ONE_THREAD", 10)
+    assert sampling.workers(model.var, cpu) == 1
+    seen, step = set(), model.var.step
+    monkeypatch.setattr(model.var, "step", lambda *a: seen.add(torch.get_num_threads()) or step(*a))
+    listed(model, 1)
+    assert seen == {2}
+
+
+def test_notes_that_nobody_takes_are_not_made(model, threads, monkeypatch):
+    threads(2)
+    made, step = [], model.var.step
+    monkeypatch.setattr(model.var, "step", lambda k, *a: made.append(k) or step(k, *a))
+    notes = model.iterate(40 * TILE, batch_size=1)
+    next(notes)
+    notes.close()
+    assert made.count(0) <= 8
 
 
 def rows(model, monkeypatch):
@@ -293,3 +351,36 @@ def test_numbers_that_are_not_finite_are_refused(part):
 
 def test_the_models_own_method(model):
     assert identical(model.generate(1, iterations=1)[0], listed(model, 1)[0])
+
+
+def test_first_scales_are_kept_and_the_others_drawn(model):
+    starts = model.config.tokenizer.starts
+    (given,) = listed(model, 1, seed=5)
+    for keep, start in enumerate(starts):
+        tokens = given.ids[:start].expand(10, -1)
+        notes = listed(model, 10, start=3, tokens=tokens, cfg=1.0)
+        assert all(torch.equal(note.ids[:start], given.ids[:start]) for note in notes)
+        assert len({tuple(note.ids.tolist()) for note in notes}) == (10 if keep < len(starts) - 1 else 1)
+        assert identical(notes[7], listed(model, 1, start=10, tokens=tokens[:1], cfg=1.0)[0])
+    assert torch.equal(notes[0].spectrogram(), given.spectrogram())
+
+
+def test_the_scales_that_are_kept_may_be_none(model):
+    none = torch.zeros(3, 0, dtype=torch.int64)
+    assert all(map(identical, listed(model, 3), listed(model, 3, tokens=none)))
+
+
+def test_a_low_temperature_takes_the_likeliest(model):
+    likeliest = listed(model, 2, top_k=1)
+    assert all(map(identical, likeliest, listed(model, 2, temperature=1e-6)))
+    assert all(map(identical, listed(model, 2), listed(model, 2, temperature=1.0)))
+    assert not identical(listed(model, 1)[0], listed(model, 1, temperature=5.0)[0])
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="temperature must be above 0"):
+            model.generate(1, temperature=wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (1,)])
+def test_first_tokens_that_are_of_no_scale_are_refused(model, shape):
+    with pytest.raises(ConfigError, match=r"tokens: want tokens \(1, one of 0, 1, "):
+        model.generate(1, tokens=torch.zeros(shape, dtype=torch.int64))
