@@ -135,8 +135,15 @@ def run(real: Path, fake: Path, pairs: bool, json_file: Path | None, html: Path 
 @main.command()
 @_with(PRODUCING)
 @click.option("-n", "n", type=click.IntRange(min=1), help="So many of the notes, drawn with the seed; default: all.")
+@click.option(
+    "--refine",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Steps by which the encoder's tokens are improved; 20 take a second a note.",
+)
 @_with(SCORING)
-def reconstruct(out: Path | None, model: str | None, data: Path | None, n: int | None, iterations: int,
+def reconstruct(out: Path | None, model: str | None, data: Path | None, n: int | None, iterations: int, refine: int,
                 as_json: bool, **options: Any) -> None:  # fmt: skip
     """Encode and decode notes with a model's tokenizer, and score what comes out."""
     with user_errors(), _progress() as progress:
@@ -144,8 +151,9 @@ def reconstruct(out: Path | None, model: str | None, data: Path | None, n: int |
 
         scoring = _options(options)
         result = evaluate.reconstruct(
-            out, scoring, model=model, data=data, n=n, iterations=iterations, begun=_begun, say=say, progress=progress
-        )
+            out, scoring, model=model, data=data, n=n, iterations=iterations, refine=refine, begun=_begun, say=say,
+            progress=progress,
+        )  # fmt: skip
         _print(result, as_json)
 
 

@@ -224,13 +224,17 @@ class Model:
         return Ranges(self.transformer.config.condition, self.notes, self.words)
 
     @torch.inference_mode()
-    def encode(self, waveform: Array) -> Tensor:
+    def encode(self, waveform: Array, *, refine: int = 0) -> Tensor:
         """Encode to tokens int64 (B, L) the waveforms (B, samples) in [-1, 1] at `config.audio.sample_rate`.
 
         A NumPy array is accepted. Notes of another length must first be cut, or padded with zeros, by the caller.
 
+        Args:
+            refine: steps by which the tokens are then improved, so that the sound of them is nearer to the note's
+                (`mars.models.tokenizer.Tokenizer.refine`); each takes about as long as encoding does twice.
+
         Raises:
-            ConfigError: another shape, integers, NaN or infinity.
+            ConfigError: another shape, integers, NaN or infinity, or a setting out of range.
             CheckpointError: the tokenizer's weights are not float32 any more.
         """
         expected = f"waveforms (B, {self.config.audio.samples}), floating-point with full scale 1"
@@ -246,8 +250,9 @@ class Model:
             raise ConfigError(f"encode: want {expected}, got {x.shape[1]} samples; {do}")
         if not bool(x.isfinite().all()):
             raise ConfigError(f"encode: want {expected}, got NaN or infinity in {_rows(~x.isfinite())}")
+        refine = integer("refine", refine, 0)
         self.check_weights()
-        return tokens_of(self.tokenizer, x.to(self.device), self.config.audio)
+        return tokens_of(self.tokenizer, x.to(self.device), self.config.audio, refine)
 
     @torch.inference_mode()
     def decode(self, ids: Array, *, iterations: int = 32, seed: int | Sequence[torch.Generator] = 0) -> Tensor:
@@ -634,13 +639,14 @@ class Model:
 
 
 @torch.inference_mode()
-def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig) -> Tensor:
+def tokens_of(tokenizer: Tokenizer, waveforms: Tensor, config: AudioConfig, refine: int = 0) -> Tensor:
     """Encode waveforms (B, samples), cut or padded, on the tokenizer's device, to tokens int64 (B, L).
 
     This is what `Model.encode` computes, for a tokenizer without a model and waveforms that are known to be sound.
     """
     with autocast(waveforms.device, CODING):
-        return tokenizer.encode(audio.multiplexed(waveforms, config))
+        x = audio.multiplexed(waveforms, config)
+        return tokenizer.refine(x, refine) if refine else tokenizer.encode(x)
 
 
 @torch.inference_mode()

@@ -98,6 +98,11 @@ def test_waveforms_that_cannot_be_encoded(model, x, message):
         model.encode(x)
 
 
+def test_encoding_is_not_refined_by_less_than_nothing(model):
+    with pytest.raises(ConfigError, match="refine must be at least 0, got -1"):
+        model.encode(torch.zeros(1, N), refine=-1)
+
+
 def of(value):
     x = torch.zeros(3, L, dtype=torch.int64)
     x[2, 3] = value

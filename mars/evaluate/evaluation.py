@@ -128,6 +128,7 @@ def reconstruct(
     data: Path | None = None,
     n: int | None = None,
     iterations: int = 32,
+    refine: int = 0,
     begun: Callable[[Path], None] | None = None,
     say: Say | None = None,
     progress: Progress | None = None,
@@ -141,6 +142,7 @@ def reconstruct(
         data: real notes, a folder or a packed dataset; None: the built-in ones.
         n: so many of the notes, drawn with the seed; None: all.
         iterations: of Griffin-Lim.
+        refine: steps by which the tokens are improved; see `mars.model.Model.encode`.
         begun: called with the folder before the first note is made.
         say: called with warnings; None: they go to the logger `mars`.
         progress: called with what is being done, notes done and all of them.
@@ -156,7 +158,13 @@ def reconstruct(
     with_model = evaluation.load(model, "tokenizer", data)
     out = evaluation.begin(out, data, begun)
     produced = produce.reconstruct(
-        with_model, real, out / "notes", iterations=iterations, seed=seed, progress=evaluation.progress("reconstruct")
+        with_model,
+        real,
+        out / "notes",
+        iterations=iterations,
+        refine=refine,
+        seed=seed,
+        progress=evaluation.progress("reconstruct"),
     )
     return evaluation.score_made(real, out, produced, with_model.config.audio)
 

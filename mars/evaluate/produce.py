@@ -24,7 +24,14 @@ Progress = Callable[[int, int], None]  # called with the notes that are there an
 
 
 def reconstruct(
-    model: Model, notes: NoteSet, out: Path, *, iterations: int = 32, seed: int = 0, progress: Progress | None = None
+    model: Model,
+    notes: NoteSet,
+    out: Path,
+    *,
+    iterations: int = 32,
+    refine: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Encode and decode every note, into files that pair up with the notes (`mars.evaluate.sets.pair`).
 
@@ -40,9 +47,11 @@ def reconstruct(
         DataError: two notes have one id, a file has changed or gone, or something else is in `out`.
         DiskError: there is no room for the files.
     """
-    _not_negative(iterations=iterations, seed=seed)
+    _not_negative(iterations=iterations, refine=refine, seed=seed)
     notes.by_id()
     settings = {"made": "reconstructions", "of": notes.fingerprint, "iterations": iterations, "seed": seed}
+    if refine:
+        settings["refine"] = refine
     files = [f"{stem_of(name)}.wav" for name in notes.names]
     labels = [_labels(notes, i, CLOSED) for i in range(len(notes))]
     size, samples = tile_size(model.device), model.config.audio.samples
@@ -52,7 +61,8 @@ def reconstruct(
             rows = range(first, min(first + size, len(notes)))
             if not missing.isdisjoint(rows):
                 tile = [*rows, *[first] * (size - len(rows))]
-                ids = model.encode(notes.waveforms(tile, model.config.audio.sample_rate, samples))
+                waveforms = notes.waveforms(tile, model.config.audio.sample_rate, samples)
+                ids = model.encode(waveforms, refine=refine)
                 streams = phases([notes.keys[i] for i in tile], seed)
                 decoded = audio.within_full_scale(model.decode(ids, iterations=iterations, seed=streams).cpu())
                 for i, waveform in zip(rows, decoded, strict=False):

@@ -104,7 +104,7 @@ class Optimizer:
                 kind(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         self.ema = [World.local(p) for p in ema.parameters()] if ema is not None else None
-        self.current = [World.local(p) for p in module.parameters()]  # what is averaged: a frozen codebook, too
+        self.current = [World.local(p) for p in module.parameters()]  # what the EMA follows: a frozen codebook, too
         self.waits = bool(matrices) or any(World.local(p) is not p for p in self.parameters)
 
     def clip(self) -> Tensor:

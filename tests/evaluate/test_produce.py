@@ -111,6 +111,15 @@ def test_a_reconstruction_is_what_the_model_makes_of_the_note(model, builtin, tm
         assert waveform.abs().max() > 0.01
 
 
+def test_reconstructions_of_refined_tokens(model, builtin, tmp_path):
+    notes = builtin.subset(range(2))
+    found = reconstruct(model, notes, tmp_path, iterations=0, refine=2)
+    assert found["settings"]["refine"] == 2
+    ids = model.encode(notes.waveforms([0])[:, :1900], refine=2)
+    waveform = model.decode(ids, iterations=0, seed=phases([notes.keys[0]], 0))
+    torch.testing.assert_close(open_notes(tmp_path).waveforms([0])[:, :1900], waveform, rtol=0, atol=1e-3)
+
+
 def test_the_phases_are_the_notes_own(model, builtin, tmp_path):
     reconstruct(model, builtin, tmp_path / "a", iterations=0)
     reconstruct(model, builtin.subset(range(len(builtin))[::-1]), tmp_path / "b", iterations=0)

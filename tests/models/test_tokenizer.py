@@ -7,8 +7,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import mars
+from mars.audio import multiplexed
 from mars.config import AudioConfig, Config, TokenizerConfig, preset, preset_names
-from mars.models.tokenizer import Block, Tokenizer
+from mars.data import builtin
+from mars.models.tokenizer import REFINED_AT_ONCE, Block, Tokenizer
 
 AUDIO = AudioConfig(n_fft=64, hop=16, bins=24, frames=20, samples=300, cmx=(2, 1))  # CMX tensor (2, 12, 20)
 
@@ -282,3 +285,39 @@ def test_it_overfits_one_batch(settings):
         ids = model.eval().encode(x)
         assert (model.decode(ids) - x).square().mean() < losses[0] / 10
     assert not torch.equal(ids[0], ids[1])
+
+
+def error(model: Tokenizer, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return (model.reconstruct(model.quantizer.latent(ids)) - x).square().mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def packaged() -> tuple[Tokenizer, torch.Tensor]:
+    """The packaged tokenizer and two notes that it has not heard."""
+    model, notes = mars.load(), builtin.load()
+    return model.tokenizer, multiplexed(notes.waveforms(notes.split("test")[::25][:2]), model.config.audio)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_refined_tokens_say_more_of_every_note(packaged, mode):
+    model, x = packaged
+    with mode():
+        found = {steps: model.refine(x, steps) for steps in (0, 1, 6)}
+    with torch.no_grad():
+        assert torch.equal(found[0], model.encode(x))
+        errors = {steps: error(model, x, ids) for steps, ids in found.items()}
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert (errors[6] < 0.98 * errors[0]).all()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_samples_are_refined_by_themselves():
+    torch.manual_seed(0)
+    c = config()
+    model, x = Tokenizer(c).eval(), images(c, REFINED_AT_ONCE + 2)
+    together = model.refine(x, 3)
+    with torch.no_grad():
+        alone = torch.cat([model.refine(part, 3) for part in x.split(1)])
+        assert_close(error(model, x, alone), error(model, x, together), rtol=1e-2, atol=0)
+        assert (error(model, x, together) <= error(model, x, model.encode(x)) * (1 + 1e-5)).all()
+    assert model.refine(x[:0], 3).shape == (0, together.shape[1])
