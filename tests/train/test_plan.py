@@ -229,7 +229,8 @@ def test_the_command_plans_and_writes_nothing(stage, tmp_path, monkeypatch):
 def test_what_does_not_fit_is_said():
     fits = (fit(False, 0), fit(True, 0))
     sizes = dict.fromkeys(("parameters", "weights", "gradients", "optimizer", "averaged"), 0)
-    settings = {"stage": "var", "preset": "x", "device": "cuda", "precision": "bfloat16", "checkpointing": False}
+    settings = {"stage": "var", "preset": "x", "device": "cuda", "precision": "bfloat16", "checkpointing": False,
+                "grid": ""}  # fmt: skip
     batch = {"batch_size": 2, "accumulate": 3, "memory": 32 * 10**9, "usable": 29 * 10**9}
     fits = dataclasses.replace(fits[0], peak=30 * 10**9), fits[1]
     shown = plan.report(plan.Plan(**sizes, **settings, **batch, fits=fits, recommended=()))
