@@ -116,6 +116,8 @@ def _hybrid_workspace(
 
 
 def _hybrid_backward_workspace(do: Tensor, q: Tensor, *rest: Any) -> int:
+    if hybrid.widened(q):  # do, q, k and v in float32, and the gradients in both
+        return _slabs(q.new_empty(q.shape, dtype=torch.float32, device="meta"), rest[-2]) + 7 * 4 * q.numel()
     return _slabs(q, rest[-2])
 
 

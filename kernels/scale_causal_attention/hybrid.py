@@ -62,7 +62,7 @@ def pays(dtype: torch.dtype, groups: int, normalised: bool) -> bool:
     return normalised and (PROCESSOR.amx or torch.compiler.is_compiling())
 
 
-def _widened(q: Tensor) -> bool:
+def widened(q: Tensor) -> bool:
     """Return whether the products are computed in float32, since the processor has none in the dtype of q."""
     return q.dtype == torch.bfloat16 and not PROCESSOR.bfloat16
 
@@ -70,7 +70,7 @@ def _widened(q: Tensor) -> bool:
 def saved_numel(q: Tensor, lengths: Sequence[int]) -> int:
     """Count the values of P that `forward` keeps: only in 16 bits, and none if they take more than `KEPT` bytes."""
     values = q.shape[0] * q.shape[1] * sum((end - start) * end for start, end, _ in backends.groups(lengths))
-    return values if q.element_size() == 2 and 2 * values <= KEPT and not _widened(q) else 0
+    return values if q.element_size() == 2 and 2 * values <= KEPT and not widened(q) else 0
 
 
 def forward(
@@ -122,7 +122,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each (B, H, L, D), and of head_scale (empty without it)."""
-    if _widened(q):
+    if widened(q):
         dtype = q.dtype
         do, q, k, v, weights = (x.float() for x in (do, q, k, v, weights))
         dq, dk, dv, dgain = backward(do, q, k, v, head_scale, weights, lengths, scale)
