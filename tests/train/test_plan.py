@@ -250,7 +250,6 @@ def test_the_command_plans_for_a_tokenizer_there_is():
     ("arguments", "message"),
     [
         (("--memory", "1GB"), "--memory goes with --plan"),
-        (("--json",), "--json goes with --plan"),
         (("--plan", "--device", "mps"), "--plan --device mps: only for cuda"),
         (("--plan", "--threads", "100000"), "--threads: want 1 to 256, got 100000"),
         (("--plan", "--memory", "lots"), "'--memory': want a size"),
