@@ -1,13 +1,14 @@
-"""Train the multi-scale tokenizer and the VAR of mars on images: scikit-learn's 1,797 digits. See docs/images.md.
+"""Train the multi-scale tokenizer and the VAR of mars on images, scikit-learn's 1,797 digits (docs/images.md).
 
-pip install -e '.[eval]' && python examples/image_tokenizer.py 600  # steps of each of the two trainings
-"""
+    pip install -e '.[eval]'
+    python examples/image_tokenizer.py 600  # steps of each of the two trainings
+
+Drawn digits are judged by their nearest neighbours."""
 
 import sys
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn import datasets, neighbors
 from torch.nn.functional import mse_loss
 
 from mars.config import TokenizerConfig, VARConfig
@@ -18,7 +19,7 @@ from mars.models.var import VAR
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 600
 torch.manual_seed(0)
-pixels, digit = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+pixels, digit = (torch.from_numpy(array) for array in datasets.load_digits(return_X_y=True))
 train, test = (pixels.float().view(-1, 1, 8, 8) / 8 - 1).split((1500, 297))  # in [-1, 1]
 
 
@@ -44,15 +45,14 @@ def var_loss(picked):  # teacher forcing; a tenth of the labels is hidden, for g
     return linear_cross_entropy(hidden, var.head.weight, var.head.bias, tokens[picked].flatten())
 
 
-size = {"width": 64, "heads": 4, "drop_path": 0.0}
-grids = {"patch": (2, 2), "scales": (1, 2, 3, 4)}
+size, grids = {"width": 64, "heads": 4, "drop_path": 0.0}, {"patch": (2, 2), "scales": (1, 2, 3, 4)}
 config = TokenizerConfig(depth=2, layer_scale=0, codebook_size=128, code_dim=16, **grids, **size)
 fit(tokenizer := Tokenizer(config, shape=(1, 8, 8)), tokenizer_loss)
 tokens = tokenizer.encode(train)  # (1500, 30), coarse to fine
 fit(var := VAR(VARConfig(depth=3, **size), config, classes={"digit": 10}), var_loss)
 wanted, how = torch.arange(10).repeat_interleave(20), {"cfg": 1.5, "top_k": 64, "top_p": 0.96, "precision": "float32"}
 drawn = tokenizer.decode(sample(var, tokenizer.quantizer, wanted[:, None], torch.rand(200, 30), **how)[0])
-judge = KNeighborsClassifier(3).fit(train.flatten(1), digit[:1500])
+judge = neighbors.KNeighborsClassifier(3).fit(train.flatten(1), digit[:1500])
 print(f"held-out digits, reconstructed: squared error {mse_loss(tokenizer.decode(tokenizer.encode(test)), test):.4f}")
 known, right = judge.score(test.flatten(1), digit[1500:]), judge.score(drawn.flatten(1), wanted)
 print(f"told by nearest neighbours: {known:.1%} of the held-out digits, {right:.1%} of the drawn ones:")

@@ -56,7 +56,12 @@ WITH_THREADS = dict(
     for module, name in ((train, "train"), (generate, "generate"), (evaluate, "eval"), (data, "data"))
     for found in commands(module.main, (name,))
 )
-ARGUMENTS = {("eval", "run"): ["--real", ".", "--fake", "."], ("eval", "train-classifier"): ["--task", "pitch"]}
+ARGUMENTS = {
+    ("eval", "run"): ["--real", ".", "--fake", "."],
+    ("eval", "train-classifier"): ["--task", "pitch"],
+    ("train", "finetune"): ["."],
+    ("data", "tokens"): ["--out", "tokens"],
+}
 
 
 @pytest.mark.parametrize("name", WITH_THREADS, ids=" ".join)

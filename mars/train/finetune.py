@@ -41,6 +41,7 @@ from mars.notes import PAGE, NoteFolder, fill, stem
 from mars.runs.compare import RUNS
 from mars.runs.log import Log, read_log
 from mars.runs.stage import StageName
+from mars.runtime import set_threads
 from mars.train.start import train
 
 RESULT = "result.json"
@@ -121,6 +122,7 @@ def finetune(
     """
     began = time.monotonic() if began is None else began
     console = console or terminal.LogConsole()
+    set_threads(threads)
     trained = model.load(base)
     _check_base(trained, base)
     if out is None:

@@ -38,7 +38,9 @@ def test_every_kernel_is_compiled_for_every_architecture(module):
     """What a module launches, it calls *_kernel."""
     module = importlib.import_module(module)
     compiled = {(config.kernel.fn.__name__, a) for config in module.CONFIGS for a in config.architectures}
-    kernels = [name for name in vars(module) if name.endswith("_kernel")]
+    package, parts = module.__name__.rpartition(".")[0], [module]
+    parts += [part for part in vars(module).values() if getattr(part, "__name__", "").startswith(f"{package}.triton_")]
+    kernels = {name for part in parts for name in vars(part) if name.endswith("_kernel")}
     assert compiled == {(name, a) for name in kernels for a in ARCHITECTURES}
 
 

@@ -170,7 +170,7 @@ def test_what_fits_is_the_most_that_fits():
     found = Planner(config, stage).plan(plan.RESERVED * 20 // 19 + 120 * 10**6)
     assert found.usable == pytest.approx(114e6, rel=1e-3)
     for fit in found.fits:
-        needs = plan._Needs(config.with_train(stage, checkpointing=fit.checkpointing), stage, "cuda")
+        needs = plan._Needs(config.with_train(stage, checkpointing=fit.checkpointing), stage, "cuda", {})
         assert needs(fit.largest) <= found.usable < needs(fit.largest + 1)
         assert 30 % fit.micro_batch == 0
         assert all(30 % n for n in range(fit.micro_batch + 1, min(fit.largest, 30) + 1))
@@ -251,7 +251,7 @@ def test_the_command_plans_for_a_tokenizer_there_is():
     [
         (("--memory", "1GB"), "--memory goes with --plan"),
         (("--plan", "--device", "mps"), "--plan --device mps: only for cuda"),
-        (("--plan", "--threads", "100000"), "--threads: want 1 to 256, got 100000"),
+        (("--plan", "--threads", "100000"), "threads: want 1 to 256, got 100000"),
         (("--plan", "--memory", "lots"), "'--memory': want a size"),
         (("--plan", "--set", "train.checkpoint=1"), "did you mean train.tokenizer.checkpointing?"),
     ],
