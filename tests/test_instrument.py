@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -152,4 +153,5 @@ def test_a_model_without_instruments_refuses_one(made, tmp_path):
 
 
 def test_a_dataset_names_its_instruments(made):
-    assert "instrument: Horn in F, Rhodes (soft), flûte, held out" in call(data.main, "info", made / "notes")
+    said = re.sub(r" \(\d+\)", "", call(data.main, "info", made / "notes"))  # how many notes each has
+    assert "instrument: Horn in F, Rhodes (soft), flûte, held out" in said
