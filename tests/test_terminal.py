@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mars import terminal
+from mars.cli import console as cli_console
 from mars.cli import evaluate
 from mars.terminal import PlainColumn, PlainConsole
 
@@ -49,7 +50,8 @@ def test_a_bar_takes_its_words_as_they_are():
 
 def test_the_bar_of_mars_eval_takes_folders_of_any_name(monkeypatch):
     file = io.StringIO()
-    monkeypatch.setattr(terminal, "console", lambda: PlainConsole(file=file, force_terminal=True, width=200))
+    shown = cli_console.CommandConsole(file=file, force_terminal=True, width=200)
+    monkeypatch.setattr(cli_console, "console", lambda: shown)
     with evaluate._progress() as progress:
         progress("read notes/[/b]", 1, 2)
     assert "read notes/[/b]" in file.getvalue()
