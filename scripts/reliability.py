@@ -517,6 +517,11 @@ def rivals(lab: Laboratory, trainer: str) -> Row:
     return row
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of every file in a folder and those below, by its path from there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def kills_of_generation(lab: Laboratory) -> list[Row]:
     """SIGKILL of mars-generate at random moments; the same command goes on until it is done, then with a new folder."""
     row, rng = Row("SIGKILL at a random moment, mars-generate, then the same command"), lab.random(8)
@@ -529,14 +534,14 @@ def kills_of_generation(lab: Laboratory) -> list[Row]:
     status = wait(fork(generating(straight), lab.output))
     assert status == 0, lab.said()
     seconds = time.monotonic() - began
-    right = {path.name: path.read_bytes() for path in straight.iterdir()}
+    right = contents(straight)
     out = lab.new("killed notes")
     while row.trials < lab.trials(50):
         child = fork(generating(out), lab.output)
         time.sleep(rng.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
         status = wait(child)
-        found = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+        found = contents(out)
         problems = [f"exit code {status}: {lab.said()}"] if status not in (0, -signal.SIGKILL) else []
         problems += [f"{name} holds wrong bytes" for name in found if name.endswith(".wav") and name[0] != "."
                      and found[name] != right.get(name)]  # fmt: skip
