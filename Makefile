@@ -32,7 +32,7 @@ wheel: $(VENV)/.mars-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --sdist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel --no-deps --no-build-isolation -w build/wheel dist/*.tar.gz
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl
-	$(BIN)/pip wheel --no-deps --no-build-isolation -C wheel.cmake=false -w dist dist/*.tar.gz
+	$(BIN)/pip wheel --no-deps --no-build-isolation --config-settings=wheel.cmake=false -w dist dist/*.tar.gz
 
 build/types: FORCE  # the package put together as an install has it, for tools that read it
 	rm -rf $@ && mkdir -p $@/mars

@@ -166,7 +166,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wheel_without_kernels_is_for_any_machine(tmp_path):
     """As `make wheel` makes it."""
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-C", "wheel.cmake=false", "--wheel-dir", tmp_path, ROOT)
+    run(
+        *pip,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--config-settings=wheel.cmake=false",
+        "--wheel-dir",
+        tmp_path,
+        ROOT,
+    )
     (file,) = tmp_path.glob("*.whl")
     assert file.name == f"mars_audio-{mars.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(file) as archive:

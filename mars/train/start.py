@@ -467,7 +467,8 @@ def _open_run(
         world.barrier()
         yield run
         return
-    if path.exists() and not (path / "run.json").is_file() and not _abandoned(path):
+    # In this order: another trainer, which the lock is about to name, may write its run.json and the rest meanwhile.
+    if path.exists() and not _abandoned(path) and not (path / "run.json").is_file():
         raise ConfigError(f"`out` {path} exists and is not a run; name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     with lock.claim(path, console.print) as locked:

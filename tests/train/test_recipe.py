@@ -194,7 +194,7 @@ def test_the_transformers_weight_decay_does_not_change(smoke, notes):
 
 
 # How a run is watched and cut into pieces, which changes nothing of what is learnt.
-OPERATION = {"steps", "precision", "compile", "workers", "checkpointing", "keep"}
+OPERATION = {"steps", "patience", "precision", "compile", "workers", "checkpointing", "keep"}
 OPERATION |= {"log_every", "validate_every", "validate_notes", "save_every", "sample_every"}
 
 
