@@ -353,7 +353,7 @@ def _report(first: Learned, second: Learned, judged: Judged, out: Path) -> list[
             lines.append(f"warning: {name}: nothing was better than the model to start from, which was kept")
     pitched = f"{judged.right_pitch} of {judged.asked_pitch} have the pitch asked for; " if judged.asked_pitch else ""
     lines.append(
-        f"notes: {judged.notes} new ones; {pitched}{judged.copies} are copies of training sounds "
+        f"notes: {judged.notes} new ones; {pitched}copies of training sounds: {judged.copies} "
         f"(copy ratio {judged.copy_ratio:.2f}); listen: {out / 'notes' / PAGE}"
     )
     return lines
