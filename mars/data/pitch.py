@@ -53,18 +53,27 @@ def _frames(audio: npt.NDArray[np.float64], size: int, hop: int) -> npt.NDArray[
     return np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
 
 
-def _normalised_difference(frames: npt.NDArray[np.float64], longest: int) -> npt.NDArray[np.float64]:
-    """YIN's cumulative mean normalised difference of each frame, (n, longest), by the lag."""
-    window = frames.shape[1] - longest
+def difference(frames: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
+    """Return YIN's difference function (de Cheveigné and Kawahara 2002) of each frame (n, samples), (n, lags).
+
+    That is the sum of squared differences between its first `window` samples and those a lag later, of every lag that
+    the frame has room for.
+    """
+    longest = frames.shape[1] - window
     size = 1 << (frames.shape[1] + window).bit_length()
     spectrum = np.fft.rfft(frames, size)
     correlation = np.fft.irfft(spectrum * np.fft.rfft(frames[:, :window], size).conj(), size)[:, :longest]
     energy = np.cumsum(np.pad(np.square(frames), ((0, 0), (1, 0))), axis=1)
     shifted = energy[:, window : window + longest] - energy[:, :longest]
-    difference = np.maximum(shifted[:, :1] + shifted - 2 * correlation, 0)
-    difference[:, 0] = 0
-    mean = np.cumsum(difference, axis=1) / np.maximum(np.arange(longest), 1)
-    return np.where(mean > 0, difference / np.maximum(mean, 1e-12), 1.0)
+    return np.maximum(shifted[:, :1] + shifted - 2 * correlation, 0)
+
+
+def _normalised_difference(frames: npt.NDArray[np.float64], longest: int) -> npt.NDArray[np.float64]:
+    """YIN's cumulative mean normalised difference of each frame, (n, longest), by the lag."""
+    squares = difference(frames, frames.shape[1] - longest)
+    squares[:, 0] = 0
+    mean = np.cumsum(squares, axis=1) / np.maximum(np.arange(longest), 1)
+    return np.where(mean > 0, squares / np.maximum(mean, 1e-12), 1.0)
 
 
 def _candidates(

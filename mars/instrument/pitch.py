@@ -7,6 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from mars.data.pitch import difference
+
 Samples = npt.NDArray[np.floating]  # (n,), full scale 1
 
 LOWEST, HIGHEST = 25.0, 4200.0  # Hz that are looked for: those of a piano
@@ -35,37 +37,27 @@ def measured(samples: Samples, rate: int) -> float | None:
 
 def _period(frame: npt.NDArray[np.float64], window: int, rate: int) -> float | None:
     """Return the samples of a period, with a fraction; None where nothing repeats."""
-    difference = _difference(frame, window)
-    lags = np.arange(1, len(difference))
-    normalised = np.ones(len(difference))
-    normalised[1:] = difference[1:] * lags / np.maximum(difference[1:].cumsum(), 1e-12)
+    (squares,) = difference(frame[None], window)
+    lags = np.arange(1, len(squares))
+    normalised = np.ones(len(squares))
+    normalised[1:] = squares[1:] * lags / np.maximum(squares[1:].cumsum(), 1e-12)
     first = max(int(rate / HIGHEST), 2)
     dips = np.flatnonzero((normalised[1:-1] <= normalised[:-2]) & (normalised[1:-1] < normalised[2:])) + 1
     dips = dips[dips >= first]
     if not len(dips) or normalised[dips].min() > APERIODIC:
         return None
     below = dips[normalised[dips] < THRESHOLD]
-    period = _vertex(difference, int(below[0] if len(below) else dips[normalised[dips].argmin()]))
+    period = _vertex(squares, int(below[0] if len(below) else dips[normalised[dips].argmin()]))
     times = 1
-    while 2 * times * period < len(difference) - 2:  # many periods are measured more exactly than one
+    while 2 * times * period < len(squares) - 2:  # many periods are measured more exactly than one
         times *= 2
         guess = times * period
         near = slice(max(round(guess - period / 4), 1), round(guess + period / 4) + 1)
-        lowest = near.start + int(difference[near].argmin())
-        if not 0 < lowest < len(difference) - 1:
+        lowest = near.start + int(squares[near].argmin())
+        if not 0 < lowest < len(squares) - 1:
             break
-        period = _vertex(difference, lowest) / times
+        period = _vertex(squares, lowest) / times
     return period
-
-
-def _difference(frame: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
-    """Return the squared differences between the first `window` samples and those a lag later, of every lag."""
-    size = 1 << (len(frame) + window).bit_length()
-    spectrum = np.fft.rfft(frame, size)
-    products = np.fft.irfft(spectrum * np.fft.rfft(frame[:window], size).conj(), size)[: len(frame) - window]
-    energy = np.concatenate([[0.0], np.square(frame).cumsum()])
-    moved = energy[window:-1] - energy[: len(energy) - 1 - window]
-    return np.maximum(moved[0] + moved - 2 * products, 0)
 
 
 def _vertex(values: npt.NDArray[np.float64], at: int) -> float:
