@@ -210,7 +210,8 @@ def settings_of(
     out = _resumed(out, resume)
     source = init if tokenizer is None else tokenizer
     if source is None:
-        return _settings(out, preset, settings_file, overrides, stage_name, open_dataset(data))
+        dataset = None if data is None else open_dataset(data)
+        return _settings(out, preset, settings_file, overrides, stage_name, dataset)
     other = None if init is None or stage_name == "tokenizer" else model.load(init)
     trained = config.load(model.locate(source) / "config.json")
     return _settings_on(out, trained, preset, settings_file, overrides, source, stage_name, other)
@@ -281,15 +282,22 @@ def _settings(
     file: Path | None,
     overrides: tuple[str, ...],
     stage: StageName,
-    dataset: Dataset,
+    dataset: Dataset | None,
 ) -> Config:
-    """Return the preset's, whose rate and length follow the dataset's unless the preset or somebody sets them."""
+    """Return the preset's, whose rate and length follow the dataset's unless the preset or somebody sets them.
+
+    Presets are made for the rate and length of the built-in notes, which so need not be read: None.
+    """
     if preset is None and file is None and not overrides and out is not None and (out / "config.json").is_file():
         return config.load(out / "config.json")
     named, changes = (None, {}) if file is None else config.read_settings(file)
     plain, usual = config.preset(preset or named or "notes"), config.AudioConfig()
     set_by_hand = "audio" in changes or any(override.strip().startswith("audio.") for override in overrides)
-    if not set_by_hand and (plain.audio.sample_rate, plain.audio.samples) == (usual.sample_rate, usual.samples):
+    if (
+        dataset is not None
+        and not set_by_hand
+        and (plain.audio.sample_rate, plain.audio.samples) == (usual.sample_rate, usual.samples)
+    ):
         plain = config.fitted(plain, dataset.sample_rate, dataset.samples)
     return config.override(plain, overrides, stage, changes)
 
